@@ -1,0 +1,120 @@
+"""Every environment variable of the library, read once, on request, into one frozen object.
+
+`Settings.from_environment()` reads; nothing reads at import. A `Settings` can be printed, passed
+around and replaced in tests; its digest is compared across ranks where a value must agree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import SettingsError
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
+
+
+def _microseconds(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 1_000_000:
+        raise ValueError
+    return value
+
+
+def _flag(text: str) -> bool:
+    return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+
+
+def _size(text: str) -> int:
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    digits = text.lower().rstrip("ib").rstrip("kmg")
+    return int(digits) * units[text.lower().rstrip("ib")[len(digits) :]]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class _Variable:
+    name: str
+    parse: Callable[[str], Any]
+    accepted: str
+
+
+def _setting(default: Any, name: str, parse: Callable[[str], Any], accepted: str) -> Any:
+    return field(default=default, metadata={"env": _Variable(name, parse, accepted)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one process. Times are in the unit that the field's name says."""
+
+    timeout_s: float = _setting(
+        300.0, "COMMUNICATORS_TIMEOUT_S", _seconds, "seconds, a positive number"
+    )
+    """Deadline of every host-side wait: rendezvous, shared-memory collectives, queues."""
+
+    spin_us: int = _setting(
+        50, "COMMUNICATORS_SPIN_US", _microseconds, "microseconds, 0 to 1000000"
+    )
+    """How long a CPU rank spins for a peer before it sleeps on a futex. Ranks beyond the number of
+    cores do not spin at all, whatever this says."""
+
+    shm_dir: str = _setting("/dev/shm", "COMMUNICATORS_SHM_DIR", str, "a directory on a tmpfs")
+    """Where shared memory is taken from. Files there have no name, so none can be left behind."""
+
+    shm_bytes: int = _setting(
+        4 << 20, "COMMUNICATORS_SHM_BYTES", _size, "bytes, or a number with K, M or G"
+    )
+    """Shared memory that one rank contributes to one group, at most."""
+
+    disable: tuple[str, ...] = _setting(
+        (), "COMMUNICATORS_DISABLE", _names, "names of communicators, separated by commas"
+    )
+    """Communicators that are refused, by name (see `communicators doctor`)."""
+
+    table_dir: str = _setting("", "COMMUNICATORS_TABLE_DIR", str, "a directory")
+    """A directory of measured tables that is read before the ones that ship."""
+
+    nccl_so_path: str = _setting("", "COMMUNICATORS_NCCL_SO_PATH", str, "path of a libnccl")
+    """The NCCL library to load, instead of the one that torch brings."""
+
+    debug: bool = _setting(False, "COMMUNICATORS_DEBUG", _flag, "0 or 1")
+    """Extra checks before each collective (shapes compared across ranks on the host)."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Reads the variables; SettingsError for one whose value is not accepted."""
+        environment = os.environ if environment is None else environment
+        values = {}
+        for item in fields(cls):
+            variable: _Variable = item.metadata["env"]
+            text = environment.get(variable.name)
+            if text is None or text == "":
+                continue
+            try:
+                values[item.name] = variable.parse(text)
+            except (ValueError, KeyError):
+                raise SettingsError(
+                    f"{variable.name}={text!r} is not accepted; it takes {variable.accepted}"
+                ) from None
+        return cls(**values)
+
+    def describe(self) -> list[tuple[str, Any, str]]:
+        """(variable, value, accepted values) of every setting, for `communicators doctor`."""
+        return [
+            (
+                item.metadata["env"].name,
+                getattr(self, item.name),
+                item.metadata["env"].accepted,
+            )
+            for item in fields(self)
+        ]

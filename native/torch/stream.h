@@ -1,0 +1,18 @@
+// The stream that torch would launch on, for kernels that take raw pointers.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "prim/gpu.h"
+
+namespace torch_glue {
+
+inline gpu::Stream current_stream(int device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                  "torch has no current stream for cuda:", device);
+  return static_cast<gpu::Stream>(stream);
+}
+
+}  // namespace torch_glue
