@@ -127,7 +127,7 @@ class Dispatcher:
     def _ranges(
         self, op: str, dtype: torch.dtype, mode: str
     ) -> list[tuple[int, int | None, Choice]]:
-        """(above, up to, choice) over all sizes: the answer changes at a row's or a limit's size."""
+        """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
         bounds = {c.capabilities.max_bytes for c in self.live if c.capabilities is not None}
         bounds |= {
             row.up_to_bytes

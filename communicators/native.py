@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
 from .errors import NativeLibraryError
 
-VERSION = "0.1.0"
 _DISTRIBUTION = "device-communicators"
 
 
@@ -62,9 +62,9 @@ def load(name: str) -> Path:
         path = library_path("cpu")
         _load(path)
         version = torch.ops.communicators.native_version()
-        if version != VERSION:
+        if version != __version__:
             raise NativeLibraryError(
-                f"{path} is version {version}, and the Python package is {VERSION}; "
+                f"{path} is version {version}, and the Python package is {__version__}; "
                 "install or compile it again"
             )
         return path

@@ -10,6 +10,10 @@ from ..errors import CommTimeoutError, CommunicatorError
 from ..group import Group
 from ..settings import Settings
 
+# torch 2.13 renamed these two and warns at each call of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class TorchDistributedCommunicator(Communicator):
     """Every collective over a torch.distributed process group: gloo, NCCL, or a vendor's.
@@ -78,8 +82,8 @@ class TorchDistributedCommunicator(Communicator):
                     out.copy_(inp)
                 dist.all_reduce(out, group=group)
             elif op == "all_gather":
-                dist.all_gather_into_tensor(out.view(-1), inp.view(-1), group=group)
+                _all_gather(out.view(-1), inp.view(-1), group=group)
             elif op == "reduce_scatter":
-                dist.reduce_scatter_tensor(out.view(-1), inp.view(-1), group=group)
+                _reduce_scatter(out.view(-1), inp.view(-1), group=group)
             else:
                 raise CommunicatorError(f"{op!r} is not one of {OPS}")
