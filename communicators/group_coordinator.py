@@ -14,26 +14,13 @@ import torch
 import torch.distributed as dist
 
 from . import backends
+from .arguments import check_dim, check_peer, check_root, check_sizes
 from .dispatcher import Dispatcher
-from .errors import CommunicatorError, InvalidArgumentError, TopologyError
+from .errors import InvalidArgumentError, TopologyError
 from .group import Group
+from .open_groups import OPEN_GROUPS
 from .settings import Settings
 from .tensor_dict import join_tensors, split_tensors
-
-#: The open groups of this process by name: the library's only module-level state. Traced graphs
-#: refer to a group by its name, and parallel_state finds "tp", "pp" and the others here.
-OPEN_GROUPS: dict[str, GroupCoordinator] = {}
-
-
-def open_group(name: str) -> GroupCoordinator:
-    """The open group `name` that this rank is in; CommunicatorError when there is none."""
-    try:
-        return OPEN_GROUPS[name]
-    except KeyError:
-        raise CommunicatorError(
-            f"this rank has no open group {name!r}; open are: {', '.join(OPEN_GROUPS) or 'none'} "
-            "(init_distributed_environment and initialize_model_parallel open groups)"
-        ) from None
 
 
 class GroupCoordinator:
@@ -167,7 +154,7 @@ class GroupCoordinator:
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Part `rank_in_group` of the sum, split evenly along `dim`; a new tensor."""
-        dim = self._dim("reduce_scatter", x, dim)
+        dim = check_dim("reduce_scatter", x, dim)
         if x.size(dim) % self.world_size:
             raise InvalidArgumentError(
                 f"reduce_scatter(x, dim={dim}): size {x.size(dim)} of x {list(x.shape)} is not a "
@@ -177,8 +164,8 @@ class GroupCoordinator:
 
     def reduce_scatterv(self, x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> torch.Tensor:
         """reduce_scatter with parts of given sizes: rank r gets sizes[r] along `dim`."""
-        dim = self._dim("reduce_scatterv", x, dim)
-        self._sizes("reduce_scatterv", sizes, x.size(dim), x)
+        dim = check_dim("reduce_scatterv", x, dim)
+        check_sizes("reduce_scatterv", x, sizes, self.world_size, x.size(dim))
         if self.world_size == 1:
             return x.clone(memory_format=torch.contiguous_format)
         moved = x.movedim(dim, 0)
@@ -198,7 +185,7 @@ class GroupCoordinator:
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Every rank's `x`, of one shape, concatenated along `dim` in rank order."""
-        dim = self._dim("all_gather", x, dim)
+        dim = check_dim("all_gather", x, dim)
         if self.world_size == 1:
             return x.clone(memory_format=torch.contiguous_format)
         if torch.compiler.is_compiling():
@@ -207,8 +194,8 @@ class GroupCoordinator:
 
     def all_gatherv(self, x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> torch.Tensor:
         """all_gather of parts whose size along `dim` is sizes[r] on rank r."""
-        dim = self._dim("all_gatherv", x, dim)
-        self._sizes("all_gatherv", sizes, None, x)
+        dim = check_dim("all_gatherv", x, dim)
+        check_sizes("all_gatherv", x, sizes, self.world_size)
         if x.size(dim) != sizes[self.rank_in_group]:
             raise InvalidArgumentError(
                 f"all_gatherv(x, sizes={list(sizes)}, dim={dim}): rank {self.rank_in_group} has "
@@ -225,8 +212,8 @@ class GroupCoordinator:
 
     def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         """all_gather for rank `dst` of the group alone; None on the others."""
-        dim = self._dim("gather", x, dim)
-        self._root("gather", "dst", dst)
+        dim = check_dim("gather", x, dim)
+        check_root("gather", "dst", dst, self.world_size)
         if self.world_size == 1:
             return x.clone(memory_format=torch.contiguous_format)
         x = x.contiguous()
@@ -254,7 +241,7 @@ class GroupCoordinator:
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Rank `src`'s content in every rank's `x`, in place; returns `x`."""
-        self._root("broadcast", "src", src)
+        check_root("broadcast", "src", src, self.world_size)
         if self.world_size == 1 or x.numel() == 0:
             return x
         staged = x.contiguous()
@@ -264,7 +251,7 @@ class GroupCoordinator:
     def send(self, x: torch.Tensor, dst: int | None = None) -> None:
         """Sends `x` to rank `dst` of the group; default: the next one."""
         dst = (self.rank_in_group + 1) % self.world_size if dst is None else dst
-        self._peer("send", "dst", dst)
+        check_peer("send", "dst", dst, self.rank_in_group, self.world_size)
         if x.numel():
             self._dispatcher(x).run("send", None, x.contiguous(), dst)
 
@@ -281,7 +268,7 @@ class GroupCoordinator:
             device: where the sender's tensor was, and this one is: the group's device, or "cpu".
         """
         src = (self.rank_in_group - 1) % self.world_size if src is None else src
-        self._peer("recv", "src", src)
+        check_peer("recv", "src", src, self.rank_in_group, self.world_size)
         out = torch.empty(list(size), dtype=dtype, device=device or self.device)
         if out.numel():
             self._dispatcher(out).run("recv", out, None, src)
@@ -295,7 +282,7 @@ class GroupCoordinator:
 
     def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
         """Rank `src`'s picklable object, on every rank."""
-        self._root("broadcast_object", "src", src)
+        check_root("broadcast_object", "src", src, self.world_size)
         return self.group.broadcast_object(obj, src)
 
     def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
@@ -325,7 +312,7 @@ class GroupCoordinator:
         Tensors on the group's device arrive on the receiver's own; host tensors stay in host
         memory. On `src` the given dict itself is returned.
         """
-        self._root("broadcast_tensor_dict", "src", src)
+        check_root("broadcast_tensor_dict", "src", src, self.world_size)
         if self.rank_in_group == src:
             if tensors is None:
                 raise InvalidArgumentError(f"broadcast_tensor_dict: rank {src} must pass a dict")
@@ -341,7 +328,7 @@ class GroupCoordinator:
     def send_tensor_dict(self, tensors: dict[str, Any], dst: int | None = None) -> None:
         """Sends a dict of tensors and other values to rank `dst` (default: the next one)."""
         dst = (self.rank_in_group + 1) % self.world_size if dst is None else dst
-        self._peer("send_tensor_dict", "dst", dst)
+        check_peer("send_tensor_dict", "dst", dst, self.rank_in_group, self.world_size)
         skeleton, parts = split_tensors(tensors)
         self.send_object(skeleton, dst)
         for part in parts:
@@ -350,7 +337,7 @@ class GroupCoordinator:
     def recv_tensor_dict(self, src: int | None = None) -> dict[str, Any]:
         """The next dict that rank `src` (default: the previous one) sent here."""
         src = (self.rank_in_group - 1) % self.world_size if src is None else src
-        self._peer("recv_tensor_dict", "src", src)
+        check_peer("recv_tensor_dict", "src", src, self.rank_in_group, self.world_size)
         return join_tensors(
             self.recv_object(src),
             lambda like: self.recv(like.shape, like.dtype, src, like.device_for(self.device)),
@@ -383,8 +370,6 @@ class GroupCoordinator:
         for process_group in {id(g): g for g in (self.device_group, self.cpu_group)}.values():
             dist.destroy_process_group(process_group)
 
-    # -- argument checks ----------------------------------------------------------------------
-
     def _dispatcher(self, x: torch.Tensor) -> Dispatcher:
         try:
             return self._dispatchers[x.device.type]
@@ -393,53 +378,3 @@ class GroupCoordinator:
                 f"group {self.name}: x is on {x.device}; rank {self.rank_in_group} communicates "
                 f"from {' and '.join(self._dispatchers) or 'nowhere: it is alone'}"
             ) from None
-
-    def _dim(self, call: str, x: torch.Tensor, dim: int) -> int:
-        ndim = max(x.dim(), 1)
-        if not -ndim <= dim < ndim:
-            raise InvalidArgumentError(
-                f"{call}(x, dim={dim}): x {list(x.shape)} has dims {-ndim}..{ndim - 1}"
-            )
-        return dim % ndim
-
-    def _sizes(self, call: str, sizes: Sequence[int], total: int | None, x: torch.Tensor) -> None:
-        wrong_total = total is not None and sum(sizes) != total
-        if len(sizes) != self.world_size or min(sizes) < 0 or wrong_total:
-            raise InvalidArgumentError(
-                f"{call}(x, sizes={list(sizes)}): {self.world_size} sizes >= 0 are expected"
-                + (f", with sum {total} for x {list(x.shape)}" if total is not None else "")
-            )
-
-    def _root(self, call: str, argument: str, rank: int) -> None:
-        if not 0 <= rank < self.world_size:
-            raise InvalidArgumentError(
-                f"{call}({argument}={rank}): ranks of group {self.name} are "
-                f"0..{self.world_size - 1}"
-            )
-
-    def _peer(self, call: str, argument: str, rank: int) -> None:
-        self._root(call, argument, rank)
-        if rank == self.rank_in_group:
-            raise InvalidArgumentError(f"{call}({argument}={rank}): that is this rank itself")
-
-
-@torch.library.custom_op("communicators::group_all_reduce", mutates_args=())
-def _group_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    return open_group(group).all_reduce(x)
-
-
-@_group_all_reduce.register_fake
-def _(x: torch.Tensor, group: str) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("communicators::group_all_gather", mutates_args=())
-def _group_all_gather(x: torch.Tensor, dim: int, world_size: int, group: str) -> torch.Tensor:
-    return open_group(group).all_gather(x, dim).clone()
-
-
-@_group_all_gather.register_fake
-def _(x: torch.Tensor, dim: int, world_size: int, group: str) -> torch.Tensor:
-    shape = list(x.shape) or [1]
-    shape[dim] *= world_size
-    return x.new_empty(shape)

@@ -5,7 +5,7 @@
     y = get_tp_group().all_reduce(x)
     destroy_distributed_environment()
 
-The open groups are kept in group_coordinator.OPEN_GROUPS, and nowhere else.
+The open groups are kept in open_groups.OPEN_GROUPS, and nowhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import CommTimeoutError, TopologyError
 from .group import Group
-from .group_coordinator import OPEN_GROUPS, GroupCoordinator, open_group
+from .group_coordinator import GroupCoordinator
+from .open_groups import OPEN_GROUPS, open_group
 from .settings import Settings
 
 
