@@ -170,7 +170,7 @@ class Group:
         try:
             self._store.wait(keys, datetime.timedelta(seconds=deadline))
             return
-        except dist.DistError as error:
+        except RuntimeError as error:  # DistStoreError of a TCPStore, plain of a FileStore
             if time.monotonic() - started < 0.9 * deadline:
                 raise self._store_gone(error) from error
         owners = range(self.world_size) if owners is None else owners
