@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fakes import compile_fake
+from tests.unit.fakes import compile_fake
 
 from communicators.bindings import library
 from communicators.bindings.cuda_wrapper import (

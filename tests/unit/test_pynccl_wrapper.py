@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import compile_fake
+from tests.unit.fakes import compile_fake
 from torch.distributed import ReduceOp
 
 from communicators.bindings import library
