@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.unit.fakes import compile_fake
 
 from communicators.bindings import library
 from communicators.bindings.cuda_wrapper import (
@@ -18,6 +17,7 @@ from communicators.bindings.cuda_wrapper import (
     find_loaded_library,
 )
 from communicators.errors import CommunicatorError, NativeLibraryError
+from tests.unit.fakes import compile_fake
 
 
 @pytest.fixture(scope="module")

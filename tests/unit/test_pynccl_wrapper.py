@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.fakes import compile_fake
 from torch.distributed import ReduceOp
 
 from communicators.bindings import library
@@ -23,6 +22,7 @@ from communicators.bindings.pynccl_wrapper import (
     ncclUniqueId,
 )
 from communicators.errors import InvalidArgumentError, NativeLibraryError
+from tests.unit.fakes import compile_fake
 
 FLOAT, SUM = int(ncclDataTypeEnum.ncclFloat32), int(ncclRedOpTypeEnum.ncclSum)
 
