@@ -16,7 +16,7 @@ import torch.distributed as dist
 from . import backends
 from .arguments import check_dim, check_peer, check_root, check_sizes
 from .dispatcher import Dispatcher
-from .errors import InvalidArgumentError, TopologyError
+from .errors import CommunicatorError, InvalidArgumentError, TopologyError
 from .group import Group
 from .open_groups import OPEN_GROUPS
 from .settings import Settings
@@ -352,6 +352,12 @@ class GroupCoordinator:
             for dispatcher in self._dispatchers.values():
                 stack.enter_context(dispatcher.capture())
             yield
+
+    def dispatcher(self) -> Dispatcher:
+        """The dispatcher of the group's own device. CommunicatorError for a group of one rank."""
+        if self.world_size == 1:
+            raise CommunicatorError(f"group {self.name} has one rank and no communicators")
+        return self._dispatchers[self.device.type]
 
     def explain(self) -> str:
         """What is used for which collective, and why each other communicator is not."""

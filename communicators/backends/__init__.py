@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from ..dispatcher import Dispatcher, table_directories
 from ..errors import TopologyError
 from ..group import Group
 from ..settings import Settings
-from ..tables import EMPTY, Table, load
+from ..tables import Table, load
+from ..topology import Unknown, VisibleGpu, local_facts, probe_gpus
 from .torch_distributed import TorchDistributedCommunicator
 
 if TYPE_CHECKING:
@@ -51,12 +53,40 @@ def candidates(device_type: str) -> list[Callable[[Group, torch.device], Communi
     return []
 
 
+def machine_shape(group: Group, device: torch.device) -> tuple[str, str]:
+    """(product name, link) by which a measured table is found; the same on all ranks.
+
+    The link is "NV<n>" when n NVLinks connect each pair of the group's GPUs, else "". Collective.
+    """
+    if device.type == "cpu":
+        return f"CPU {platform.machine()}", ""
+    facts = group.gather_objects("machine shape", local_facts(group.rank, device))
+    gpus = [fact.device.gpu for fact in facts if isinstance(fact.device, VisibleGpu)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if len(gpus) < group.world_size:
+        return name, ""
+    links = {
+        peer.nvlinks if (peer := gpu.peer(other.uuid)) is not None else None
+        for gpu in gpus
+        for other in gpus
+        if gpu is not other
+    }
+    same = links.pop() if len(links) == 1 else None
+    return name, f"NV{same}" if same else ""
+
+
+def driver_version(device: torch.device) -> str:
+    """The GPU driver's version, or the kernel's for a CPU."""
+    if device.type == "cuda":
+        gpus = probe_gpus()
+        return "unknown" if isinstance(gpus, Unknown) or not gpus else gpus[0].driver
+    return platform.release()
+
+
 def machine_table(group: Group, device: torch.device) -> Table:
-    """The measured table for this machine shape; the empty one on a CPU."""
-    if device.type != "cuda":
-        return EMPTY
-    directories = table_directories(group.settings.table_dir)
-    return load(torch.cuda.get_device_name(device), "", group.world_size, directories)
+    """The measured table for this machine shape, or the empty one. Collective."""
+    name, link = machine_shape(group, device)
+    return load(name, link, group.world_size, table_directories(group.settings.table_dir))
 
 
 def open_dispatcher(
