@@ -227,7 +227,7 @@ void Team::throw_mismatch(int peer, uint64_t theirs) {
   fail(Code::kMismatch, peer,
        "rank " + std::to_string(rank_) + " calls " + describe(signature_) + " and rank " +
            std::to_string(peer) + " calls " + describe(theirs) +
-           "; all ranks must make the same call");
+           "; the calls must match");
 }
 
 void Team::fail(Code code, int culprit, const std::string& what) {
