@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
-from . import errors
+from . import __version__, errors
 from .errors import CommunicatorError, NativeLibraryError
 
 _DISTRIBUTION = "device-communicators"

@@ -85,7 +85,10 @@ def shm_allreduce(handle: int, data: torch.Tensor) -> None:
 def shm_gather(
     handle: int, data: torch.Tensor, outputs: Sequence[torch.Tensor] | None, dst: int
 ) -> None:
-    """Every rank's `data`, of one shape, in `outputs` of rank `dst` (a tensor a rank; else None)."""
+    """Every rank's `data`, of one shape, in the `outputs` of rank `dst`, one tensor a rank.
+
+    On the other ranks `outputs` is None.
+    """
     out = None
     if outputs is not None:
         out = data.new_empty([len(outputs), *data.shape])
@@ -168,4 +171,4 @@ def recv_object(handle: int, src: int) -> object:
     except RuntimeError as error:
         raise native.typed(error) from None
     payload = recv_(handle, torch.empty(nbytes, dtype=torch.uint8), src)
-    return pickle.loads(payload.numpy())
+    return pickle.loads(payload.numpy().tobytes())

@@ -6,10 +6,10 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -22,6 +22,8 @@ from ..errors import (
     NativeLibraryError,
     RefusedError,
 )
+from ..group import Group
+from ..settings import Settings
 from ..tensor_dict import join_tensors, split_tensors
 
 _SUMMED = frozenset(
@@ -70,9 +72,12 @@ class CpuCommunicator(Communicator):
 
     name = "cpu_shm"
 
-    # Set by allocate and rendezvous; here too, since a refused one has never run them.
-    _handle = -1
-    _ops: ClassVar[dict[str, Any]] = {}
+    def __init__(
+        self, group: Group, device: torch.device, settings: Settings | None = None
+    ) -> None:
+        self._handle = -1  # of the native side, while it is live
+        self._ops: dict[str, Callable[..., Any]] = {}
+        super().__init__(group, device, settings)
 
     def capability(self) -> Capability | Refusal:
         if self.device.type != "cpu":
