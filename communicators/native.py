@@ -7,14 +7,16 @@ compared here: a library left over from another build would take wrong arguments
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
+import re
 from pathlib import Path
 
 import torch
 
-from . import __version__
-from .errors import NativeLibraryError
+from . import __version__, errors
+from .errors import CommunicatorError, NativeLibraryError
 
 _DISTRIBUTION = "device-communicators"
 
@@ -79,3 +81,27 @@ def load(name: str) -> Path:
         _load(path)
         return path
     raise ValueError(f"no native library is named {name!r}; there are 'cpu' and 'cuda'")
+
+
+_TAGGED = re.compile(r"(\w+): (.*)", re.DOTALL)
+
+
+def typed(error: RuntimeError) -> RuntimeError:
+    """The exception that an error of a native operator stands for.
+
+    Native code starts its texts with the name of a class of errors.py; an error without one is
+    returned as it is. When a signal handler raised while native code waited (Ctrl-C), what it
+    raised is raised here instead.
+    """
+    match = _TAGGED.match(str(error))
+    if match is None:
+        return error
+    tag, text = match.groups()
+    if tag == "Interrupted":
+        # PyDLL raises the Python exception that the call leaves set.
+        ctypes.PyDLL(str(load("cpu"))).communicators_reraise()
+        return CommunicatorError(text)
+    kind = getattr(errors, tag, None)
+    if isinstance(kind, type) and issubclass(kind, CommunicatorError):
+        return kind(text)
+    return error
