@@ -14,7 +14,7 @@ import pytest
 import torch
 from fakes import compile_fake
 from test_topology import machine, uuid
-from torch.distributed.distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from communicators import p2p
 from communicators.base import Refusal
