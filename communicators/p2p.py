@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from .base import Refusal
+from .bindings.library import find_loaded_library
 from .errors import CommunicatorError
 from .group import Group
 from .p2p_cache import P2PCache, Pair
@@ -122,6 +123,8 @@ def try_pairs(
     deadline = time.monotonic() + timeout_s
     options = ["--size", str(size), "--timeout", str(timeout_s)]
     options += [] if cuda_visible_devices is None else ["--visible", cuda_visible_devices]
+    # By path, so that the processes need not import torch to find it.
+    cudart = cudart or find_loaded_library("libcudart") or find_loaded_library("libamdhip64")
     options += [] if cudart is None else ["--cudart", cudart]
     found: list[Attempt] = []
     while len(found) < len(pairs):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import os
 import queue
 import random
@@ -272,8 +273,10 @@ def main(arguments: Sequence[str]) -> None:
     if given.visible is not None:
         update_environment_variables({"CUDA_VISIBLE_DEVICES": given.visible})
     try:
+        if given.cudart is None:
+            importlib.import_module("torch")  # brings a CUDA runtime into the process
         cuda = CudaRTLibrary(given.cudart)
-    except CommunicatorError as error:
+    except (CommunicatorError, ImportError) as error:
         result_queue.put(Report(given.role, -1, str(error), transient=True))
         return
     result_queue.put(Report(given.role, -1))  # started

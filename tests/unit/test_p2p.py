@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import compile_fake
-from test_topology import machine, uuid
 from torch._C._distributed_c10d import HashStore
 
 from communicators import p2p
@@ -32,6 +31,9 @@ from communicators.topology import (
     VisibleGpu,
     probe_host,
 )
+
+from tests.unit.fakes import compile_fake
+from tests.unit.test_topology import machine, uuid
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +143,16 @@ def test_ordinals_follow_the_visible_devices(cudart: str, monkeypatch: pytest.Mo
     assert "peer access" in attempts[1][1].reason
 
 
-def test_producer_and_consumer_work_over_any_queues(cudart: str) -> None:
+def test_producer_and_consumer_work_over_any_queues(cudart: str, tmp_path: Path) -> None:
     handles: Any = queue.Queue()
     acknowledgements: Any = queue.Queue()
     results: Any = queue.Queue()
-    cuda = CudaRTLibrary(cudart)
+    # A copy of the library has memory of its own, as another process's would.
+    second = CudaRTLibrary(shutil.copy(cudart, str(tmp_path / "second.so")))
     arguments = ([0], handles, acknowledgements, results)
-    other = threading.Thread(target=p2p.producer, args=arguments, kwargs={"cuda": cuda})
+    other = threading.Thread(target=p2p.producer, args=arguments, kwargs={"cuda": second})
     other.start()
-    p2p.consumer(*arguments, "0,1", cuda=cuda)
+    p2p.consumer(*arguments, "0,1", cuda=CudaRTLibrary(cudart))
     other.join(20)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert {results.get(timeout=1).role, results.get(timeout=1).role} == {"producer", "consumer"}
