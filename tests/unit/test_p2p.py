@@ -31,7 +31,6 @@ from communicators.topology import (
     VisibleGpu,
     probe_host,
 )
-
 from tests.unit.fakes import compile_fake
 from tests.unit.test_topology import machine, uuid
 
