@@ -51,7 +51,7 @@ static int physical(int device) {
   char text[256];
   snprintf(text, sizeof text, "%s", visible);
   for (char* entry = strtok(text, ","); entry; entry = strtok(NULL, ","))
-    if (device-- == 0) return atoi(entry + strcspn(entry, "0123456789"));
+    if (device-- == 0) return entry[strcspn(entry, "0123456789")] - '0';
   return -1;
 }
 
