@@ -1,0 +1,1 @@
+"""A tensor-parallel Llama-family decoder over ``communicators`` and ``kvcache_ops``."""
