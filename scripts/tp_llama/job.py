@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from communicators import CommunicatorError
 from communicators import parallel_state as ps
 
@@ -35,10 +33,8 @@ def tensor_parallel_group(device: str, tp: int | None) -> Iterator[Any]:
     world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if tp is not None and tp != world_size:
         raise JobError(f"--tp {tp} was asked for and {world_size} ranks were started")
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if device == "cuda" else "gloo"
-    ps.init_distributed_environment(world_size, -1, "env://", local_rank, backend)
+    index = f":{local_rank}" if device == "cuda" else ""
+    ps.init_distributed_environment(device=f"{device}{index}")
     try:
         ps.initialize_model_parallel(tensor_model_parallel_size=world_size)
         yield ps.get_tp_group()

@@ -17,38 +17,39 @@ DTYPES = {
     "float16": torch.float16,
 }
 SHIPPED = Path(__file__).parent / "checkpoint"
+REPEATABLE = "may be given several times: a batch"
 DEFAULT_PROMPT = "def main("
 VERIFY_PROMPTS = ("def main(", "import os\nimport ", "class Reader:\n    def __init__(self", "for ")
 
 
 def parser() -> argparse.ArgumentParser:
+    # fmt: off
     p = argparse.ArgumentParser(
         prog="python -m scripts.tp_llama",
         description="Tensor-parallel text generation with a Llama-family checkpoint. Starts its "
         "own ranks; under torchrun it uses the ranks that are there.",
     )
     p.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: 2)")
-    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
-    p.add_argument(
-        "--prompt-file", action="append", default=[], type=Path, metavar="FILE",
-        help="a file that is one prompt; repeatable",
-    )  # fmt: skip
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=REPEATABLE)
+    p.add_argument("--prompt-file", action="append", default=[], type=Path, metavar="FILE",
+                   help=f"a file that is one prompt; {REPEATABLE}")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--model", type=Path, default=SHIPPED, metavar="DIR",
-                   help="a Hugging Face directory (default: the small one shipped here)")  # fmt: skip
+                   help="a Hugging Face directory (default: the small one shipped here)")
     p.add_argument("--dtype", choices=list(DTYPES), default="auto",
-                   help="auto: bfloat16 on GPUs, float32 on CPUs and for --verify")  # fmt: skip
+                   help="auto: bfloat16 on GPUs, float32 on CPUs and for --verify")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--block-size", type=int, default=16, choices=(8, 16, 32))
     p.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     p.add_argument("--verify", action="store_true",
-                   help="run at tp 1, 2 and 4 and compare the greedy tokens")  # fmt: skip
+                   help="run at tp 1, 2 and 4 and compare the greedy tokens")
     p.add_argument("--explain", action="store_true", help="print which communicators are used")
     p.add_argument("--tokens-file", type=Path, metavar="FILE",
-                   help="also write the new token ids, as JSON")  # fmt: skip
+                   help="also write the new token ids, as JSON")
+    # fmt: on
     return p
 
 

@@ -61,5 +61,3 @@ class TextOutput:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
-
-

@@ -84,7 +84,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return ByteTokenizer(description, str(path))
     try:
         return PackageTokenizer(tokenizers.Tokenizer.from_file(str(path)))
-    except Exception as error:  # noqa: BLE001  (the package raises nothing narrower)
+    except Exception as error:
         raise CheckpointError(f"{path}: not a tokenizer; {error}") from error
 
 

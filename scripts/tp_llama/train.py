@@ -18,6 +18,7 @@ import platform
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from .train_export import BOS, EOS, export
 from .train_model import DenseLlama, Shape
 
 HERE = Path(__file__).parent
+Model = Callable[[Tensor], Tensor]  # tokens to logits; DenseLlama, compiled or not
 # Not source that somebody writes: tests, tables made by programs, copies of other projects.
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 SKIPPED |= {"encodings", "pydoc_data", "lib2to3", "_bundled"}
@@ -74,14 +76,14 @@ class Corpus:
         return torch.cat((bos, torch.cat(rows).to(torch.int64)), dim=1)
 
 
-def loss_of(model: torch.nn.Module, batch: Tensor) -> Tensor:
+def loss_of(model: Model, batch: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, batches: list[Tensor]) -> float:
+def validation_loss(model: Model, batches: list[Tensor]) -> float:
     return sum(loss_of(model, batch).item() for batch in batches) / len(batches)
 
 
@@ -136,7 +138,9 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = state["curve"]
 
-    def train_step(self, model: torch.nn.Module, corpus: Corpus, progress: float) -> float:
+    def train_step(
+        self, model: Callable[[Tensor], Tensor], corpus: Corpus, progress: float
+    ) -> float:
         rate = self.options.rate * rate_factor(progress, self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -208,6 +212,9 @@ def write_card(run: Run, directory: Path, files: int, corpus_bytes: int) -> None
         f"--{name} {getattr(run.options, name)}"
         for name in ("steps", "minutes", "batch", "rate", "seed")
     )
+    data = f"{files} files, {corpus_bytes / 1e6:.2f} MB"
+    seen = f"{run.options.batch} x {run.shape.context} bytes, {last['tokens'] / 1e6:.1f} M in all"
+    machine = f"{torch.get_num_threads()} threads, bf16 autocast, torch {torch.__version__}"
     (directory / "README.md").write_text(
         f"""# A byte-level Llama of {parameters / 1e6:.2f} million parameters
 
@@ -217,12 +224,12 @@ tensor-parallel example job. It writes text that looks like Python; it knows not
 | | |
 |---|---|
 | command | `python -m scripts.tp_llama.train {arguments}` |
-| data | {files} files, {corpus_bytes / 1e6:.2f} MB; tests, codec tables and copied projects left out |
+| data | {data}; tests, codec tables and copied projects left out |
 | held out | every {VALIDATION_EVERY_NTH_FILE}th file |
 | shape | {shape} |
 | vocabulary | 256 bytes, bos {BOS}, eos {EOS}, the rest unused |
-| steps | {run.step} of {run.options.batch} x {run.shape.context} bytes, {last["tokens"] / 1e6:.1f} M bytes |
-| time | {run.seconds / 60:.0f} minutes, {torch.get_num_threads()} threads, bf16 autocast, torch {torch.__version__} |
+| steps | {run.step} of {seen} |
+| time | {run.seconds / 60:.0f} minutes, {machine} |
 | training loss | {last["training_loss"]:.3f} nats per byte |
 | validation loss | {last["validation_loss"]:.3f} nats per byte |
 

@@ -50,7 +50,7 @@ def tokens_at(size: int, options: argparse.Namespace, texts: list[str]) -> list[
         ):
             command += [f"--{name}={value}"]
         with environment(size):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise JobError(f"the run at tp {size} failed:\n{done.stderr.strip()}")
         say("\n".join(f"tp {size}: {line}" for line in done.stderr.splitlines()))

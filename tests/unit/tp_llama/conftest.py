@@ -1,10 +1,7 @@
-"""Make the job importable: scripts/ is not part of the installed packages."""
+"""The workers of pytest-xdist share the cores: one compute thread each."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import torch
 
-ROOT = str(Path(__file__).parents[3])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
+torch.set_num_threads(1)

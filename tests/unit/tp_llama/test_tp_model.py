@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from thread_ranks import ThreadGroup, on_ranks
-from tiny_checkpoint import TINY, DenseReference, write_checkpoint
 
 from scripts.tp_llama.config import LlamaConfig
 from scripts.tp_llama.errors import JobError
@@ -18,6 +16,8 @@ from scripts.tp_llama.loader import load
 from scripts.tp_llama.model import DecodeInputs, LlamaModel
 from scripts.tp_llama.rope import inverse_frequencies
 from scripts.tp_llama.timed_group import TimedGroup
+from tests.unit.tp_llama.thread_ranks import ThreadGroup, on_ranks
+from tests.unit.tp_llama.tiny_checkpoint import TINY, DenseReference, write_checkpoint
 
 PROMPTS = [[256, 5, 17, 200], [256], list(range(30, 70)), [256, 9, 9]]
 LLAMA3 = {
@@ -63,7 +63,7 @@ def first_logits(group: ThreadGroup, directory: Path) -> torch.Tensor | None:
     lengths = [len(prompt) for prompt in PROMPTS]
     with torch.inference_mode():
         local = model.prefill(
-            torch.tensor(sum(PROMPTS, [])),
+            torch.tensor([token for prompt in PROMPTS for token in prompt]),
             torch.cat([torch.arange(n) for n in lengths]),
             torch.tensor(slots),
             lengths,
@@ -106,8 +106,8 @@ def test_generation_equals_the_dense_decoder(tmp_path: Path, variant: str, world
         )
         return result.tokens
 
-    for tokens in on_ranks(world_size, work):
-        assert tokens == expected
+    for generated in on_ranks(world_size, work):
+        assert generated == expected
     for index, tokens in enumerate(expected):
         assert [token for i, token in seen if i == index] == tokens
 
@@ -134,11 +134,13 @@ def test_a_sequence_that_ends_early_leaves_the_others_alone(tmp_path: Path) -> N
     assert eos not in alone[:4]
 
     def work(group: ThreadGroup) -> list[list[int]]:
-        return Generator(model_on(group, tmp_path), torch.float32)(PROMPTS, Limits(20, (eos,))).tokens
+        return Generator(model_on(group, tmp_path), torch.float32)(
+            PROMPTS, Limits(20, (eos,))
+        ).tokens
 
-    tokens = on_ranks(2, work)[0]
-    assert tokens[0] == alone[:5]
-    for prompt, got in zip(PROMPTS, tokens, strict=True):
+    results = on_ranks(2, work)[0]
+    assert results[0] == alone[:5]
+    for prompt, got in zip(PROMPTS, results, strict=True):
         whole = reference(tmp_path).greedy(prompt, 20)
         end = whole.index(eos) + 1 if eos in whole else len(whole)
         assert got[:end] == whole[: len(got)]
@@ -201,7 +203,7 @@ def decode_logits(model: LlamaModel, prompt: list[int], kv_cache_dtype: str) -> 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     generator = Generator(on_ranks(1, lambda g: model_on(g, tmp_path))[0], torch.float32)
-    with pytest.raises(JobError, match="prompt 1 has 100 tokens .* 29 .* context is 128"):
+    with pytest.raises(JobError, match=r"prompt 1 has 100 tokens .* 29 .* context is 128"):
         generator([[1], [1] * 100], Limits(29))
     with pytest.raises(JobError, match="prompt 0 has no tokens"):
         generator([[]], Limits(1))

@@ -116,7 +116,9 @@ class DenseReference:
     def _rope(self, x: Tensor) -> Tensor:
         angles = torch.outer(torch.arange(x.size(0), dtype=torch.float64), self.frequencies)
         first, second = x.chunk(2, -1)
-        turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        turned = (
+            torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        )
         return torch.cat((turned.real, turned.imag), -1)
 
     def _attention(self, prefix: str, x: Tensor) -> Tensor:
