@@ -123,7 +123,7 @@ def report(result: Generation, options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Exit code: 0 done, 1 not done and said why."""
+    """Exit code: 0 done, 1 not done and said why, 130 interrupted."""
     try:
         run(options)
     except AgreedError:
@@ -131,4 +131,6 @@ def main(options: argparse.Namespace) -> int:
     except (JobError, CommunicatorError) as error:
         say(f"error on rank {os.environ.get('RANK', '?')}: {error}")
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -59,4 +60,6 @@ def launch(ranks: int, arguments: list[str]) -> int:
         if failure.exitcode < 0:
             sys.stderr.write(f"rank {failure.local_rank} was ended by signal {-failure.exitcode}\n")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as stopped:  # by the user; the ranks have been ended
+        return 128 + stopped.sigval
     return 0
