@@ -42,6 +42,13 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def shipped_dense_model() -> DenseLlama:
+    dense = DenseLlama(Shape()).eval()
+    weights = load_file(SHIPPED / "model.safetensors")
+    dense.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return dense
+
+
 def test_one_command_writes_python_on_two_ranks() -> None:
     done = job("--tp", "2", "--max-new-tokens", "40")
     assert done.returncode == 0, done.stderr
@@ -68,10 +75,7 @@ def test_bad_options_end_with_one_sentence(tmp_path: Path) -> None:
 
 def test_the_job_agrees_with_the_model_that_was_trained() -> None:
     """The trainer's dense decoder and the split one share the checkpoint and no code."""
-    dense = DenseLlama(Shape()).eval()
-    dense.load_state_dict(
-        {k: t.float() for k, t in load_file(SHIPPED / "model.safetensors").items()}
-    )
+    dense = shipped_dense_model()
     text = "class Reader:\n    def __init__(self, path):\n        "
     prompt = load_tokenizer(SHIPPED).encode(text)
     tokens = list(prompt)
@@ -91,10 +95,7 @@ def test_the_job_agrees_with_the_model_that_was_trained() -> None:
 
 def test_the_shipped_model_has_learnt_python() -> None:
     """Its loss on code that is not in the standard library: 5.5 nats a byte is a guess."""
-    dense = DenseLlama(Shape()).eval()
-    dense.load_state_dict(
-        {k: t.float() for k, t in load_file(SHIPPED / "model.safetensors").items()}
-    )
+    dense = shipped_dense_model()
     text = Path(verification.__file__).read_text()[:500]
     tokens = torch.tensor([load_tokenizer(SHIPPED).encode(text)])
     with torch.inference_mode():
@@ -122,7 +123,7 @@ def test_verify_says_where_runs_part(
         "verify: tp 4 differs from tp 1: prompt 0: new token 1 is 7 where 6 is expected\n"
         "verify: DIFFERENT\n"
     )
-    with pytest.raises(JobError, match="greedy tokens; got --temperature 0.5"):
+    with pytest.raises(JobError, match=r"greedy tokens; got --temperature 0.5"):
         run_verify(monkeypatch, {}, "--temperature", "0.5")
 
 
