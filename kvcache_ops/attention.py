@@ -206,7 +206,8 @@ def paged_attention_v2(
         >>> keys, values = torch.zeros(1, 1, 8, 8, 4), torch.zeros(1, 1, 32, 8)
         >>> values[..., :4] = torch.arange(4.)
         >>> out, one = torch.empty(1, 1, 32), torch.ones(1)
-        >>> sums, largest, tmp = torch.empty(1, 1, 1), torch.empty(1, 1, 1), torch.empty(1, 1, 1, 32)
+        >>> sums, largest = torch.empty(1, 1, 1), torch.empty(1, 1, 1)
+        >>> tmp = torch.empty(1, 1, 1, 32)
         >>> table = torch.zeros(1, 1, dtype=torch.int32)
         >>> lens = torch.tensor([4], dtype=torch.int32)
         >>> paged_attention_v2(out, sums, largest, tmp, torch.ones(1, 1, 32), keys, values, 1, 1.0,

@@ -148,7 +148,7 @@ def concat_and_cache_mla(
 
 
 def _power_of_two_at_least(x: Tensor) -> Tensor:
-    """2^ceil(log2(x)) for positive normal fp32, exact: any mantissa bit carries into the exponent."""
+    """2^ceil(log2(x)) for positive normal fp32, exact: a mantissa bit carries upwards."""
     bits = x.contiguous().view(torch.int32)
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
