@@ -702,12 +702,12 @@ def mul_and_silu(out: Tensor, input: Tensor) -> None:
 
 def gelu_and_mul(out: Tensor, input: Tensor) -> None:
     x, y = input.chunk(2, dim=-1)
-    out.copy_(F.gelu(x.float()).to(x.dtype) * y)
+    out.copy_(F.gelu(x.double()).float().to(x.dtype) * y)
 
 
 def gelu_tanh_and_mul(out: Tensor, input: Tensor) -> None:
     x, y = input.chunk(2, dim=-1)
-    out.copy_(F.gelu(x.float(), approximate="tanh").to(x.dtype) * y)
+    out.copy_(F.gelu(x.double(), approximate="tanh").float().to(x.dtype) * y)
 
 
 def fatrelu_and_mul(out: Tensor, input: Tensor, threshold: float) -> None:
