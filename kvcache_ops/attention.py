@@ -284,12 +284,12 @@ def merge_attn_states(
         tensor([[[2., 4.]]])
     """
     op("merge_attn_states", output)(
-        output,
-        prefix_output,
-        prefix_lse,
-        suffix_output,
-        suffix_lse,
-        output_lse,
-        prefill_tokens_with_context,
-        output_scale,
+        output=output,
+        output_lse=output_lse,
+        prefix_output=prefix_output,
+        prefix_lse=prefix_lse,
+        suffix_output=suffix_output,
+        suffix_lse=suffix_lse,
+        prefill_tokens_with_context=prefill_tokens_with_context,
+        output_scale=output_scale,
     )

@@ -14,7 +14,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvcache_ops._native import op
+from kvcache_ops._native import op, slot_op
+
+
+def _slots(cache: Tensor) -> int:
+    """Entries of a ``[NB, BS, ...]`` cache."""
+    return cache.shape[0] * cache.shape[1] if cache.dim() > 1 else 0
 
 
 def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
@@ -108,7 +113,8 @@ def reshape_and_cache(
         tensor([[0., 0., 0., 0.],
                 [0., 1., 2., 3.]])
     """
-    op("reshape_and_cache", key)(
+    slots = key_cache.shape[0] * key_cache.shape[3] if key_cache.dim() == 5 else 0
+    slot_op("reshape_and_cache", key, slot_mapping, slots)(
         key,
         value,
         key_cache,
@@ -159,7 +165,7 @@ def reshape_and_cache_flash(
         >>> kc[0, :, 0, 0]
         tensor([0., 0., 0., 1.])
     """
-    op("reshape_and_cache_flash", key)(
+    slot_op("reshape_and_cache_flash", key, slot_mapping, _slots(key_cache))(
         key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
     )
 
@@ -203,7 +209,7 @@ def concat_and_cache_mla(
         tensor([[0., 0., 0.],
                 [1., 2., 3.]])
     """
-    op("concat_and_cache_mla", kv_c)(
+    slot_op("concat_and_cache_mla", kv_c, slot_mapping, _slots(kv_cache))(
         kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, skip_scale
     )
 
@@ -301,7 +307,7 @@ def concat_and_cache_mla_rope_fused(
         >>> q, cache
         (tensor([[[0., 1.]]]), tensor([[[ 5.,  6., -1.,  0.]]]))
     """
-    op("concat_and_cache_mla_rope_fused", kv_c)(
+    slot_op("concat_and_cache_mla_rope_fused", kv_c, slot_mapping, _slots(kv_cache))(
         positions,
         q_pe,
         k_pe,
@@ -514,7 +520,9 @@ def indexer_k_quant_and_cache(
         >>> cache[0, 0, 0], cache[0, 0, 128:].view(torch.float32)
         (tensor(126, dtype=torch.uint8), tensor([1.]))
     """
-    op("indexer_k_quant_and_cache", k)(k, kv_cache, slot_mapping, quant_block_size, kv_cache_dtype)
+    slot_op("indexer_k_quant_and_cache", k, slot_mapping, _slots(kv_cache))(
+        k, kv_cache, slot_mapping, quant_block_size, kv_cache_dtype
+    )
 
 
 def cp_gather_indexer_k_quant_cache(

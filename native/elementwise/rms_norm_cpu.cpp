@@ -23,7 +23,8 @@ ALWAYS_INLINE float fold(float (&lane)[kLanes]) {
 }
 
 template <class T>
-ALWAYS_INLINE void scale_row(T* out, const T* x, const T* weight, int64_t n, float factor) {
+ALWAYS_INLINE void scale_row(T* __restrict out, const T* __restrict x, const T* __restrict weight,
+                             int64_t n, float factor) {
   if (weight != nullptr) {
     for (int64_t i = 0; i < n; ++i) {
       out[i] = from_float<T>(to_float(x[i]) * factor * to_float(weight[i]));
@@ -34,35 +35,29 @@ ALWAYS_INLINE void scale_row(T* out, const T* x, const T* weight, int64_t n, flo
 }
 
 template <class T>
-VECTORISED void norm_row(T* __restrict out, const T* __restrict x, const T* __restrict weight,
-                         int64_t n, float epsilon) {
+ALWAYS_INLINE float inverse_rms(const T* x, int64_t n, float epsilon) {
   float lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) lane[j] += to_float(x[i + j]) * to_float(x[i + j]);
   }
   for (int64_t j = 0; i + j < n; ++j) lane[j] += to_float(x[i + j]) * to_float(x[i + j]);
-  scale_row(out, x, weight, n, 1.0f / std::sqrt(fold(lane) / static_cast<float>(n) + epsilon));
+  return 1.0f / std::sqrt(fold(lane) / static_cast<float>(n) + epsilon);
+}
+
+template <class T>
+VECTORISED void norm_row(T* __restrict out, const T* __restrict x, const T* __restrict weight,
+                         int64_t n, float epsilon) {
+  scale_row(out, x, weight, n, inverse_rms(x, n, epsilon));
 }
 
 template <class T>
 VECTORISED void add_norm_row(T* __restrict x, T* __restrict residual, const T* __restrict weight,
                              int64_t n, float epsilon) {
-  float lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) {
-      const T z = from_float<T>(to_float(x[i + j]) + to_float(residual[i + j]));
-      residual[i + j] = z;
-      lane[j] += to_float(z) * to_float(z);
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    residual[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
   }
-  for (int64_t j = 0; i + j < n; ++j) {
-    const T z = from_float<T>(to_float(x[i + j]) + to_float(residual[i + j]));
-    residual[i + j] = z;
-    lane[j] += to_float(z) * to_float(z);
-  }
-  scale_row(x, residual, weight, n, 1.0f / std::sqrt(fold(lane) / static_cast<float>(n) + epsilon));
+  scale_row(x, residual, weight, n, inverse_rms(residual, n, epsilon));
 }
 
 template <class T>

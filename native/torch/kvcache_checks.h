@@ -31,6 +31,7 @@ struct Arg {
   const int64_t* strides;
   ScalarType dtype;
   int32_t device_type, device_index;
+  int64_t item;  // bytes
   void* data;
 
   int64_t size(int64_t d) const { return sizes[d < 0 ? d + dim : d]; }
@@ -83,6 +84,15 @@ class Checks {
   const char* op_;
   int32_t device_type_, device_index_;
 };
+
+// The format named by "fp8", "fp8_e4m3" or "fp8_e5m2"; raises for any other text.
+KvFormat parse_fp8(const Checks& checks, const char* arg, const std::string& text);
+
+inline int64_t item_bytes(const Arg& a) { return a.item; }
+
+// The address that kernels read host memory at: itself on the CPU; on a GPU the device's address of
+// pinned memory, and an error for any other. Defined once a library.
+const uint8_t* host_pointer(const Checks& checks, const Arg& host);
 
 // Makes the tensors' device current and names the stream to launch on (null on the CPU). Defined
 // once a library.

@@ -9,6 +9,10 @@ namespace kvcache_glue {
 Launch::Launch(const Arg& /*where*/) {}
 Launch::~Launch() = default;
 
+const uint8_t* host_pointer(const Checks& /*checks*/, const Arg& host) {
+  return static_cast<const uint8_t*>(host.data);
+}
+
 }  // namespace kvcache_glue
 
 namespace cpu {

@@ -10,4 +10,14 @@ Launch::Launch(const Arg& where)
 
 Launch::~Launch() { delete static_cast<gpu::DeviceGuard*>(guard_); }
 
+const uint8_t* host_pointer(const Checks& checks, const Arg& host) {
+  if (host.numel() == 0) return static_cast<const uint8_t*>(host.data);
+  void* device = nullptr;
+  if (GPU_NAME(HostGetDevicePointer)(&device, host.data, 0) != gpu::kSuccess) {
+    (void)GPU_NAME(GetLastError)();
+    checks.fail(host.name, "pageable memory", "pinned host memory");
+  }
+  return static_cast<const uint8_t*>(device);
+}
+
 }  // namespace kvcache_glue
