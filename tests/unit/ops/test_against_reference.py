@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_cases import Case, all_cases, storage
+from ops_cases import all_cases, sample
 from ops_checks import check
+from ops_maker import Case, storage
 
 import kvcache_ops
 
-CASES = all_cases()
 
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_against_reference(case: Case) -> None:
     check(case)
-
-
-def sample(per_op: int) -> list[Case]:
-    """A few cases of every op, spread over its list."""
-    by_op: dict[str, list[Case]] = {}
-    for case in CASES:
-        by_op.setdefault(case.op, []).append(case)
-    return [c for cases in by_op.values() for c in cases[:: max(1, len(cases) // per_op)]]
 
 
 @pytest.mark.parametrize("case", sample(8), ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 import kvcache_ops
 
-FORMATS = [("fp8", torch.float8_e4m3fn), ("fp8_e4m3", torch.float8_e4m3fn)] + [
-    ("fp8_e5m2", torch.float8_e5m2)
+FORMATS = [
+    ("fp8", torch.float8_e4m3fn),
+    ("fp8_e4m3", torch.float8_e4m3fn),
+    ("fp8_e5m2", torch.float8_e5m2),
 ]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -68,7 +71,7 @@ def test_encode_all_codes(kv_dtype: str, fmt: torch.dtype, dtype: torch.dtype) -
 @pytest.mark.parametrize(("kv_dtype", "fmt"), FORMATS)
 def test_ties_go_to_even_and_large_values_saturate(kv_dtype: str, fmt: torch.dtype) -> None:
     finite = sorted({v for c in range(128) if math.isfinite(v := value_of(c, fmt))})
-    pairs = zip(finite, finite[1:], strict=False)
+    pairs = itertools.pairwise(finite)
     middle = torch.tensor([(a + b) / 2 for a, b in pairs], dtype=torch.float32)
     above = torch.nextafter(middle, torch.tensor(math.inf))
     below = torch.nextafter(middle, torch.tensor(0.0))
