@@ -115,6 +115,9 @@ class Settings:
     debug: bool = _setting(False, "COMMUNICATORS_DEBUG", _flag, "0 or 1")
     """Extra checks before each collective (shapes compared across ranks on the host)."""
 
+    check_slot_bounds: bool = _setting(False, "KVCACHE_OPS_CHECK_BOUNDS", _flag, "0 or 1")
+    """Cache writes raise for a slot past the cache, which they otherwise skip (synchronizes)."""
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Reads the variables; SettingsError for one whose value is not accepted."""
