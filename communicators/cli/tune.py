@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Starts the ranks, or is one of them when torchrun has started it."""
-    if "RANK" in os.environ:
-        return _rank(args)
     import torch
 
+    if torch.distributed.is_torchelastic_launched():
+        return _rank(args)
     ranks = args.ranks or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import kvcache_ops as ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import kvcache_ops as ops
 
 from .config import LlamaConfig
 from .kv_cache import LayerCache, PagedKVCache

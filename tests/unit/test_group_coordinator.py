@@ -1,4 +1,4 @@
-"""GroupCoordinator and parallel_state over CPU ranks: every collective, worlds 1 to 8, any layout."""
+"""GroupCoordinator and parallel_state over CPU ranks: all calls, worlds 1 to 8, any layout."""
 
 import contextlib
 import os
@@ -232,6 +232,7 @@ def test_wrong_arguments_are_sentences_and_change_nothing():
 
 def traced(rank, key):
     with world_of(rank, key) as world:
+
         def layer(x):
             y = world.all_reduce(x * 2)
             world.all_reduce_(y)
