@@ -85,7 +85,7 @@ class Capability:
     def refuses(self, request: Request) -> Refusal | None:
         """Why `request` is not admitted, or None when it is."""
         if request.op not in self.ops:
-            return Refusal(f"{request.op} is not one of its ops: {', '.join(sorted(self.ops))}")
+            return Refusal(f"it does only {', '.join(sorted(self.ops))}")
         if request.mode not in self.modes:
             return Refusal(f"it does not run in mode {request.mode!r}")
         reduces = request.op in ("all_reduce", "reduce_scatter")

@@ -112,17 +112,22 @@ class Dispatcher:
             f"group {self.group.name}: rank {self.group.rank} of {self.group.world_size}, "
             f"{self.device}, table: {self.table.source}"
         ]
-        modes = ("eager", "capture") if self._on_cuda else ("eager",)
-        for mode in modes:
+        for mode in ("eager", "capture") if self._on_cuda else ("eager",):
+            alike: dict[tuple[str, ...], list[str]] = {}
             for op in OPS:
-                for low, high, choice in self._ranges(op, dtype, mode):
-                    lines.append(
-                        f"  {op}, {dtype_name(dtype)}, {mode}, {_span(low, high)}: "
-                        f"{choice.communicator or 'nothing'} ({choice.reason})"
-                    )
-                    lines += [f"      not {name}: {why}" for name, why in choice.refused.items()]
-        lines += [f"  not opened, {name}: {why}" for name, why in self.refused.items()]
+                answer = tuple(self._answer(op, dtype, mode))
+                alike.setdefault(answer, []).append(op)
+            for answer, ops in alike.items():
+                lines.append(f"  {', '.join(ops)}; {dtype_name(dtype)}, {mode}:")
+                lines += answer
+        lines += [f"  not opened: {name}: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
+
+    def _answer(self, op: str, dtype: torch.dtype, mode: str) -> Iterator[str]:
+        for low, high, choice in self._ranges(op, dtype, mode):
+            yield f"    {_span(low, high)}: {choice.communicator or 'nothing'}, {choice.reason}"
+            for name, why in choice.refused.items():
+                yield f"      not {name}: {why}"
 
     def _ranges(
         self, op: str, dtype: torch.dtype, mode: str

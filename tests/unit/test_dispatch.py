@@ -134,11 +134,13 @@ def dispatcher(group, table=EMPTY):
 def test_what_explain_prints_is_what_runs():
     (d,) = run_ranks(1, dispatcher)
     text = d.explain()
-    assert "all_reduce, bfloat16, eager, up to 1 KB: small" in text
-    assert "all_reduce, bfloat16, eager, above 1 KB: all" in text
-    assert "all_gather, bfloat16, eager, any size: all" in text
-    assert "gather, bfloat16, eager, any size: nothing" in text
-    assert "not opened, absent: no such device" in text
+    assert "  all_reduce; bfloat16, eager:\n    up to 1 KB: small, the first in order" in text
+    assert "\n    above 1 KB: all, the first in order" in text
+    assert "\n      not small: 2048 bytes" not in text, "the reason is of the size asked about"
+    assert "  all_gather; bfloat16, eager:\n    any size: all" in text
+    assert "  reduce_scatter, gather, broadcast, send, recv; bfloat16, eager:" in text
+    assert "any size: nothing" in text
+    assert "not opened: absent: no such device" in text
     small, large = torch.zeros(512, dtype=torch.bfloat16), torch.zeros(513, dtype=torch.bfloat16)
     for tensor, name in ((small, "small"), (large, "all"), (small, "small")):
         before = {c.name: len(c.calls) for c in d.live}
