@@ -224,10 +224,13 @@ void Team::throw_late(const Waiting& waiting) {
 }
 
 void Team::throw_mismatch(int peer, uint64_t theirs) {
+  if (theirs == kWithdrawn) {
+    const Abort& abort = peers_[peer]->abort;
+    fail(static_cast<Code>(prim::load_acquire(abort.code)), abort.culprit, abort.text);
+  }
   fail(Code::kMismatch, peer,
        "rank " + std::to_string(rank_) + " calls " + describe(signature_) + " and rank " +
-           std::to_string(peer) + " calls " + describe(theirs) +
-           "; the calls must match");
+           std::to_string(peer) + " calls " + describe(theirs) + "; the calls must match");
 }
 
 void Team::fail(Code code, int culprit, const std::string& what) {
@@ -243,6 +246,9 @@ void Team::leave(Code code, int culprit, const std::string& text) {
   mine.culprit = culprit;
   std::strncpy(mine.text, text.c_str(), sizeof mine.text - 1);
   mine.code.store(static_cast<uint32_t>(code), std::memory_order_seq_cst);
+  if (code != Code::kClosed) {
+    for (Step& step : control_->steps) prim::store_release(step.signature, kWithdrawn);
+  }
   // Whoever waits for this rank looks around when woken.
   for (Step& step : control_->steps) wake(step.epoch);
   for (int peer = 0; peer < world_size_; ++peer) {

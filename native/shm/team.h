@@ -85,7 +85,7 @@ class Team {
   // Tells the peers that `epoch` is in place; `payload` travels with the flag.
   void publish(uint32_t epoch, const void* payload = nullptr, size_t bytes = 0) {
     Step& step = control_->steps[epoch % kSlots];
-    step.signature = signature_;
+    prim::store_relaxed(step.signature, signature_);
     if (bytes != 0) std::memcpy(step.payload, payload, bytes);
     // Sequentially consistent, as is the waiters' part: either they see the epoch before they
     // sleep or this sees that they are about to.
@@ -101,7 +101,9 @@ class Team {
       }
       known_[peer] = epoch;
     }
-    if (epoch == first_epoch_ && step.signature != signature_) throw_mismatch(peer, step.signature);
+    if (epoch != first_epoch_) return;
+    const uint64_t theirs = prim::load_acquire(step.signature);
+    if (theirs != signature_) throw_mismatch(peer, theirs);
   }
   void wait_all(uint32_t epoch) {
     for (int peer = 0; peer < world_size_; ++peer) {
