@@ -148,6 +148,11 @@ class PyNcclCommunicator(Communicator):
         """NCCL's ncclComm_t, or None before it is open and after its end."""
         return None if self._comm is None else self._comm.handle
 
+    @property
+    def windows(self) -> dict[int, Any]:
+        """Registered address -> window."""
+        return {} if self._comm is None else self._comm.windows
+
     # State
 
     @property
