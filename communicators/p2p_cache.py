@@ -93,10 +93,8 @@ class P2PCache:
             ],
         }
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            try:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.replace(file.name, self.path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            json.dump(content, file, indent=1)
+        try:
+            os.replace(file.name, self.path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)

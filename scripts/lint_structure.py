@@ -64,6 +64,7 @@ MAY_READ_ENVIRONMENT = {
     "communicators/parallel_state.py",  # WORLD_SIZE, RANK, LOCAL_RANK: torchrun's
     "communicators/cli/doctor.py",  # passes its own on to the trial ranks
     "communicators/cli/trial.py",
+    "communicators/p2p_worker.py",  # sets what CUDA reads, in a process of its own
 }
 
 

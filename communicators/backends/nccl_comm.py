@@ -11,15 +11,30 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ..bindings.pynccl_wrapper import NcclError, NCCLLibrary
-from ..errors import CommTimeoutError, CommunicatorError, NativeLibraryError, RefusedError
+from ..base import OPS
+from ..bindings.pynccl_wrapper import (
+    NcclError,
+    NCCLLibrary,
+    ncclDataTypeEnum,
+    ncclRedOpTypeEnum,
+)
+from ..errors import (
+    CommTimeoutError,
+    CommunicatorError,
+    InvalidArgumentError,
+    NativeLibraryError,
+    RefusedError,
+)
 
 _log = logging.getLogger(__name__)
+
+_SUM = int(ncclRedOpTypeEnum.ncclSum)
+_BYTE = int(ncclDataTypeEnum.ncclUint8)  # data that is only moved has no other type
 
 
 def bounded(call: Callable[[], Any], limit_s: float, what: str) -> Any:
@@ -86,6 +101,82 @@ class NcclComm:
             raise RefusedError(
                 f"NCCL on rank {self.rank} is unusable: {self.broken or 'it was destroyed'}"
             )
+
+    @contextlib.contextmanager
+    def failures(self, op: str) -> Iterator[None]:
+        """Within: an NCCL error gets the op and the rank, and ends the communicator."""
+        try:
+            yield
+        except NcclError as error:
+            self.broken = f"{op} failed: {error}"
+            raise NcclError(f"{op} on rank {self.rank}: {error}", error.code) from error
+
+    @contextlib.contextmanager
+    def grouped(self) -> Iterator[None]:
+        """Within: operations are started together, so none waits for a later one."""
+        self.nccl.ncclGroupStart()
+        try:
+            yield
+        finally:
+            self.nccl.ncclGroupEnd()
+
+    def enqueue(
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int,
+        stream: Any,
+        reduction: int = _SUM,
+    ) -> None:
+        """One collective of base.OPS on contiguous tensors of fitting sizes, on a raw stream."""
+        nccl, comm = self.nccl, self.handle
+        source, sent = (0, 0) if inp is None else (inp.data_ptr(), inp.nbytes)
+        target, received = (0, 0) if out is None else (out.data_ptr(), out.nbytes)
+        with self.failures(op):
+            if op == "all_reduce" and inp is not None:
+                dtype = ncclDataTypeEnum.from_torch(inp.dtype)
+                nccl.ncclAllReduce(source, target, inp.numel(), dtype, reduction, comm, stream)
+            elif op == "reduce_scatter" and out is not None:
+                dtype = ncclDataTypeEnum.from_torch(out.dtype)
+                nccl.ncclReduceScatter(source, target, out.numel(), dtype, reduction, comm, stream)
+            elif op == "all_gather":
+                nccl.ncclAllGather(source, target, sent, _BYTE, comm, stream)
+            elif op == "gather":
+                with self.grouped():
+                    nccl.ncclSend(source, sent, _BYTE, root, comm, stream)
+                    for peer in range(self.world_size if self.rank == root else 0):
+                        at = target + peer * sent
+                        nccl.ncclRecv(at, sent, _BYTE, peer, comm, stream)
+            elif op == "broadcast":
+                nccl.ncclBroadcast(target, target, received, _BYTE, root, comm, stream)
+            elif op == "send":
+                nccl.ncclSend(source, sent, _BYTE, root, comm, stream)
+            elif op == "recv":
+                nccl.ncclRecv(target, received, _BYTE, root, comm, stream)
+            else:
+                raise InvalidArgumentError(f"{op!r} is not one of {', '.join(OPS)}")
+
+    def all_gather_ragged(
+        self, parts: Sequence[torch.Tensor], inp: torch.Tensor, stream: Any
+    ) -> None:
+        """Rank r's `inp` into `parts[r]` of every rank: a broadcast from each."""
+        nccl, comm, source = self.nccl, self.handle, inp.data_ptr()
+        with self.failures("all_gather"), self.grouped():
+            for root, part in enumerate(parts):
+                nccl.ncclBroadcast(source, part.data_ptr(), part.nbytes, _BYTE, root, comm, stream)
+
+    def reduce_scatter_ragged(
+        self, out: torch.Tensor, parts: Sequence[torch.Tensor], stream: Any, reduction: int
+    ) -> None:
+        """The sum of the ranks' `parts[r]` into rank r's `out`: a reduction to each."""
+        nccl, comm, target = self.nccl, self.handle, out.data_ptr()
+        dtype = ncclDataTypeEnum.from_torch(out.dtype)
+        with self.failures("reduce_scatter"), self.grouped():
+            for root, part in enumerate(parts):
+                nccl.ncclReduce(
+                    part.data_ptr(), target, part.numel(), dtype, reduction, root, comm, stream
+                )
 
     def check(self) -> None:
         """NcclError, after an abort, when NCCL has found a failure in the background."""
