@@ -15,6 +15,15 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .backends.cpu import (
         CpuCommunicator as CpuCommunicator,
     )
+    from .backends.hpu import (
+        HpuCommunicator as HpuCommunicator,
+    )
+    from .backends.npu import (
+        NpuCommunicator as NpuCommunicator,
+    )
+    from .backends.xpu import (
+        XpuCommunicator as XpuCommunicator,
+    )
     from .base import (
         Capability as Capability,
     )
@@ -117,6 +126,9 @@ _HOMES = {
     "group_coordinator": ("GroupCoordinator",),
     "settings": ("Settings",),
     "backends.cpu": ("CpuCommunicator",),
+    "backends.hpu": ("HpuCommunicator",),
+    "backends.npu": ("NpuCommunicator",),
+    "backends.xpu": ("XpuCommunicator",),
     "parallel_state": (
         "destroy_distributed_environment",
         "destroy_model_parallel",
