@@ -1,14 +1,15 @@
 """MessageQueue: one writer sends objects to every reader, on this host and on others.
 
-Readers on the writer's host share a ring in memory with it (shm_ring.py, native/shm/ring.h); readers
-on other hosts are served over ZeroMQ (remote_queue.py). Every reader gets every message, in order,
-once. A small message is copied into a slot of the ring; large buffers (numpy arrays, CPU tensors)
-and long pickles go into a block of the ring's arena, one for each message, where
+Readers on the writer's host share a ring in memory with it (shm_ring.py, native/shm/ring.h);
+readers on other hosts are served over ZeroMQ (remote_queue.py). Every reader gets every message, in
+order, once. A small message is copied into a slot of the ring; large buffers (numpy arrays, CPU
+tensors) and long pickles go into a block of the ring's arena, one for each message, where
 `dequeue(copy=False)` lets a reader use them in place.
 
-Every blocking call takes `timeout`, in seconds; None is COMMUNICATORS_TIMEOUT_S, `math.inf` waits as
-long as the other side lives. CommTimeoutError names who is late; PeerDiedError says that a process
-is gone; QueueClosedError that the other side, or another thread of this one, has closed the queue.
+Every blocking call takes `timeout`, in seconds; None is COMMUNICATORS_TIMEOUT_S, `math.inf` waits
+as long as the other side lives. CommTimeoutError names who is late; PeerDiedError says that a
+process is gone; QueueClosedError that the other side, or another thread of this one, has closed the
+queue.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class MessageQueue:
             from .remote_queue import RemoteWriter  # needs pyzmq, so only here
 
             remote = RemoteWriter(n_reader - n_local_reader, max_chunks, connect_ip, settings)
+        if writer is not None and remote is not None:
+            writer.others_left, remote.others_left = remote.any_left, writer.any_left
         handle = Handle(
             version=_VERSION,
             n_reader=n_reader,
@@ -197,7 +200,9 @@ class MessageQueue:
             )
         from .remote_queue import RemoteReader  # needs pyzmq, so only here
 
-        remote = RemoteReader(handle.remote_address, handle.remote_key, rank, settings)
+        remote = RemoteReader(
+            handle.remote_address, handle.remote_key, rank, handle.max_chunks, settings
+        )
         queue._set_up(handle, settings, remote_reader=remote)
         return queue
 
@@ -271,8 +276,7 @@ class MessageQueue:
         parts, buffers = encoder.parts, encoder.buffers
         if self._remote_writer is not None:
             self._remote_writer.wait_for_room(deadline)
-        if self._writer is not None:
-            self._writer.wait_for_slot(deadline)
+        if self._writer is not None and self._writer.wait_for_slot(deadline):
             size = sum(memoryview(part).nbytes for part in parts)
             if not buffers and size <= self._handle.max_chunk_bytes:
                 self._try_write(self._ring, b"".join(parts), size)
@@ -338,6 +342,11 @@ class MessageQueue:
         stream, *buffers = self._remote_reader.take()
         return decode(stream, buffers)
 
+    @property
+    def rejected(self) -> int:
+        """On the writer: connections and frames at its TCP port that were not a reader's."""
+        return self._remote_writer.rejected if self._remote_writer is not None else 0
+
     def broadcast_object(self, obj: Any = None, timeout: float | None = None) -> Any:
         """The writer sends `obj` and returns it; a reader returns what it received."""
         if self._encoder is None:
@@ -356,17 +365,17 @@ class MessageQueue:
             size = self._handle.max_chunk_bytes
             if self._remote_writer is not None:
                 self._remote_writer.wait_for_room(deadline)
-            if self._writer is None:
+            has_slot = self._writer is not None and self._writer.wait_for_slot(deadline)
+            if self._writer is None or not has_slot:
                 chunk = memoryview(bytearray(size))
             else:
-                self._writer.wait_for_slot(deadline)
                 begin = api().slot_payload(self._ring) - self._writer.ring.base
                 chunk = self._writer.ring.view[begin : begin + size]
             with chunk:
                 yield chunk
                 if self._remote_writer is not None:
                     self._remote_writer.send(RAW, [bytes(chunk)], [])
-            if self._writer is not None:
+            if has_slot:
                 api().publish(self._ring, RAW, size, 0)
 
     @contextlib.contextmanager

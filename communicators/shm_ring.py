@@ -21,7 +21,7 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .bindings.ring_api import Taken, api
@@ -219,6 +219,12 @@ class RingWriter:
             settings.queue_spin_us * 1000,
         )
         self._processes: dict[int, Process] = {}
+        self.others_left: Callable[[], bool] = lambda: False  # readers that are not in this ring
+
+    def any_left(self) -> bool:
+        """Whether a reader is there or still expected."""
+        infos = (self.ring.reader_info(reader) for reader in range(self.ring.n_reader))
+        return any(state in (ABSENT, JOINED) for state, *_ in infos)
 
     def drop_dead(self) -> None:
         """Lets go of readers whose process has ended. PeerDiedError if no other reader is left."""
@@ -235,7 +241,7 @@ class RingWriter:
             alive += state in (ABSENT, JOINED)
             if state == DEAD:
                 died.append(self.ranks[reader])
-        if alive == 0:
+        if alive == 0 and not self.others_left():
             if died:
                 raise PeerDiedError(
                     f"message queue: no reader is left; the process of rank "
@@ -257,12 +263,15 @@ class RingWriter:
                 raise CommTimeoutError(f"message queue: {self._late(deadline)}")
             again = 1
 
-    def wait_for_slot(self, deadline: Deadline) -> None:
-        """Returns once a slot may be written."""
+    def wait_for_slot(self, deadline: Deadline) -> bool:
+        """Waits until a slot may be written; False when nobody is left in this ring to read it."""
         while not api().has_slot(self.handle):
             self.wait(deadline)
             if not api().has_slot(self.handle):
-                self.drop_dead()  # raises when nobody is left to write for
+                self.drop_dead()
+                if not self.any_left():
+                    return False
+        return True
 
     def _late(self, deadline: Deadline) -> str:
         reader = api().slowest(self.handle)
