@@ -18,6 +18,7 @@ preference and picks one for each request.
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -151,6 +152,10 @@ class Communicator(abc.ABC):
             root: rank of the root in the group (gather, broadcast), or of the peer (send, recv).
         Raises CommunicatorError or a subclass; after one the communicator stays unusable.
         """
+
+    def capture(self) -> contextlib.AbstractContextManager[None]:
+        """A scope around the capture of a CUDA graph. Most communicators need nothing there."""
+        return contextlib.nullcontext()
 
     def release(self) -> None:
         """Gives the resources back. Called once, by close(), also after a failed open."""

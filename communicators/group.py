@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from .errors import CommMismatchError, CommTimeoutError, InvalidArgumentError, PeerDiedError
 from .settings import Settings
@@ -34,7 +35,7 @@ class Group:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world_size: int,
         *,
@@ -57,7 +58,7 @@ class Group:
         # of the same name does not read the first one's keys.
         generation = store.add(f"communicators/{name}/generation/{rank}", 1)
         self.name = f"{name}.{generation}"
-        self._store = dist.PrefixStore(f"communicators/{self.name}", store)
+        self._store = PrefixStore(f"communicators/{self.name}", store)
         self._sequence = 0
         self._sent: dict[int, int] = {}
         self._received: dict[int, int] = {}
@@ -153,7 +154,7 @@ class Group:
 
     def _set(self, key: str, payload: bytes) -> None:
         try:
-            self._store.set(key, payload)
+            self._store.set(key, payload)  # type: ignore[arg-type]  # bytes are stored as they are
         except dist.DistError as error:
             raise self._store_gone(error) from error
 
@@ -169,7 +170,7 @@ class Group:
         try:
             self._store.wait(keys, datetime.timedelta(seconds=deadline))
             return
-        except dist.DistError as error:
+        except RuntimeError as error:  # DistStoreError of a TCPStore, plain of a FileStore
             if time.monotonic() - started < 0.9 * deadline:
                 raise self._store_gone(error) from error
         owners = range(self.world_size) if owners is None else owners

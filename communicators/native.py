@@ -7,15 +7,17 @@ compared here: a library left over from another build would take wrong arguments
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
+import re
 from pathlib import Path
 
 import torch
 
-from .errors import NativeLibraryError
+from . import __version__, errors
+from .errors import CommunicatorError, NativeLibraryError
 
-VERSION = "0.1.0"
 _DISTRIBUTION = "device-communicators"
 
 
@@ -62,9 +64,9 @@ def load(name: str) -> Path:
         path = library_path("cpu")
         _load(path)
         version = torch.ops.communicators.native_version()
-        if version != VERSION:
+        if version != __version__:
             raise NativeLibraryError(
-                f"{path} is version {version}, and the Python package is {VERSION}; "
+                f"{path} is version {version}, and the Python package is {__version__}; "
                 "install or compile it again"
             )
         return path
@@ -79,3 +81,27 @@ def load(name: str) -> Path:
         _load(path)
         return path
     raise ValueError(f"no native library is named {name!r}; there are 'cpu' and 'cuda'")
+
+
+_TAGGED = re.compile(r"(\w+): (.*)", re.DOTALL)
+
+
+def typed(error: RuntimeError) -> RuntimeError:
+    """The exception that an error of a native operator stands for.
+
+    Native code starts its texts with the name of a class of errors.py; an error without one is
+    returned as it is. When a signal handler raised while native code waited (Ctrl-C), what it
+    raised is raised here instead.
+    """
+    match = _TAGGED.match(str(error))
+    if match is None:
+        return error
+    tag, text = match.groups()
+    if tag == "Interrupted":
+        # PyDLL raises the Python exception that the call leaves set.
+        ctypes.PyDLL(str(load("cpu"))).communicators_reraise()
+        return CommunicatorError(text)
+    kind = getattr(errors, tag, None)
+    if isinstance(kind, type) and issubclass(kind, CommunicatorError):
+        return kind(text)
+    return error

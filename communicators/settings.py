@@ -47,10 +47,13 @@ class _Variable:
     name: str
     parse: Callable[[str], Any]
     accepted: str
+    empty: bool = False  # an empty value means something other than an unset variable
 
 
-def _setting(default: Any, name: str, parse: Callable[[str], Any], accepted: str) -> Any:
-    return field(default=default, metadata={"env": _Variable(name, parse, accepted)})
+def _setting(
+    default: Any, name: str, parse: Callable[[str], Any], accepted: str, empty: bool = False
+) -> Any:
+    return field(default=default, metadata={"env": _Variable(name, parse, accepted, empty)})
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,33 @@ class Settings:
     nccl_so_path: str = _setting("", "COMMUNICATORS_NCCL_SO_PATH", str, "path of a libnccl")
     """The NCCL library to load, instead of the one that torch brings."""
 
+    p2p_probe: bool = _setting(True, "COMMUNICATORS_P2P_PROBE", _flag, "0 or 1")
+    """Prove peer access with a real copy, once a machine and boot; 0 trusts the driver's claims."""
+
+    p2p_probe_timeout_s: float = _setting(
+        60.0, "COMMUNICATORS_P2P_PROBE_TIMEOUT_S", _seconds, "seconds, a positive number"
+    )
+    """Deadline of that proof for all pairs together; a pair without an answer counts as failed."""
+
+    cache_dir: str = _setting("", "COMMUNICATORS_CACHE_DIR", str, "a directory")
+    """Where proofs of peer access are kept; by default ~/.cache/communicators."""
+
+    symmetric_memory: bool = _setting(False, "COMMUNICATORS_SYMMETRIC_MEMORY", _flag, "0 or 1")
+    """Let `use_symmetric_memory` take tensors from NCCL's allocator and register them."""
+
+    cuda_visible_devices: str | None = _setting(
+        None, "CUDA_VISIBLE_DEVICES", str, "indices or UUIDs, separated by commas", empty=True
+    )
+    """CUDA's own variable: which GPUs this process may use. None: all. "": none."""
+
+    cuda_device_order: str = _setting("", "CUDA_DEVICE_ORDER", str, "FASTEST_FIRST or PCI_BUS_ID")
+    """CUDA's own variable: the order of the GPUs that indices count."""
+
     debug: bool = _setting(False, "COMMUNICATORS_DEBUG", _flag, "0 or 1")
     """Extra checks before each collective (shapes compared across ranks on the host)."""
+
+    check_slot_bounds: bool = _setting(False, "KVCACHE_OPS_CHECK_BOUNDS", _flag, "0 or 1")
+    """Cache writes raise for a slot past the cache, which they otherwise skip (synchronizes)."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -104,7 +132,7 @@ class Settings:
         for item in fields(cls):
             variable: _Variable = item.metadata["env"]
             text = environment.get(variable.name)
-            if text is None or text == "":
+            if text is None or (text == "" and not variable.empty):
                 continue
             try:
                 values[item.name] = variable.parse(text)

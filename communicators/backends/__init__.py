@@ -1,0 +1,98 @@
+"""The communicators, one file each, and their order of preference for each kind of device."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ..base import Communicator
+from ..dispatcher import Dispatcher, table_directories
+from ..errors import TopologyError
+from ..group import Group
+from ..settings import Settings
+from ..tables import Table, load
+from ..topology import Unknown, VisibleGpu, local_facts, probe_gpus
+from .torch_distributed import TorchDistributedCommunicator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TORCH_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl", "npu": "hccl"}
+
+
+def torch_backend(device_type: str) -> str:
+    """The torch.distributed backend for a kind of device; TopologyError for an unknown kind."""
+    if device_type not in _TORCH_BACKENDS:
+        raise TopologyError(
+            f"device type {device_type!r} is not one of {', '.join(sorted(_TORCH_BACKENDS))}"
+        )
+    return _TORCH_BACKENDS[device_type]
+
+
+def new_process_group(backend: str, ranks: Sequence[int], settings: Settings) -> dist.ProcessGroup:
+    """A torch process group over `ranks`; only they call it, so any subset works."""
+    return dist.new_group(
+        list(ranks),
+        timeout=datetime.timedelta(seconds=settings.timeout_s),
+        backend=backend,
+        use_local_synchronization=True,
+    )
+
+
+def candidates(device_type: str) -> list[Callable[[Group, torch.device], Communicator]]:
+    """Constructors of the communicators for a kind of device, in order of preference."""
+    if device_type == "cpu":
+        from .cpu import CpuCommunicator
+
+        return [CpuCommunicator]
+    return []
+
+
+def machine_shape(group: Group, device: torch.device) -> tuple[str, str]:
+    """(product name, link) by which a measured table is found; the same on all ranks.
+
+    The link is "NV<n>" when n NVLinks connect each pair of the group's GPUs, else "". Collective.
+    """
+    if device.type == "cpu":
+        return f"CPU {platform.machine()}", ""
+    facts = group.gather_objects("machine shape", local_facts(group.rank, device))
+    gpus = [fact.device.gpu for fact in facts if isinstance(fact.device, VisibleGpu)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if len(gpus) < group.world_size:
+        return name, ""
+    links = {
+        peer.nvlinks if (peer := gpu.peer(other.uuid)) is not None else None
+        for gpu in gpus
+        for other in gpus
+        if gpu is not other
+    }
+    same = links.pop() if len(links) == 1 else None
+    return name, f"NV{same}" if same else ""
+
+
+def driver_version(device: torch.device) -> str:
+    """The GPU driver's version, or the kernel's for a CPU."""
+    if device.type == "cuda":
+        gpus = probe_gpus()
+        return "unknown" if isinstance(gpus, Unknown) or not gpus else gpus[0].driver
+    return platform.release()
+
+
+def machine_table(group: Group, device: torch.device) -> Table:
+    """The measured table for this machine shape, or the empty one. Collective."""
+    name, link = machine_shape(group, device)
+    return load(name, link, group.world_size, table_directories(group.settings.table_dir))
+
+
+def open_dispatcher(
+    group: Group, device: torch.device, process_group: dist.ProcessGroup
+) -> Dispatcher:
+    """Opens every candidate for `device`, and the fallback last. Collective over the group."""
+    opened = [construct(group, device) for construct in candidates(device.type)]
+    opened.append(TorchDistributedCommunicator(group, device, process_group))
+    return Dispatcher(group, device, opened, machine_table(group, device))

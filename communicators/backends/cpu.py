@@ -1,0 +1,268 @@
+"""CpuCommunicator: collectives between the processes of one host, through shared memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import native, shm
+from ..arguments import check_dim, check_peer, check_root
+from ..base import OPS, Capability, Communicator, Refusal
+from ..errors import (
+    CommMismatchError,
+    InvalidArgumentError,
+    NativeLibraryError,
+    RefusedError,
+)
+from ..group import Group
+from ..settings import Settings
+from ..tensor_dict import join_tensors, split_tensors
+
+_SUMMED = frozenset(
+    {
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a rank runs: ranks reach each other's memory if these are equal."""
+
+    boot_id: str  # of the host's kernel
+    network: int  # inode of the network namespace, in which the descriptors are sent
+    user: int
+
+    @classmethod
+    def mine(cls) -> _Home:
+        return cls(
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.stat("/proc/self/ns/net").st_ino,
+            os.getuid(),
+        )
+
+
+class CpuCommunicator(Communicator):
+    """Every collective for CPU tensors, between 2 to 64 processes of one host.
+
+    Sums are added in rank order, in fp32 for fp32, fp16 and bf16 (fp64 in fp64, integers exactly),
+    and rounded once: the same bits on every rank, for every size. Waiting ranks spin for a short
+    time and then sleep. Every call raises CommTimeoutError when a peer is `timeout_s` late,
+    PeerDiedError when its process is gone and CommMismatchError when it makes another call; the
+    others learn of it, and the communicator stays unusable. One thread at a time may call.
+
+    The memory has no name, so nothing is left in /dev/shm, whichever process is killed.
+    """
+
+    name = "cpu_shm"
+
+    def __init__(
+        self, group: Group, device: torch.device, settings: Settings | None = None
+    ) -> None:
+        self._handle = -1  # of the native side, while it is live
+        self._ops: dict[str, Callable[..., Any]] = {}
+        super().__init__(group, device, settings)
+
+    def capability(self) -> Capability | Refusal:
+        if self.device.type != "cpu":
+            return Refusal(f"it is for the CPU, and the group's device is {self.device}")
+        if not sys.platform.startswith("linux"):
+            return Refusal(f"it needs Linux, this is {sys.platform}")
+        if not 2 <= self.group.world_size <= 64:
+            return Refusal(f"world size {self.group.world_size} is not in 2..64")
+        try:
+            native.load("cpu")
+        except NativeLibraryError as error:
+            return Refusal(str(error))
+        return Capability(frozenset(OPS), dtypes=_SUMMED)
+
+    def allocate(self) -> Any:
+        self._handle = shm.init_shm_manager(
+            self.group.name, self.group.world_size, self.group.rank, self.settings
+        )
+        return _Home.mine(), uuid.uuid4().hex[:12]
+
+    def rendezvous(self, handles: Sequence[Any]) -> None:
+        homes = [home for home, _ in handles]
+        for rank, home in enumerate(homes):
+            if home.boot_id != homes[0].boot_id:
+                raise RefusedError(f"ranks 0 and {rank} are on different hosts")
+            if home != homes[0]:
+                raise RefusedError(
+                    f"ranks 0 and {rank} are in different network namespaces or of different users"
+                )
+        # Rank 0's random number: another job may well have a group of this name.
+        shm.join_shm_manager(self._handle, f"{self.group.name}/{handles[0][1]}")
+        ops = torch.ops.communicators
+        self._ops = {
+            "all_reduce_": ops.shm_all_reduce_.default,
+            "all_reduce_out": ops.shm_all_reduce_out.default,
+            "all_reduce": ops.shm_all_reduce.default,
+            "all_gather": ops.shm_all_gather.default,
+            "gather": ops.shm_gather.default,
+            "reduce_scatter": ops.shm_reduce_scatter.default,
+            "broadcast_": ops.shm_broadcast_.default,
+            "send": ops.shm_send.default,
+            "recv_": ops.shm_recv_.default,
+            "barrier": ops.shm_barrier.default,
+        }
+
+    def release(self) -> None:
+        handle, self._handle, self._ops = self._handle, -1, {}
+        if handle >= 0:
+            shm.close_shm_manager(handle)
+
+    def run(
+        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+    ) -> None:
+        if op == "all_reduce":
+            if out is inp:
+                self._do("all_reduce_", out)
+            else:
+                self._do("all_reduce_out", out, inp)
+        elif op == "broadcast":
+            self._do("broadcast_", out, root)
+        elif op == "send":
+            self._do("send", inp, root)
+        elif op == "recv":
+            self._do("recv_", out, root)
+        elif op == "all_gather" and inp is not None:
+            self._do("all_gather", out, inp, inp.numel())
+        elif op == "gather" and inp is not None:
+            self._do("gather", out, inp, inp.numel(), root)
+        elif op == "reduce_scatter" and out is not None:
+            self._do("reduce_scatter", out, inp, out.numel())
+        else:
+            raise InvalidArgumentError(f"run({op!r}, out={out}, inp={inp}): see base.OPS")
+
+    def _do(self, name: str, *arguments: Any) -> Any:
+        """The native operator of this name; they all take the handle last."""
+        try:
+            return self._ops[name](*arguments, self._handle)
+        except (RuntimeError, KeyError) as error:
+            self.require_live()
+            for x in arguments:
+                if isinstance(x, torch.Tensor) and x.device.type != "cpu":
+                    raise InvalidArgumentError(
+                        f"{name}(x): x is on {x.device}; {self.name} is for the CPU"
+                    ) from None
+            if isinstance(error, KeyError):
+                raise
+            raise native.typed(error) from None
+
+    # -- the same, for tensors of any layout ---------------------------------------------------
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, as a new contiguous tensor."""
+        return self._do("all_reduce", x.contiguous())
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        """The same in place; returns `x`."""
+        if x.is_contiguous():
+            self._do("all_reduce_", x)
+            return x
+        staged = x.contiguous()
+        self._do("all_reduce_", staged)
+        return x.copy_(staged)
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Every rank's `x`, of one shape, joined along `dim` in rank order; a new tensor."""
+        dim = check_dim("all_gather", x, dim)
+        out = self._joined(x, dim)
+        self._do("all_gather", out, x.contiguous(), _inner(x, dim))
+        return out
+
+    def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+        """all_gather for rank `dst` alone; None on the others."""
+        dim = check_dim("gather", x, dim)
+        check_root("gather", "dst", dst, self.group.world_size)
+        out = self._joined(x, dim) if self.group.rank == dst else None
+        self._do("gather", out, x.contiguous(), _inner(x, dim), dst)
+        return out
+
+    def reduce_scatter(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Part `rank` of the sum of every rank's `x`, split evenly along `dim`; a new tensor."""
+        dim = check_dim("reduce_scatter", x, dim)
+        ranks = self.group.world_size
+        shape = list(x.shape) or [1]
+        if shape[dim] % ranks:
+            raise InvalidArgumentError(
+                f"reduce_scatter(x, dim={dim}): size {shape[dim]} of x {list(x.shape)} is not a "
+                f"multiple of the {ranks} ranks"
+            )
+        shape[dim] //= ranks
+        out = x.new_empty(shape)
+        self._do("reduce_scatter", out, x.contiguous(), _inner(out, dim))
+        return out
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Rank `src`'s content in every rank's `x`, in place; returns `x`."""
+        check_root("broadcast", "src", src, self.group.world_size)
+        staged = x.contiguous()
+        self._do("broadcast_", staged, src)
+        return x if staged is x else x.copy_(staged)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        self._do("barrier")
+
+    def send_tensor_list(self, tensors: Sequence[torch.Tensor], dst: int) -> None:
+        """Sends tensors, any number of any dtypes and shapes; large ones wait for the receiver."""
+        self._check_peer("send_tensor_list", "dst", dst)
+        shm.shm_send_tensor_list(self._handle, tensors, dst)
+
+    def recv_tensor_list(self, src: int) -> list[torch.Tensor]:
+        """The tensors of the next send_tensor_list of rank `src`."""
+        self._check_peer("recv_tensor_list", "src", src)
+        return shm.shm_recv_tensor_list(self._handle, src)
+
+    def send_tensor_dict(self, tensors: dict[str, Any], dst: int) -> None:
+        """Sends a dict of CPU tensors and other picklable values, nested dicts included."""
+        self._check_peer("send_tensor_dict", "dst", dst)
+        skeleton, parts = split_tensors(tensors)
+        shm.send_object(self._handle, skeleton, dst)
+        for part in parts:
+            shm.send(self._handle, part, dst)
+
+    def recv_tensor_dict(self, src: int) -> dict[str, Any]:
+        """The next dict that rank `src` sent with send_tensor_dict."""
+        self._check_peer("recv_tensor_dict", "src", src)
+        skeleton = shm.recv_object(self._handle, src)
+        if not isinstance(skeleton, dict):
+            raise CommMismatchError(
+                f"recv_tensor_dict: rank {src} sent something else, of type "
+                f"{type(skeleton).__name__}"
+            )
+        return join_tensors(
+            skeleton, lambda like: shm.recv_(self._handle, like.empty(self.device), src)
+        )
+
+    def _check_peer(self, call: str, argument: str, rank: int) -> None:
+        self.require_live()
+        check_peer(call, argument, rank, self.group.rank, self.group.world_size)
+
+    def _joined(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        shape = list(x.shape) or [1]
+        shape[dim] *= self.group.world_size
+        return x.new_empty(shape)
+
+
+def _inner(x: torch.Tensor, dim: int) -> int:
+    """Elements of `x` from `dim` on: what lies together of one rank when parts are joined."""
+    return math.prod(x.shape[dim:])

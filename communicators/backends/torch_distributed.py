@@ -1,0 +1,89 @@
+"""TorchDistributedCommunicator: the declared fallback, torch.distributed's own backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ..base import OPS, Capability, Communicator, Refusal
+from ..errors import CommTimeoutError, CommunicatorError
+from ..group import Group
+from ..settings import Settings
+
+# torch 2.13 renamed these two and warns at each call of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class TorchDistributedCommunicator(Communicator):
+    """Every collective over a torch.distributed process group: gloo, NCCL, or a vendor's.
+
+    It is last in every list: it takes whatever the others refuse, in any dtype and size, across
+    hosts. Its sums are in the backend's order, so they are not bit-identical to ours.
+
+    Args:
+        process_group: the group whose backend serves `device`; default: the one behind `group`.
+    """
+
+    name = "torch_distributed"
+
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        process_group: dist.ProcessGroup | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.process_group = process_group if process_group is not None else group.process_group
+        super().__init__(group, device, settings)
+
+    def capability(self) -> Capability | Refusal:
+        if self.process_group is None:
+            return Refusal("the group has no torch.distributed process group behind it")
+        backend = dist.get_backend(self.process_group)
+        modes = {"eager", "capture"} if backend == "nccl" else {"eager"}
+        return Capability(frozenset(OPS), modes=frozenset(modes), deterministic=False)
+
+    def run(
+        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+    ) -> None:
+        self.require_live()
+        try:
+            self._run(op, out, inp, root)
+        except dist.DistError as error:
+            raise CommunicatorError(f"{op} on rank {self.group.rank}: {error}") from error
+        except RuntimeError as error:
+            # gloo reports a late or dead peer as a RuntimeError with its own text.
+            if "imeout" in str(error) or "imed out" in str(error) or "closed by peer" in str(error):
+                raise CommTimeoutError(
+                    f"{op} on rank {self.group.rank} of {self.group.world_size}: {error}"
+                ) from error
+            raise
+
+    def _run(self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int) -> None:
+        group, global_root = self.process_group, self.group.ranks[root]
+        if op == "gather":
+            assert inp is not None
+            parts = None if out is None else list(out.view(self.group.world_size, -1).unbind(0))
+            dist.gather(inp.view(-1), parts, dst=global_root, group=group)
+        elif op == "send":
+            assert inp is not None
+            dist.send(inp, dst=global_root, group=group)
+        elif op == "recv":
+            assert out is not None
+            dist.recv(out, src=global_root, group=group)
+        elif op == "broadcast":
+            assert out is not None
+            dist.broadcast(out, src=global_root, group=group)
+        else:
+            assert out is not None and inp is not None
+            if op == "all_reduce":
+                if out is not inp:
+                    out.copy_(inp)
+                dist.all_reduce(out, group=group)
+            elif op == "all_gather":
+                _all_gather(out.view(-1), inp.view(-1), group=group)
+            elif op == "reduce_scatter":
+                _reduce_scatter(out.view(-1), inp.view(-1), group=group)
+            else:
+                raise CommunicatorError(f"{op!r} is not one of {OPS}")

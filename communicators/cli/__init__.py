@@ -1,0 +1,24 @@
+"""The `communicators` command: doctor, p2p-check, bench, tune. One module each, loaded on use."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+#: subcommand -> (module, what `--help` says). A module has add_arguments(parser) and run(args).
+COMMANDS = {
+    "doctor": ("doctor", "what this machine has, and which communicator serves each collective"),
+    "tune": ("tune", "measure the communicators on this machine and write its table"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status: 0 fine, 1 something is broken, 2 usage."""
+    parser = argparse.ArgumentParser(prog="communicators", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        importlib.import_module(f".{module}", __name__).add_arguments(subparser)
+    args = parser.parse_args(argv)
+    return importlib.import_module(f".{COMMANDS[args.command][0]}", __name__).run(args)

@@ -1,0 +1,175 @@
+"""Opens the communicators of a group once, picks one for each request, runs it, and explains.
+
+There is one ordered list of live communicators. It is what runs, what `explain()` prints and what
+the policy chooses from, so what is printed is what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name
+from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
+from .group import Group
+from .policy import Choice, choose
+from .tables import EMPTY, Table
+
+_MAX_PLANS = 4096  # choices remembered; a job has a few sizes, and a runaway must not grow for ever
+_ALIGNED = 256  # explain() asks about sizes that no `multiple` of a communicator refuses
+
+
+class Dispatcher:
+    """The communicators of one group on one device, and the choice between them.
+
+    Args:
+        group: the ranks.
+        device: where the tensors are.
+        communicators: opened ones, live or refused, in order of preference.
+        table: measured rows of this machine shape; must be the same on all ranks.
+
+    Raises CommMismatchError when the ranks hold different tables or communicators. Collective.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        communicators: Sequence[Communicator],
+        table: Table = EMPTY,
+    ) -> None:
+        self.group = group
+        self.device = device
+        self.table = table
+        self.live = [c for c in communicators if c.refusal is None]
+        self.refused: dict[str, Refusal] = {
+            c.name: c.refusal for c in communicators if c.refusal is not None
+        }
+        self._plans: dict[tuple[str, torch.dtype, int, bool], Communicator] = {}
+        self._on_cuda = device.type == "cuda"
+        facts = (table.digest, [c.name for c in self.live])
+        for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
+            if theirs != facts:
+                raise CommMismatchError(
+                    f"rank {group.rank} dispatches with table {facts[0]} ({table.source}) over "
+                    f"{facts[1]}, and rank {rank} with table {theirs[0]} over {theirs[1]}"
+                )
+
+    def select(self, request: Request) -> Choice:
+        """What the policy picks for `request`, and why. Pure; the same on every rank."""
+        live: list[tuple[str, Capability]] = [
+            (c.name, c.capabilities) for c in self.live if c.capabilities is not None
+        ]
+        return choose(request, live, self.table)
+
+    def run(
+        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+    ) -> None:
+        """Runs one collective on contiguous tensors; shapes as in base.OPS.
+
+        Raises CommunicatorError when nobody takes it, and whatever the communicator raises.
+        """
+        smaller = out if inp is None or op == "reduce_scatter" else inp
+        assert smaller is not None
+        capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
+        key = (op, smaller.dtype, smaller.nbytes, capturing)
+        communicator = self._plans.get(key)
+        if communicator is None:
+            communicator = self._plan(key, smaller)
+        communicator.run(op, out, inp, root)
+
+    def _plan(self, key: tuple[str, torch.dtype, int, bool], tensor: torch.Tensor) -> Communicator:
+        if tensor.device.type != self.device.type:
+            raise InvalidArgumentError(
+                f"{key[0]}: the tensor is on {tensor.device}; rank {self.group.rank} of group "
+                f"{self.group.name} works on {self.device}"
+            )
+        op, dtype, nbytes, capturing = key
+        choice = self.select(Request(op, dtype, nbytes, "capture" if capturing else "eager"))
+        if choice.communicator is None:
+            why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())
+            raise CommunicatorError(f"{choice.reason} on rank {self.group.rank} ({why})")
+        if len(self._plans) >= _MAX_PLANS:
+            self._plans.clear()
+        communicator = next(c for c in self.live if c.name == choice.communicator)
+        self._plans[key] = communicator
+        return communicator
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """A scope in which a CUDA graph may be captured; each live communicator prepares for it."""
+        with contextlib.ExitStack() as stack:
+            for communicator in self.live:
+                stack.enter_context(communicator.capture())
+            yield
+
+    def explain(self, dtype: torch.dtype = torch.bfloat16) -> str:
+        """What is used for which collective, by size, and why each other one is not."""
+        lines = [
+            f"group {self.group.name}: rank {self.group.rank} of {self.group.world_size}, "
+            f"{self.device}, table: {self.table.source}"
+        ]
+        modes = ("eager", "capture") if self._on_cuda else ("eager",)
+        for mode in modes:
+            for op in OPS:
+                for low, high, choice in self._ranges(op, dtype, mode):
+                    lines.append(
+                        f"  {op}, {dtype_name(dtype)}, {mode}, {_span(low, high)}: "
+                        f"{choice.communicator or 'nothing'} ({choice.reason})"
+                    )
+                    lines += [f"      not {name}: {why}" for name, why in choice.refused.items()]
+        lines += [f"  not opened, {name}: {why}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+    def _ranges(
+        self, op: str, dtype: torch.dtype, mode: str
+    ) -> list[tuple[int, int | None, Choice]]:
+        """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
+        bounds = {c.capabilities.max_bytes for c in self.live if c.capabilities is not None}
+        bounds |= {
+            row.up_to_bytes
+            for row in self.table.rows
+            if (row.op, row.dtype, row.mode) == (op, dtype_name(dtype), mode)
+        }
+        ends = sorted(bound for bound in bounds if bound is not None)
+        found: list[tuple[int, int | None, Choice]] = []
+        for low, high in zip([0, *ends], [*ends, None], strict=True):
+            inside = high if high is not None else low + _ALIGNED
+            choice = self.select(Request(op, dtype, inside // _ALIGNED * _ALIGNED, mode))
+            if found and _same(found[-1][2], choice):
+                found[-1] = (found[-1][0], high, found[-1][2])
+            else:
+                found.append((low, high, choice))
+        return found
+
+    def close(self) -> None:
+        """Closes every communicator; idempotent, no communication."""
+        self._plans.clear()
+        for communicator in self.live:
+            communicator.close()
+
+
+def _same(a: Choice, b: Choice) -> bool:
+    return a.communicator == b.communicator and set(a.refused) == set(b.refused)
+
+
+def _span(low: int, high: int | None) -> str:
+    if high is None:
+        return f"above {_size(low)}" if low else "any size"
+    return f"{_size(low)} to {_size(high)}" if low else f"up to {_size(high)}"
+
+
+def _size(nbytes: int) -> str:
+    for unit, shift in (("GB", 30), ("MB", 20), ("KB", 10)):
+        if nbytes >= 1 << shift and nbytes % (1 << shift) == 0:
+            return f"{nbytes >> shift} {unit}"
+    return f"{nbytes} B"
+
+
+def table_directories(directory: str) -> list[Path]:
+    """COMMUNICATORS_TABLE_DIR first when it is set, then the tables that ship."""
+    shipped = Path(__file__).with_name("tables")
+    return [Path(directory), shipped] if directory else [shipped]

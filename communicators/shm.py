@@ -1,0 +1,174 @@
+"""The functional interface of CPU shared memory, with the arguments of vLLM's ops of these names.
+
+    handle = init_shm_manager(name, group_size, rank)
+    join_shm_manager(handle, name)           # collective: returns once all ranks are there
+    shm_allreduce(handle, tensor)
+    close_shm_manager(handle)
+
+Any number of groups may be open at once. Tensors are contiguous and on the CPU. A handle is used
+by one thread at a time. Every call raises a subclass of CommunicatorError when a peer is late, dies
+or makes another call; after that the group is unusable.
+
+`communicators.CpuCommunicator` is the same for tensors of any layout, with a group's agreement.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+
+import torch
+
+from . import native
+from .errors import CommMismatchError, InvalidArgumentError
+from .settings import Settings
+
+
+def init_shm_manager(
+    name: str, group_size: int, rank: int, settings: Settings | None = None
+) -> int:
+    """Takes this rank's shared memory for a group and returns its handle. Local.
+
+    Args:
+        name: of the group; only used in the message of an error here.
+        group_size: ranks, 2 to 64, all on this host.
+        rank: of this process, 0..group_size-1.
+        settings: shm_dir, shm_bytes, timeout_s, spin_us; default: from the environment.
+    """
+    native.load("cpu")
+    settings = Settings.from_environment() if settings is None else settings
+    try:
+        return torch.ops.communicators.shm_open(
+            settings.shm_dir,
+            rank,
+            group_size,
+            settings.shm_bytes,
+            settings.timeout_s,
+            settings.spin_us,
+        )
+    except RuntimeError as error:
+        raise native.typed(error) from None
+
+
+def join_shm_manager(handle: int, name: str) -> str:
+    """Maps the peers' shared memory. Collective; returns `name`.
+
+    `name` is the same on all ranks and no other group of this user on this machine has it at the
+    same time.
+    """
+    try:
+        torch.ops.communicators.shm_join(handle, name)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+    return name
+
+
+def close_shm_manager(handle: int) -> None:
+    """Gives the memory back. Local: what peers have mapped stays until they close too."""
+    try:
+        torch.ops.communicators.shm_close(handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+
+
+def shm_allreduce(handle: int, data: torch.Tensor) -> None:
+    """Sums `data` over the ranks, in place.
+
+    Added in rank order, in fp32 for fp32, fp16 and bf16, rounded once: the same bits on all ranks.
+    """
+    try:
+        torch.ops.communicators.shm_all_reduce_(data, handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+
+
+def shm_gather(
+    handle: int, data: torch.Tensor, outputs: Sequence[torch.Tensor] | None, dst: int
+) -> None:
+    """Every rank's `data`, of one shape, in the `outputs` of rank `dst`, one tensor a rank.
+
+    On the other ranks `outputs` is None.
+    """
+    out = None
+    if outputs is not None:
+        out = data.new_empty([len(outputs), *data.shape])
+    try:
+        torch.ops.communicators.shm_gather(out, data, data.numel(), dst, handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+    if out is not None and outputs is not None:
+        for output, part in zip(outputs, out, strict=True):
+            output.copy_(part)
+
+
+def shm_all_gather(handle: int, data: torch.Tensor, output: torch.Tensor) -> None:
+    """Every rank's `data`, one after another in rank order, in `output` (W * data.numel())."""
+    try:
+        torch.ops.communicators.shm_all_gather(output, data, data.numel(), handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+
+
+def shm_send_tensor_list(handle: int, tensors: Sequence[torch.Tensor], dst: int) -> None:
+    """Sends tensors, any number of any dtypes and shapes, to rank `dst`.
+
+    Large ones wait for the receiver, as MPI_Send may.
+    """
+    send_object(handle, [(tuple(x.shape), x.dtype) for x in tensors], dst)
+    for x in tensors:
+        send(handle, x, dst)
+
+
+def shm_recv_tensor_list(handle: int, src: int) -> list[torch.Tensor]:
+    """The tensors of the next shm_send_tensor_list of rank `src`, as new tensors."""
+    kinds = recv_object(handle, src)
+    if not isinstance(kinds, list):
+        raise CommMismatchError(
+            f"shm_recv_tensor_list: rank {src} sent something else, of type {type(kinds).__name__}"
+        )
+    tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+    for x in tensors:
+        recv_(handle, x, src)
+    return tensors
+
+
+def send(handle: int, x: torch.Tensor, dst: int) -> None:
+    """Sends one tensor to rank `dst`, which must call recv_ with one of the same dtype and size."""
+    if x.device.type != "cpu":
+        raise InvalidArgumentError(f"send: x is on {x.device}; this communicator is for the CPU")
+    if x.numel() == 0:
+        return
+    try:
+        torch.ops.communicators.shm_send(x.detach().contiguous(), dst, handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+
+
+def recv_(handle: int, x: torch.Tensor, src: int) -> torch.Tensor:
+    """Receives into the contiguous tensor `x` and returns it."""
+    if x.numel() == 0:
+        return x
+    try:
+        torch.ops.communicators.shm_recv_(x, src, handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+    return x
+
+
+def send_object(handle: int, value: object, dst: int) -> None:
+    """Sends a picklable value to rank `dst`."""
+    payload = bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+    send(handle, torch.frombuffer(payload, dtype=torch.uint8), dst)
+
+
+def recv_object(handle: int, src: int) -> object:
+    """The value of the next send_object of rank `src`.
+
+    It is unpickled: it came through memory that only the ranks of the group, one user's, have.
+    """
+    try:
+        nbytes = torch.ops.communicators.shm_next_message_bytes(src, handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+    payload = recv_(handle, torch.empty(nbytes, dtype=torch.uint8), src)
+    return pickle.loads(payload.numpy().tobytes())

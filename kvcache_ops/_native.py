@@ -1,0 +1,98 @@
+"""Where an op's native kernel is found: one lookup shared by every public function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache_ops import reference
+
+_OPS = frozenset(
+    {
+        "concat_and_cache_mla",
+        "concat_and_cache_mla_grouped",
+        "concat_and_cache_mla_rope_fused",
+        "convert_fp8",
+        "cp_gather_and_upconvert_fp8_kv_cache",
+        "cp_gather_cache",
+        "cp_gather_indexer_k_quant_cache",
+        "fatrelu_and_mul",
+        "fused_add_rms_norm",
+        "gather_and_maybe_dequant_cache",
+        "gelu_and_mul",
+        "gelu_tanh_and_mul",
+        "indexer_k_quant_and_cache",
+        "merge_attn_states",
+        "mul_and_silu",
+        "paged_attention",
+        "paged_attention_v1",
+        "paged_attention_v2",
+        "reshape_and_cache",
+        "reshape_and_cache_flash",
+        "rms_norm",
+        "rotary_embedding",
+        "silu_and_mul",
+        "swap_blocks",
+        "swap_blocks_batch",
+        "swigluoai_and_mul",
+    }
+)
+# Ops whose kernels have landed, by device; the others still run kvcache_ops.reference.
+_NATIVE: dict[str, frozenset[str]] = {"cpu": _OPS, "cuda": frozenset()}
+_loaded: set[str] = set()
+_check_slots = False
+
+
+def _no_result(*args: Any, **kwargs: Any) -> None:
+    """The fake implementation of an op that only writes into its arguments."""
+
+
+@torch.compiler.assume_constant_result
+def _load(device_type: str) -> bool:
+    """Load the native library of a device type, once; True, so that a trace can keep it."""
+    global _check_slots
+    from communicators.native import load
+    from communicators.settings import Settings
+
+    load("cpu")  # holds the schemas
+    if "cpu" not in _loaded:
+        for name in _OPS:
+            torch.library.register_fake(f"kvcache_ops::{name}", _no_result)
+        _check_slots = Settings.from_environment().check_slot_bounds
+        _loaded.add("cpu")
+    if device_type != "cpu":
+        load(device_type)
+        _loaded.add(device_type)
+    return True
+
+
+def op(name: str, where: Tensor) -> Callable[..., None]:
+    """The callable of op ``name`` for tensors on ``where``'s device."""
+    device_type = where.device.type
+    if name not in _NATIVE.get(device_type, ()):
+        function: Callable[..., None] = getattr(reference, name)
+        return function
+    if device_type not in _loaded:
+        _load(device_type)
+    packet: Callable[..., None] = getattr(torch.ops.kvcache_ops, name).default
+    return packet
+
+
+def slot_op(name: str, where: Tensor, slot_mapping: Tensor, limit: int) -> Callable[..., None]:
+    """:func:`op` for a cache write; in debug mode, raises for a slot at or past ``limit``.
+
+    Debug mode is ``KVCACHE_OPS_CHECK_BOUNDS=1``, read when the library is loaded.
+    """
+    function = op(name, where)
+    if _check_slots:
+        past = (slot_mapping >= limit).nonzero()
+        if past.numel():
+            token = int(past[0, 0])
+            raise IndexError(
+                f"{name}(slot_mapping): token {token} has slot {int(slot_mapping[token])}; "
+                f"the cache has slots 0 to {limit - 1}, and negative ones skip a token"
+            )
+    return function

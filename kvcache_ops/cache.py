@@ -1,0 +1,560 @@
+"""Writes into the paged KV cache, gathers out of it, and moves of its blocks.
+
+Slots: ``slot_mapping`` is int64 ``[T]``; slot s is entry ``s % BS`` of block ``s // BS``. T is the
+number of tokens: rows of the inputs past T are padding and ignored. A negative slot skips its
+token. A slot past the cache is skipped too; with ``KVCACHE_OPS_CHECK_BOUNDS=1`` it raises. Two
+tokens of one slot: which one stays is undefined.
+
+kv_cache_dtype: ``auto``, ``float16`` and ``bfloat16`` copy (the cache has the dtype of the input);
+``fp8`` and ``fp8_e4m3`` store e4m3fn codes, ``fp8_e5m2`` e5m2 codes, in a uint8 cache:
+``code = round(fp32(x) / scale)``, saturated to the largest finite value, NaN kept.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvcache_ops._native import op, slot_op
+
+
+def _slots(cache: Tensor) -> int:
+    """Entries of a ``[NB, BS, ...]`` cache."""
+    return cache.shape[0] * cache.shape[1] if cache.dim() > 1 else 0
+
+
+def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
+    """Copy whole cache blocks: for each row ``(s, d)`` block s of ``src`` to block d of ``dst``.
+
+    Args:
+        src: any tensor whose memory is a row of blocks; CPU or GPU.
+        dst: likewise, written; CPU, the same GPU or another. Pinned CPU memory reaches link rate.
+        block_size_in_bytes: bytes of one block, > 0.
+        block_mapping: int64 ``[n, 2]`` on the CPU, any strides.
+
+    The copies are queued on the current stream of the GPU among the two.
+
+    Raises:
+        RuntimeError: a block lies outside its tensor, a source block overlaps a destination block,
+            or an argument is not accepted; nothing has been copied then.
+
+    Example:
+        >>> src, dst = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+        >>> swap_blocks(src, dst, 4, torch.tensor([[0, 1]]))
+        >>> dst
+        tensor([0, 0, 0, 0, 0, 1, 2, 3], dtype=torch.uint8)
+    """
+    where = dst if src.device.type == "cpu" else src
+    op("swap_blocks", where)(src, dst, block_size_in_bytes, block_mapping)
+
+
+def swap_blocks_batch(
+    src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_access_order_any: bool = False
+) -> None:
+    """Copy ``sizes[i]`` bytes from address ``src_ptrs[i]`` to ``dst_ptrs[i]``, as one batch.
+
+    Args:
+        src_ptrs, dst_ptrs, sizes: int64 ``[n]`` on the CPU, contiguous.
+        is_src_access_order_any: the sources may be read at any time from the call on, not in
+            stream order; only safe when nothing on the GPU is writing them.
+
+    The addresses are the caller's word: they cannot be checked.
+
+    Raises:
+        RuntimeError: the vectors differ in length, dtype or device, or a size is negative.
+
+    Example:
+        >>> a, b = torch.arange(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
+        >>> at = lambda t: torch.tensor([t.data_ptr()])
+        >>> swap_blocks_batch(at(a), at(b), torch.tensor([2]))
+        >>> b
+        tensor([0, 1, 0, 0], dtype=torch.uint8)
+    """
+    op("swap_blocks_batch", src_ptrs)(src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
+
+
+def reshape_and_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    interleaved_v: bool = False,
+) -> None:
+    """Write keys and values of T tokens into the packed paged cache.
+
+    Args:
+        key, value: ``[N >= T, H, D]``, fp32, fp16 or bf16; stride(0) free, rest contiguous.
+        key_cache: ``[NB, H, D/x, BS, x]``, contiguous, written; x elements fill 16 bytes.
+        value_cache: ``[NB, H, D, BS]``, contiguous, written; with ``interleaved_v`` its memory is
+            ``[NB, H, BS/x, D, x]``.
+        slot_mapping: int64 ``[T]``.
+        kv_cache_dtype: see the module.
+        k_scale, v_scale: fp32 ``[1]`` on the device; read only for fp8.
+
+    Layout::
+
+        K[b, h, d // x, off, d % x]        the 16 bytes of a token's d-chunk lie together
+        V[b, h, d, off]                    the tokens of a block lie together
+        V[b, h, off // x, d, off % x]      interleaved_v
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: the cache of W. Kwon et al., PagedAttention (arXiv:2309.06180).
+
+    Example:
+        >>> k = torch.arange(4.).view(1, 1, 4)
+        >>> kc, vc, one = torch.zeros(1, 1, 1, 2, 4), torch.zeros(1, 1, 4, 2), torch.ones(1)
+        >>> reshape_and_cache(k, k, kc, vc, torch.tensor([1]), "auto", one, one)
+        >>> kc[0, 0, 0]
+        tensor([[0., 0., 0., 0.],
+                [0., 1., 2., 3.]])
+    """
+    slots = key_cache.shape[0] * key_cache.shape[3] if key_cache.dim() == 5 else 0
+    slot_op("reshape_and_cache", key, slot_mapping, slots)(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+        interleaved_v,
+    )
+
+
+def reshape_and_cache_flash(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    k_scale: Tensor,
+    v_scale: Tensor,
+) -> None:
+    """Write keys and values of T tokens into a cache of logical shape ``[NB, BS, H, D]``.
+
+    Args:
+        key, value: ``[N >= T, H, D]``, fp32, fp16 or bf16; stride(0) free, rest contiguous. Any D.
+        key_cache, value_cache: ``[NB, BS, H, D]``, D contiguous, each with block, page and head
+            strides of its own, written.
+        slot_mapping: int64 ``[T]``.
+        kv_cache_dtype: see the module.
+        k_scale, v_scale: fp32 ``[1]`` or, per head, ``[H]``; both the same; read only for fp8.
+
+    Layout: all are views of this one shape::
+
+        NHD          torch.empty(NB, BS, H, D)
+        HND          torch.empty(NB, H, BS, D).permute(0, 2, 1, 3)
+        interleaved  torch.empty(NB, 2, BS, H, D)[:, 0] and [:, 1]
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: the paged cache of FlashAttention's ``flash_attn_with_kvcache``.
+
+    Example:
+        >>> k, one = torch.ones(2, 1, 2), torch.ones(1)
+        >>> kc, vc = torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2)
+        >>> reshape_and_cache_flash(k, k, kc, vc, torch.tensor([3, -1]), "auto", one, one)
+        >>> kc[0, :, 0, 0]
+        tensor([0., 0., 0., 1.])
+    """
+    slot_op("reshape_and_cache_flash", key, slot_mapping, _slots(key_cache))(
+        key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+    )
+
+
+def concat_and_cache_mla(
+    kv_c: Tensor,
+    k_pe: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str,
+    scale: Tensor,
+    skip_scale: bool = False,
+) -> None:
+    """Write MLA cache entries: the latent of a token, then its rotary part.
+
+    Args:
+        kv_c: ``[N >= T, R]``, fp32, fp16 or bf16, stride(0) free.
+        k_pe: ``[N, P]``, dtype of ``kv_c``, stride(0) free.
+        kv_cache: ``[NB, BS, R + P]``, entries contiguous, strides 0 and 1 free, written.
+        slot_mapping: int64 ``[T]``.
+        kv_cache_dtype: see the module; ``fp8_ds_mla`` stores the 656-byte entry below.
+        scale: fp32 ``[1]`` on the device; read only for fp8.
+        skip_scale: store unscaled codes.
+
+    Layout of an ``fp8_ds_mla`` entry (R = 512, P = 64 or 0, 16-bit inputs)::
+
+        bytes   0..511   512 e4m3 codes, 4 tiles of 128
+        bytes 512..527   4 fp32 scales, one a tile: 2^ceil(log2(max(amax / 448, 1e-4)))
+        bytes 528..655   64 16-bit rotary values, as they came (zeros when P = 0)
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434) for the latent; FlashMLA for the 656-byte entry.
+
+    Example:
+        >>> cache, one = torch.zeros(1, 2, 3), torch.ones(1)
+        >>> c, pe = torch.tensor([[1., 2.]]), torch.tensor([[3.]])
+        >>> concat_and_cache_mla(c, pe, cache, torch.tensor([1]), "auto", one)
+        >>> cache[0]
+        tensor([[0., 0., 0.],
+                [1., 2., 3.]])
+    """
+    slot_op("concat_and_cache_mla", kv_c, slot_mapping, _slots(kv_cache))(
+        kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, skip_scale
+    )
+
+
+def concat_and_cache_mla_grouped(
+    kv_c: Tensor,
+    k_pe: Tensor,
+    kv_cache_ptrs: Tensor,
+    slot_mapping: Tensor,
+    block_size: int,
+    block_stride: int,
+    entry_stride: int,
+    kv_scales: Tensor | None = None,
+    kv_cache_dtype: str = "auto",
+) -> None:
+    """:func:`concat_and_cache_mla` for L layers at once.
+
+    Args:
+        kv_c, k_pe: bf16 ``[L, T, R]`` and ``[L, T, P]``, contiguous.
+        kv_cache_ptrs: int64 ``[L]`` on the device of ``kv_c``: the base address of each cache.
+        slot_mapping: int64 ``[L, T]``.
+        block_size: entries of a block.
+        block_stride, entry_stride: in elements of the cache.
+        kv_scales: fp32 ``[L]`` or None for 1.
+        kv_cache_dtype: as in :func:`concat_and_cache_mla`, without ``fp8_ds_mla``.
+
+    The addresses are the caller's word, and so is that every slot lies in its cache.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Example:
+        >>> caches = torch.zeros(2, 1, 4, 3, dtype=torch.bfloat16)
+        >>> ptrs = torch.tensor([caches[0].data_ptr(), caches[1].data_ptr()])
+        >>> c = torch.ones(2, 1, 2, dtype=torch.bfloat16)
+        >>> concat_and_cache_mla_grouped(c, c[..., :1].contiguous(), ptrs,
+        ...                              torch.tensor([[0], [3]]), 4, 12, 3)
+        >>> caches[:, 0, :, 0].int()
+        tensor([[1, 0, 0, 0],
+                [0, 0, 0, 1]], dtype=torch.int32)
+    """
+    op("concat_and_cache_mla_grouped", kv_c)(
+        kv_c,
+        k_pe,
+        kv_cache_ptrs,
+        slot_mapping,
+        block_size,
+        block_stride,
+        entry_stride,
+        kv_scales,
+        kv_cache_dtype,
+    )
+
+
+def concat_and_cache_mla_rope_fused(
+    positions: Tensor,
+    q_pe: Tensor,
+    k_pe: Tensor,
+    kv_c: Tensor,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    kv_cache_dtype: str,
+    kv_cache_scale: Tensor,
+) -> None:
+    """Rotate the rotary parts of query and key in place and write the MLA cache entries.
+
+    Args:
+        positions: int64 ``[N >= T]``.
+        q_pe: ``[N, Hq, P]``, token and head strides free, rotated in place.
+        k_pe: ``[N, P]``, rotated in place.
+        kv_c: ``[N, R]``.
+        cos_sin_cache: ``[max_position, P]``, cosines then sines. All five of one dtype: fp32, fp16
+            or bf16.
+        is_neox: pairs are ``(k, k + P/2)``, else ``(2k, 2k + 1)``.
+        slot_mapping: int64 ``[T]``.
+        kv_cache: ``[NB, BS, R + P]``, written with ``[kv_c | rotated k_pe]``.
+        kv_cache_dtype: see the module; not ``fp8_ds_mla``.
+        kv_cache_scale: fp32 ``[1]``; read only for fp8.
+
+    Tokens with a negative slot, and those at and past T, are not rotated either.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434); RoFormer (arXiv:2104.09864).
+
+    Example:
+        >>> q, k = torch.tensor([[[1., 0.]]]), torch.tensor([[0., 1.]])
+        >>> cos_sin, cache = torch.tensor([[0., 1.]]), torch.zeros(1, 1, 4)
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> concat_and_cache_mla_rope_fused(zero, q, k, torch.tensor([[5., 6.]]), cos_sin, True,
+        ...                                 zero, cache, "auto", torch.ones(1))
+        >>> q, cache
+        (tensor([[[0., 1.]]]), tensor([[[ 5.,  6., -1.,  0.]]]))
+    """
+    slot_op("concat_and_cache_mla_rope_fused", kv_c, slot_mapping, _slots(kv_cache))(
+        positions,
+        q_pe,
+        k_pe,
+        kv_c,
+        cos_sin_cache,
+        is_neox,
+        slot_mapping,
+        kv_cache,
+        kv_cache_dtype,
+        kv_cache_scale,
+    )
+
+
+def convert_fp8(output: Tensor, input: Tensor, scale: float = 1.0, kv_dtype: str = "fp8") -> None:
+    """Convert a cache between a float dtype and 8-bit codes.
+
+    Args:
+        output: shape of ``input``, contiguous, written.
+        input: contiguous. One of the two is uint8 (codes), the other fp32, fp16 or bf16.
+        scale: a float to codes divides by it, codes to a float multiply by it.
+        kv_dtype: ``fp8``, ``fp8_e4m3`` or ``fp8_e5m2``.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: Open Compute Project, 8-bit Floating Point Specification (OFP8).
+
+    Example:
+        >>> codes = torch.empty(3, dtype=torch.uint8)
+        >>> convert_fp8(codes, torch.tensor([1., -2., 1e6]))
+        >>> codes
+        tensor([ 56, 192, 126], dtype=torch.uint8)
+    """
+    op("convert_fp8", input)(output, input, scale, kv_dtype)
+
+
+def gather_and_maybe_dequant_cache(
+    src_cache: Tensor,
+    dst: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    token_to_seq: Tensor,
+    num_tokens: int,
+    kv_cache_dtype: str,
+    scale: Tensor,
+    seq_starts: Tensor | None = None,
+) -> None:
+    """Gather the MLA entries of many sequences into one dense tensor, dequantizing fp8.
+
+    Args:
+        src_cache: ``[NB, BS, E]``, entries contiguous, strides 0 and 1 free.
+        dst: ``[>= num_tokens, E]``, stride(0) free, written.
+        block_table: int32 ``[B, M]``.
+        cu_seq_lens: int32 ``[B + 1]``: the rows of sequence b are ``cu[b] .. cu[b + 1]``.
+        token_to_seq: int32 ``[num_tokens]``: the sequence of each row.
+        num_tokens: rows to write at most.
+        kv_cache_dtype: see the module. A copy is bit for bit.
+        scale: fp32 ``[1]``; read only for fp8.
+        seq_starts: int32 ``[B]``: the first token of each sequence to gather; None for 0.
+
+    Row ``cu[b] + i`` receives token ``p = seq_starts[b] + i``: entry ``p % BS`` of block
+    ``block_table[b, p // BS]``. A block past the table or outside the cache leaves its row alone.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Example:
+        >>> cache = torch.arange(8.).view(2, 2, 2)
+        >>> dst, i32 = torch.zeros(3, 2), torch.int32
+        >>> gather_and_maybe_dequant_cache(
+        ...     cache, dst, torch.tensor([[1, 0]], dtype=i32), torch.tensor([0, 3], dtype=i32),
+        ...     torch.zeros(3, dtype=i32), 3, "auto", torch.ones(1))
+        >>> dst[:, 0]
+        tensor([4., 6., 0.])
+    """
+    op("gather_and_maybe_dequant_cache", src_cache)(
+        src_cache,
+        dst,
+        block_table,
+        cu_seq_lens,
+        token_to_seq,
+        num_tokens,
+        kv_cache_dtype,
+        scale,
+        seq_starts,
+    )
+
+
+def cp_gather_cache(
+    src_cache: Tensor,
+    dst: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    batch_size: int,
+    seq_starts: Tensor | None = None,
+) -> None:
+    """Gather cache entries of many sequences into one dense tensor, as bytes.
+
+    Args:
+        src_cache: ``[NB, BS, ...]``, any entry shape with entries contiguous, strides 0 and 1
+            free; items of 1, 2 or 4 bytes.
+        dst: ``[T, ...]``, the entry shape and dtype of ``src_cache``, stride(0) free, written.
+        block_table: int32 ``[B, M]``.
+        cu_seq_lens: int32 ``[B + 1]``.
+        batch_size: B.
+        seq_starts: int32 ``[B]`` or None, as in :func:`gather_and_maybe_dequant_cache`.
+
+    Rows at and past ``cu_seq_lens[B]`` stay; so do rows whose block is past the table or outside
+    the cache.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Example:
+        >>> cache, dst, i32 = torch.arange(4.).view(2, 2, 1), torch.zeros(2, 1), torch.int32
+        >>> table, cu = torch.tensor([[1]], dtype=i32), torch.tensor([0, 2], dtype=i32)
+        >>> cp_gather_cache(cache, dst, table, cu, 1)
+        >>> dst.flatten()
+        tensor([2., 3.])
+    """
+    op("cp_gather_cache", src_cache)(
+        src_cache, dst, block_table, cu_seq_lens, batch_size, seq_starts
+    )
+
+
+def cp_gather_and_upconvert_fp8_kv_cache(
+    src_cache: Tensor,
+    dst: Tensor,
+    block_table: Tensor,
+    workspace_starts: Tensor,
+    batch_size: int,
+    seq_starts: Tensor | None = None,
+    host_cache: Tensor | None = None,
+    host_row_ids: Tensor | None = None,
+    device_row_ids: Tensor | None = None,
+) -> None:
+    """Gather ``fp8_ds_mla`` entries and turn them into bf16.
+
+    Args:
+        src_cache: uint8 or float8_e4m3fn ``[NB, BS, 656]``, entries contiguous.
+        dst: bf16 ``[T, 576]``, contiguous, written.
+        block_table: int32 ``[B, M]``.
+        workspace_starts: int32 ``[B]``: the first row of each request; the last one ends at T.
+        batch_size: B.
+        seq_starts: int32 ``[B]`` or None.
+        host_cache: pinned contiguous uint8 ``[rows, 656]``: entries that live on the host.
+        host_row_ids, device_row_ids: int32 ``[NB' * BS]``: where logical entry
+            ``id = block * BS + offset`` lies: row ``device_row_ids[id]`` of ``src_cache`` when that
+            is >= 0, else row ``host_row_ids[id]`` of ``host_cache``. The three come together.
+
+    ``row[0:512] = bf16(fp32(code) * scale of its tile)``; ``row[512:576]`` the rotary bits, which
+    are taken for bf16.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: the FP8 cache of FlashMLA.
+
+    Example:
+        >>> cache, one = torch.zeros(1, 1, 656, dtype=torch.uint8), torch.ones(1)
+        >>> c = torch.full((1, 512), 3., dtype=torch.bfloat16)
+        >>> concat_and_cache_mla(c, c[:, :64], cache, torch.tensor([0]), "fp8_ds_mla", one)
+        >>> dst, zero = torch.empty(1, 576, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+        >>> cp_gather_and_upconvert_fp8_kv_cache(cache, dst, zero.view(1, 1), zero, 1)
+        >>> bool((dst == 3).all())
+        True
+    """
+    op("cp_gather_and_upconvert_fp8_kv_cache", src_cache)(
+        src_cache,
+        dst,
+        block_table,
+        workspace_starts,
+        batch_size,
+        seq_starts,
+        host_cache,
+        host_row_ids,
+        device_row_ids,
+    )
+
+
+def indexer_k_quant_and_cache(
+    k: Tensor, kv_cache: Tensor, slot_mapping: Tensor, quant_block_size: int, kv_cache_dtype: str
+) -> None:
+    """Quantize the indexer's keys to e4m3 with a scale a group and write them into their cache.
+
+    Args:
+        k: ``[N >= T, D]``, fp16 or bf16, contiguous.
+        kv_cache: uint8 ``[NB, BS, D + 4 D / qb]``, blocks contiguous, stride(0) free, written.
+        slot_mapping: int64 ``[T]``.
+        quant_block_size: qb, one of 32, 64, 128, a divisor of D.
+        kv_cache_dtype: the **scale format**: ``ue8m0`` (a power of two, stored as fp32), ``mxfp8``
+            (its exponent byte, four times), ``fp32`` or ``auto`` (plain fp32).
+
+    Layout of a block (not entry by entry)::
+
+        BS * D           e4m3 codes, at off * D + d
+        BS * 4 * D / qb  scale bytes, at (off * D / qb + group) * 4
+
+    ``s = max(amax, 1e-4) / 448``; ``ue8m0`` and ``mxfp8`` take ``2^ceil(log2(s))``.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: the indexer of DeepSeek-V3.2; OCP Microscaling Formats (MX) for ue8m0.
+
+    Example:
+        >>> cache = torch.zeros(1, 1, 132, dtype=torch.uint8)
+        >>> k = torch.full((1, 128), 448., dtype=torch.bfloat16)
+        >>> indexer_k_quant_and_cache(k, cache, torch.tensor([0]), 128, "fp32")
+        >>> cache[0, 0, 0], cache[0, 0, 128:].view(torch.float32)
+        (tensor(126, dtype=torch.uint8), tensor([1.]))
+    """
+    slot_op("indexer_k_quant_and_cache", k, slot_mapping, _slots(kv_cache))(
+        k, kv_cache, slot_mapping, quant_block_size, kv_cache_dtype
+    )
+
+
+def cp_gather_indexer_k_quant_cache(
+    kv_cache: Tensor, dst_k: Tensor, dst_scale: Tensor, block_table: Tensor, cu_seq_lens: Tensor
+) -> None:
+    """Gather codes and scales of many sequences out of the indexer's cache.
+
+    Args:
+        kv_cache: uint8 ``[NB, BS, D + 4 D / qb]`` as :func:`indexer_k_quant_and_cache` writes it.
+        dst_k: ``[T, D]`` of one-byte items, contiguous, written; ``D % 16 == 0``.
+        dst_scale: ``[T, 4 D / qb]`` bytes (or ``[T, D / qb]`` fp32), contiguous, written.
+        block_table: int32 ``[B, M]``.
+        cu_seq_lens: int32 ``[B + 1]``.
+
+    Rows at and past ``cu_seq_lens[B]`` stay as they are.
+
+    Raises:
+        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: the indexer of DeepSeek-V3.2.
+
+    Example:
+        >>> cache = torch.zeros(1, 1, 132, dtype=torch.uint8)
+        >>> k = torch.full((1, 128), 448., dtype=torch.bfloat16)
+        >>> indexer_k_quant_and_cache(k, cache, torch.tensor([0]), 128, "fp32")
+        >>> u8, i32 = torch.uint8, torch.int32
+        >>> dst, scale = torch.zeros(1, 128, dtype=u8), torch.zeros(1, 4, dtype=u8)
+        >>> table, cu = torch.zeros(1, 1, dtype=i32), torch.tensor([0, 1], dtype=i32)
+        >>> cp_gather_indexer_k_quant_cache(cache, dst, scale, table, cu)
+        >>> dst[0, 0], scale.view(torch.float32)
+        (tensor(126, dtype=torch.uint8), tensor([[1.]]))
+    """
+    op("cp_gather_indexer_k_quant_cache", kv_cache)(
+        kv_cache, dst_k, dst_scale, block_table, cu_seq_lens
+    )

@@ -1,0 +1,99 @@
+// The merge of two partial attention results on the CPU: a task is one head of one token.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "attention/attention.h"
+#include "prim/cpu_dispatch.h"
+#include "prim/cpu_floats.h"
+#include "prim/cpu_parallel.h"
+
+namespace attention {
+namespace {
+
+// Row operands may be the output itself, element for element: no __restrict.
+template <class T>
+VECTORISED void weighted(T* out, const T* prefix, const T* suffix, int64_t n, float a, float b) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = cpu::from_float<T>(cpu::to_float(prefix[i]) * a + cpu::to_float(suffix[i]) * b);
+  }
+}
+
+template <class T>
+VECTORISED void weighted_fp8(uint8_t* __restrict out, const T* __restrict prefix,
+                             const T* __restrict suffix, int64_t n, float a, float b,
+                             float inverse) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = cpu::to_float(prefix[i]) * a + cpu::to_float(suffix[i]) * b;
+    out[i] = cpu::to_fp8<cpu::Fp8::kE4M3>(x * inverse);
+  }
+}
+
+// One row unchanged, or as codes.
+template <class T>
+VECTORISED void pass_on(T* out, const T* x, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+}
+template <class T>
+VECTORISED void pass_on_fp8(uint8_t* __restrict out, const T* __restrict x, int64_t n,
+                            float inverse) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = cpu::to_fp8<cpu::Fp8::kE4M3>(cpu::to_float(x[i]) * inverse);
+  }
+}
+
+template <class T>
+void run(const MergeArgs& m) {
+  constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+  const float inverse = m.out_scale == nullptr ? 1.0f : 1.0f / *m.out_scale;
+  const int64_t d = m.head_size;
+  cpu::parallel_for(m.tokens * m.heads, 3 * sizeof(T) * d, [&](int64_t i) {
+    const int64_t n = i / m.heads, h = i % m.heads;
+    const T* pre = static_cast<const T*>(m.prefix) + n * m.prefix_stride + h * m.prefix_head_stride;
+    const T* suf = static_cast<const T*>(m.suffix) + n * m.suffix_stride + h * m.suffix_head_stride;
+    const int64_t at = n * m.out_stride + h * m.out_head_stride;
+    const float s_given = m.suffix_lse[h * m.suffix_lse_stride0 + n * m.suffix_lse_stride1];
+    float lse = s_given, a = 0.0f, b = 0.0f;
+    const T* alone = n >= m.with_prefix ? suf : nullptr;
+    if (alone == nullptr) {
+      float p = m.prefix_lse[h * m.prefix_lse_stride0 + n * m.prefix_lse_stride1], s = s_given;
+      p = p == -kMinusInf ? kMinusInf : p;
+      s = s == -kMinusInf ? kMinusInf : s;
+      const float top = p > s ? p : s;
+      if (top == kMinusInf) {
+        alone = pre;
+        lse = kMinusInf;
+      } else {
+        const float ep = std::exp(p - top), es = std::exp(s - top);
+        a = ep / (ep + es), b = es / (ep + es);
+        lse = std::log(ep + es) + top;
+      }
+    }
+    if (m.out_lse != nullptr) m.out_lse[h * m.out_lse_stride0 + n * m.out_lse_stride1] = lse;
+    if (m.out_scale != nullptr) {
+      uint8_t* out = static_cast<uint8_t*>(m.out) + at;
+      alone != nullptr ? pass_on_fp8(out, alone, d, inverse)
+                       : weighted_fp8(out, pre, suf, d, a, b, inverse);
+    } else {
+      T* out = static_cast<T*>(m.out) + at;
+      alone != nullptr ? pass_on(out, alone, d) : weighted(out, pre, suf, d, a, b);
+    }
+  });
+}
+
+}  // namespace
+
+void merge_attn_states(const MergeArgs& args, Stream /*stream*/) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run<float>(args);
+    case DType::kFloat16:
+      return run<cpu::Half>(args);
+    default:
+      return run<cpu::BFloat16>(args);
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,115 @@
+// MLA cache entries on the CPU: latent and rotary part side by side.
+#include <algorithm>
+#include <vector>
+
+#include "elementwise/rotary.h"
+#include "kvcache/cache.h"
+#include "kvcache/runs_cpu.h"
+#include "prim/cpu_parallel.h"
+
+namespace kvcache {
+namespace {
+
+template <class T>
+void store_entry(char* entry, const T* kv_c, const T* k_pe, int64_t latent, int64_t rope,
+                 DType dtype, KvFormat format, float scale) {
+  store_run(entry, kv_c, latent, format, scale);
+  store_run(entry + latent * cache_item(dtype, format), k_pe, rope, format, scale);
+}
+
+// The entry of a slot, or null for a slot outside the cache.
+char* entry_of(const ConcatMlaArgs& a, int64_t slot, int64_t item) {
+  if (slot < 0 || slot >= a.num_blocks * a.block_size) return nullptr;
+  return static_cast<char*>(a.cache) +
+         item * (slot / a.block_size * a.block_stride + slot % a.block_size * a.entry_stride);
+}
+
+template <class T>
+void store_token(const ConcatMlaArgs& a, int64_t t, char* entry) {
+  store_entry(entry, static_cast<const T*>(a.kv_c) + t * a.kv_c_stride,
+              static_cast<const T*>(a.k_pe) + t * a.k_pe_stride, a.latent, a.rope, a.dtype,
+              a.format, a.scale == nullptr ? 1.0f : *a.scale);
+}
+
+template <class T>
+void store_ds_mla(const ConcatMlaArgs& a, int64_t t, uint8_t* entry) {
+  const T* kv_c = static_cast<const T*>(a.kv_c) + t * a.kv_c_stride;
+  for (int64_t tile = 0; tile < kDsMlaLatent / kDsMlaTile; ++tile) {
+    const T* x = kv_c + tile * kDsMlaTile;
+    const float amax = largest_magnitude(x, kDsMlaTile);
+    const float scale = power_of_two_at_least(std::max(amax / 448.0f, 1e-4f));
+    quantize_run<cpu::Fp8::kE4M3>(entry + tile * kDsMlaTile, x, kDsMlaTile, scale);
+    std::memcpy(entry + kDsMlaScales + tile * sizeof(float), &scale, sizeof(float));
+  }
+  uint8_t* rope = entry + kDsMlaRope;
+  std::memset(rope, 0, kDsMlaEntry - kDsMlaRope);
+  std::memcpy(rope, static_cast<const T*>(a.k_pe) + t * a.k_pe_stride, a.rope * sizeof(T));
+}
+
+template <class T>
+void run_rope(const ConcatMlaRopeArgs& a) {
+  const ConcatMlaArgs& m = a.mla;
+  const int64_t half = m.rope / 2;
+  const int64_t cost = 2 * sizeof(T) * (m.latent + m.rope * (a.heads + 1));
+  cpu::parallel_for(m.tokens, cost, [&](int64_t t) {
+    char* entry = entry_of(m, m.slots[t], cache_item(m.dtype, m.format));
+    const int64_t position = a.positions[t];
+    if (entry == nullptr || position < 0 || position >= a.max_position) return;
+    thread_local std::vector<float> angles;
+    angles.resize(m.rope);
+    elementwise::load_angles(
+        angles.data(), static_cast<const T*>(a.cos_sin) + position * a.cos_sin_stride, half, 1.0f);
+    const float *cos = angles.data(), *sin = cos + half;
+    T* query = static_cast<T*>(a.q_pe) + t * a.q_token_stride;
+    for (int64_t h = 0; h < a.heads; ++h) {
+      elementwise::rotate(query + h * a.q_head_stride, cos, sin, half, a.neox);
+    }
+    T* key = static_cast<T*>(const_cast<void*>(m.k_pe)) + t * m.k_pe_stride;
+    elementwise::rotate(key, cos, sin, half, a.neox);
+    store_token<T>(m, t, entry);
+  });
+}
+
+}  // namespace
+
+void concat_and_cache_mla(const ConcatMlaArgs& a, Stream /*stream*/) {
+  const int64_t item = cache_item(a.dtype, a.format);
+  with_float(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    cpu::parallel_for(a.tokens, 2 * sizeof(T) * (a.latent + a.rope), [&](int64_t t) {
+      char* entry = entry_of(a, a.slots[t], item);
+      if (entry != nullptr) store_token<T>(a, t, entry);
+    });
+  });
+}
+
+void concat_and_cache_ds_mla(const ConcatMlaArgs& a, Stream /*stream*/) {
+  with_float(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    cpu::parallel_for(a.tokens, 3 * kDsMlaEntry, [&](int64_t t) {
+      char* entry = entry_of(a, a.slots[t], 1);
+      if (entry != nullptr) store_ds_mla<T>(a, t, reinterpret_cast<uint8_t*>(entry));
+    });
+  });
+}
+
+void concat_and_cache_mla_grouped(const ConcatMlaGroupedArgs& a, Stream /*stream*/) {
+  using T = cpu::BFloat16;
+  const int64_t item = cache_item(DType::kBFloat16, a.format);
+  cpu::parallel_for(a.layers * a.tokens, 4 * (a.latent + a.rope), [&](int64_t i) {
+    const int64_t slot = a.slots[i], layer = i / a.tokens;
+    if (slot < 0) return;
+    char* entry =
+        reinterpret_cast<char*>(a.cache_ptrs[layer]) +
+        item * (slot / a.block_size * a.block_stride + slot % a.block_size * a.entry_stride);
+    store_entry(entry, static_cast<const T*>(a.kv_c) + i * a.latent,
+                static_cast<const T*>(a.k_pe) + i * a.rope, a.latent, a.rope, DType::kBFloat16,
+                a.format, a.scales == nullptr ? 1.0f : a.scales[layer]);
+  });
+}
+
+void concat_and_cache_mla_rope_fused(const ConcatMlaRopeArgs& a, Stream /*stream*/) {
+  with_float(a.mla.dtype, [&](auto type) { run_rope<decltype(type)>(a); });
+}
+
+}  // namespace kvcache

@@ -1,0 +1,16 @@
+// The dtypes that the ops' launch functions are told about, torch's left outside.
+#pragma once
+
+#include <cstdint>
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kByte };
+
+// How a cache entry is stored: a copy, or OCP 8-bit codes.
+enum class KvFormat : int32_t { kCopy, kE4M3, kE5M2 };
+
+// The stream that work is queued on; null for the CPU, where a launch function returns when done.
+using Stream = void*;
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kByte ? 1 : 2;
+}

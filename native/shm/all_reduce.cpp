@@ -1,0 +1,168 @@
+// all_reduce: one-shot for small messages, two-shot in a pipeline of chunks above.
+//
+// One-shot: every rank puts its input into its slot and adds up all slots. One step; W-1 slots are
+// read by everybody.
+// Two-shot: of each chunk rank r owns part r. Step A: every rank puts the parts of the others into
+// its slot. Step B: the owner adds up its part, its own input read where it lies, and puts the sum
+// into its next slot. Then everybody copies the sums of the others. Each part is added once and
+// moved twice, so per rank 2 (W-1)/W of the message crosses between cores: the minimum. The steps
+// of neighbouring chunks are interleaved, A(c+1) B(c) read(c-1), so that a rank has work while its
+// peers finish the step it needs, and chunks are small enough for the slots to stay in the cache.
+#include <algorithm>
+
+#include "shm/collectives.h"
+#include "shm/reduce.h"
+
+namespace shm {
+namespace {
+
+constexpr size_t kAlignElements = 64;  // parts start on cache lines, whatever the element size
+
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct AllReduce {
+  Team& team;
+  const DType dtype;
+  const std::byte* const inp;
+  std::byte* const out;
+  const size_t elements;
+  const size_t size = sum_element_size(dtype);
+  const int w = team.world_size();
+  const int rank = team.rank();
+
+  // The message fits beside the flag.
+  void in_line() {
+    const size_t bytes = elements * size;
+    const uint32_t epoch = team.next_step();
+    team.publish(epoch, inp, bytes);
+    team.wait_all(epoch);
+    const void* sources[kMaxRanks];
+    for (int p = 0; p < w; ++p) {
+      sources[p] = p == rank ? inp : team.payload(p, epoch);
+    }
+    sum(dtype, out, nullptr, sources, w, elements);
+  }
+
+  void one_shot() {
+    const uint32_t epoch = team.next_step();
+    std::byte* mine = team.my_slot(epoch);
+    team.parallel(elements, size, [&](size_t begin, size_t end) {
+      std::memcpy(mine + begin * size, inp + begin * size, (end - begin) * size);
+    });
+    team.publish(epoch);
+    team.wait_all(epoch);
+    team.parallel(elements, size * w, [&](size_t begin, size_t end) {
+      const void* sources[kMaxRanks];
+      for (int p = 0; p < w; ++p) {
+        sources[p] = (p == rank ? inp : team.slot(p, epoch)) + begin * size;
+      }
+      sum(dtype, out + begin * size, nullptr, sources, w, end - begin);
+    });
+  }
+
+  // A chunk and its parts.
+  struct Chunk {
+    size_t start;
+    size_t length;
+    size_t part;  // length of all parts but the last ones
+    size_t begin(int p) const { return std::min(p * part, length); }
+    size_t count(int p) const { return begin(p + 1) - begin(p); }
+  };
+  size_t chunk_elements = 0;
+  Chunk chunk(size_t index) const {
+    const size_t start = index * chunk_elements;
+    const size_t length = std::min(chunk_elements, elements - start);
+    return {start, length, round_up((length + w - 1) / w, kAlignElements)};
+  }
+  // Where in p's slot the contribution to the part of q lies: p's own part is left out.
+  size_t offset(const Chunk& c, int p, int q) const { return (q - (q > p)) * c.part * size; }
+
+  void contribute(const Chunk& c, uint32_t epoch) {
+    std::byte* mine = team.my_slot(epoch);
+    for (int q = 0; q < w; ++q) {
+      if (q == rank) continue;
+      const std::byte* from = inp + (c.start + c.begin(q)) * size;
+      std::byte* to = mine + offset(c, rank, q);
+      team.parallel(c.count(q), size, [&](size_t begin, size_t end) {
+        std::memcpy(to + begin * size, from + begin * size, (end - begin) * size);
+      });
+    }
+  }
+
+  void reduce(const Chunk& c, uint32_t contributed, uint32_t reduced) {
+    const size_t first = c.start + c.begin(rank);
+    std::byte* copy = team.my_slot(reduced);
+    team.parallel(c.count(rank), size * w, [&](size_t begin, size_t end) {
+      const void* sources[kMaxRanks];
+      for (int p = 0; p < w; ++p) {
+        sources[p] = p == rank ? inp + (first + begin) * size
+                               : team.slot(p, contributed) + offset(c, p, rank) + begin * size;
+      }
+      sum(dtype, out + (first + begin) * size, copy + begin * size, sources, w, end - begin);
+    });
+  }
+
+  void collect(const Chunk& c, uint32_t reduced) {
+    for (int i = 1; i < w; ++i) {
+      const int p = (rank + i) % w;  // not all from the same rank at once
+      const std::byte* from = team.slot(p, reduced);
+      std::byte* to = out + (c.start + c.begin(p)) * size;
+      team.parallel(c.count(p), size, [&](size_t begin, size_t end) {
+        std::memcpy(to + begin * size, from + begin * size, (end - begin) * size);
+      });
+    }
+  }
+
+  void two_shot() {
+    const size_t slot = std::min(team.tuning().chunk_bytes, team.layout().slot_bytes);
+    const size_t most = slot / size / (w - 1) / kAlignElements * kAlignElements * w;
+    const size_t chunks = (elements + most - 1) / most;
+    chunk_elements = round_up((elements + chunks - 1) / chunks, kAlignElements * w);
+    const size_t count = (elements + chunk_elements - 1) / chunk_elements;
+
+    uint32_t contributed = team.next_step();
+    contribute(chunk(0), contributed);
+    team.publish(contributed);
+    uint32_t reduced_before = 0;
+    for (size_t c = 0; c < count; ++c) {
+      uint32_t contributed_next = 0;
+      if (c + 1 < count) {
+        contributed_next = team.next_step();
+        contribute(chunk(c + 1), contributed_next);
+        team.publish(contributed_next);
+      }
+      team.wait_all(contributed);
+      const uint32_t reduced = team.next_step();
+      reduce(chunk(c), contributed, reduced);
+      team.publish(reduced);
+      if (c > 0) {
+        team.wait_all(reduced_before);
+        collect(chunk(c - 1), reduced_before);
+      }
+      contributed = contributed_next;
+      reduced_before = reduced;
+    }
+    team.wait_all(reduced_before);
+    collect(chunk(count - 1), reduced_before);
+  }
+
+  void run() {
+    const size_t bytes = elements * size;
+    if (bytes <= kPayloadBytes) return in_line();
+    if (bytes <= std::min(team.tuning().one_shot_bytes, team.layout().slot_bytes)) {
+      return one_shot();
+    }
+    two_shot();
+  }
+};
+
+}  // namespace
+
+void all_reduce(Team& team, DType dtype, const void* inp, void* out, size_t elements) {
+  if (elements == 0) return;
+  const Call call(team, {Op::kAllReduce, dtype, 0, elements * sum_element_size(dtype)});
+  AllReduce{team, dtype, static_cast<const std::byte*>(inp), static_cast<std::byte*>(out), elements}
+      .run();
+}
+
+}  // namespace shm

@@ -1,0 +1,45 @@
+#include <algorithm>
+#include <bit>
+#include <stdexcept>
+#include <string>
+
+#include "shm/protocol.h"
+
+namespace shm {
+namespace {
+
+constexpr size_t kPage = 4096;
+// All ranks of a group together take no more than this: containers often have 64 MB of /dev/shm.
+constexpr size_t kGroupBytes = size_t{32} << 20;
+constexpr size_t kMaxSlot = size_t{256} << 10;  // more would not stay in a core's cache
+constexpr size_t kMaxRing = size_t{256} << 10;
+constexpr size_t kMinRing = 1024;
+constexpr size_t kMinSlot = kPage;
+
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
+
+Layout::Layout(int ranks, size_t shm_bytes) : world_size(ranks) {
+  if (ranks < 2 || ranks > kMaxRanks) {
+    throw std::runtime_error("InvalidArgumentError: CPU shared memory: world size " +
+                             std::to_string(ranks) + " is not in 2..64");
+  }
+  const auto w = static_cast<size_t>(ranks);
+  const size_t budget = std::min(shm_bytes, kGroupBytes / w);
+  channels = round_up(sizeof(Control), kPage);
+  rings = round_up(channels + w * sizeof(Channel), kPage);
+  ring_bytes = std::clamp(std::bit_floor(budget / 4 / w), kMinRing, kMaxRing);
+  slots = round_up(rings + w * ring_bytes, kPage);
+  const size_t least = slots + kSlots * kMinSlot;
+  if (budget < least) {
+    throw std::runtime_error(
+        "InvalidArgumentError: CPU shared memory: " + std::to_string(shm_bytes) +
+        " bytes a rank (COMMUNICATORS_SHM_BYTES) are too few; " + std::to_string(least) +
+        " are needed for " + std::to_string(ranks) + " ranks");
+  }
+  slot_bytes = std::min((budget - slots) / kSlots / kPage * kPage, kMaxSlot);
+  bytes = slots + kSlots * slot_bytes;
+}
+
+}  // namespace shm

@@ -1,0 +1,105 @@
+// What lies in the shared memory of a group, and who may write it when.
+//
+// Each rank contributes one region and is the only writer of everything in it, but for the words
+// that say so. Peers map it. A collective is a number of *steps*, the same number on all ranks, as
+// follows from its signature. In step e a rank puts its data into slot e % kSlots of its own
+// region, publishes e, waits for the peers to publish the same and reads their slots.
+//
+// word                      writer     transition                                        at rest
+// Step[e % kSlots].epoch    owner      e - kSlots -> e, after the slot's data,           last epoch
+//                                      signature and payload (release)
+// Step.signature, payload   owner      with epoch                                        any
+// slot data                 owner      with epoch                                        any
+// sleepers                  waiters    +1 before sleeping on an epoch here, -1 after      0
+// Abort.code                owner      0 -> Code, once, after culprit and text (release) 0
+// Channel.head              owner      += bytes put into the ring                        = tail
+// Channel.tail              receiver   += bytes taken out of it                          = head
+// Channel.*_sleeps          waiter     0 -> 1 before sleeping on head / tail, -> 0 after  0
+//
+// Epochs are u32, start at 0 in fresh memory (step 1 is the first), only grow and may wrap.
+//
+// When may slot e % kSlots be written again, for step e + kSlots? When no peer reads it any more.
+// No word says so: every algorithm finishes reading step e before it publishes step e + kReadLag,
+// so a peer that has published that has read. All-to-all steps never wait for this (they have
+// waited for more already); in rooted ones the leading ranks run ahead by kSlots - kReadLag steps.
+//
+// The region is fresh and zero in every job: nothing of an earlier one can be seen.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "prim/atomic.h"
+
+namespace shm {
+
+inline constexpr uint32_t kSlots = 8;
+inline constexpr uint32_t kReadLag = 3;
+inline constexpr int kMaxRanks = 64;
+inline constexpr size_t kPayloadBytes = 48;
+
+// One line: a tiny message travels with its flag in one transfer between cores.
+struct alignas(prim::kFalseSharingBytes) Step {
+  prim::AtomicU32 epoch;
+  uint32_t reserved;
+  uint64_t signature;
+  std::byte payload[kPayloadBytes];
+};
+static_assert(offsetof(Step, payload) + kPayloadBytes == prim::kLineBytes);
+
+// Why a rank gave up.
+enum class Code : uint32_t { kNone, kTimeout, kPeerDied, kMismatch, kInterrupted, kClosed };
+
+struct alignas(prim::kFalseSharingBytes) Abort {
+  prim::AtomicU32 code;
+  int32_t culprit;
+  char text[504];
+};
+
+struct alignas(prim::kFalseSharingBytes) Sleepers {
+  prim::AtomicU32 count;
+};
+
+// A ring of bytes from the owner to one peer; counters wrap, the capacity is a power of two.
+struct Channel {
+  alignas(prim::kFalseSharingBytes) prim::AtomicU32 head;
+  alignas(prim::kFalseSharingBytes) prim::AtomicU32 tail;
+  alignas(prim::kFalseSharingBytes) prim::AtomicU32 head_sleeps;
+  prim::AtomicU32 tail_sleeps;
+};
+
+struct Control {
+  uint32_t version;
+  uint32_t world_size;
+  uint64_t slot_bytes;
+  uint64_t ring_bytes;
+  Sleepers sleepers;
+  Abort abort;
+  Step steps[kSlots];
+};
+inline constexpr uint32_t kLayoutVersion = 1;
+
+// Where things lie in a region; the same on all ranks, from the world size and the bytes allowed.
+struct Layout {
+  Layout() = default;
+  Layout(int world_size, size_t shm_bytes);
+
+  int world_size = 0;
+  size_t slot_bytes = 0;
+  size_t ring_bytes = 0;
+  size_t channels = 0;  // offsets
+  size_t slots = 0;
+  size_t rings = 0;
+  size_t bytes = 0;
+
+  Control* control(std::byte* base) const { return reinterpret_cast<Control*>(base); }
+  Channel* channel(std::byte* base, int to) const {
+    return reinterpret_cast<Channel*>(base + channels) + to;
+  }
+  std::byte* slot(std::byte* base, uint32_t epoch) const {
+    return base + slots + (epoch % kSlots) * slot_bytes;
+  }
+  std::byte* ring(std::byte* base, int to) const { return base + rings + to * ring_bytes; }
+};
+
+}  // namespace shm

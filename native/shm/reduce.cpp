@@ -1,0 +1,142 @@
+#include "shm/reduce.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "prim/cpu_dispatch.h"
+#include "prim/cpu_vec.h"
+
+namespace shm {
+namespace {
+
+using prim::BFloat16;
+using prim::Float16;
+
+// Elements summed at a time: their fp32 accumulators and one source stay in the L1 cache.
+constexpr size_t kBlock = 1024;
+
+// Integers are added as unsigned, where overflow wraps.
+inline double to_acc(double x) { return x; }
+inline uint8_t to_acc(uint8_t x) { return x; }
+inline uint16_t to_acc(uint16_t x) { return x; }
+inline uint32_t to_acc(uint32_t x) { return x; }
+inline uint64_t to_acc(uint64_t x) { return x; }
+inline float to_acc(float x) { return x; }
+inline float to_acc(BFloat16 x) { return prim::to_float(x); }
+inline float to_acc(Float16 x) { return prim::to_float(x); }
+
+template <typename T>
+inline void from_acc(T x, T& out) {
+  out = x;
+}
+inline void from_acc(float x, BFloat16& out) { prim::from_float(x, out); }
+inline void from_acc(float x, Float16& out) { prim::from_float(x, out); }
+
+// For one dtype the three loops a sum is made of: both ends of a chain of additions, and all of it
+// for two sources. Macros, since the compiler clones functions for instruction sets, not templates.
+// ivdep: `out` may be `a` or `b` itself, which is no dependence between iterations.
+#define LOOPS(NAME, T, ACC)                                                   \
+  VECTORISED void pair_##NAME(T* out, const T* a, const T* b, size_t n) {     \
+    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
+      from_acc(static_cast<ACC>(to_acc(a[i]) + to_acc(b[i])), out[i]);        \
+    }                                                                         \
+  }                                                                           \
+  VECTORISED void first_##NAME(ACC* acc, const T* a, const T* b, size_t n) {  \
+    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
+      acc[i] = static_cast<ACC>(to_acc(a[i]) + to_acc(b[i]));                 \
+    }                                                                         \
+  }                                                                           \
+  VECTORISED void middle_##NAME(ACC* acc, const T* a, size_t n) {             \
+    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
+      acc[i] = static_cast<ACC>(acc[i] + to_acc(a[i]));                       \
+    }                                                                         \
+  }                                                                           \
+  VECTORISED void last_##NAME(T* out, const ACC* acc, const T* a, size_t n) { \
+    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
+      from_acc(static_cast<ACC>(acc[i] + to_acc(a[i])), out[i]);              \
+    }                                                                         \
+  }                                                                           \
+  struct Loops_##NAME {                                                       \
+    using Element = T;                                                        \
+    using Accumulator = ACC;                                                  \
+    static constexpr auto pair = pair_##NAME;                                 \
+    static constexpr auto first = first_##NAME;                               \
+    static constexpr auto middle = middle_##NAME;                             \
+    static constexpr auto last = last_##NAME;                                 \
+  };
+
+LOOPS(f32, float, float)
+LOOPS(f64, double, double)
+LOOPS(f16, Float16, float)
+LOOPS(bf16, BFloat16, float)
+LOOPS(i8, uint8_t, uint8_t)
+LOOPS(i16, uint16_t, uint16_t)
+LOOPS(i32, uint32_t, uint32_t)
+LOOPS(i64, uint64_t, uint64_t)
+#undef LOOPS
+
+template <typename Loops>
+void sum_of(void* out, void* copy, const void* const* sources, int count, size_t elements) {
+  using T = typename Loops::Element;
+  alignas(64) typename Loops::Accumulator acc[kBlock];
+  for (size_t start = 0; start < elements; start += kBlock) {
+    const size_t n = std::min(kBlock, elements - start);
+    const auto source = [&](int i) { return static_cast<const T*>(sources[i]) + start; };
+    T* block = static_cast<T*>(out) + start;
+    if (count == 2) {
+      Loops::pair(block, source(0), source(1), n);
+    } else {
+      Loops::first(acc, source(0), source(1), n);
+      for (int i = 2; i < count - 1; ++i) Loops::middle(acc, source(i), n);
+      Loops::last(block, acc, source(count - 1), n);
+    }
+    if (copy != nullptr) std::memcpy(static_cast<T*>(copy) + start, block, n * sizeof(T));
+  }
+}
+
+}  // namespace
+
+size_t sum_element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kU8:
+    case DType::kI8:
+      return 1;
+    case DType::kI16:
+    case DType::kF16:
+    case DType::kBF16:
+      return 2;
+    case DType::kI32:
+    case DType::kF32:
+      return 4;
+    case DType::kI64:
+    case DType::kF64:
+      return 8;
+  }
+  return 0;
+}
+
+void sum(DType dtype, void* out, void* copy, const void* const* sources, int count,
+         size_t elements) {
+  switch (dtype) {
+    case DType::kU8:
+    case DType::kI8:
+      return sum_of<Loops_i8>(out, copy, sources, count, elements);
+    case DType::kI16:
+      return sum_of<Loops_i16>(out, copy, sources, count, elements);
+    case DType::kI32:
+      return sum_of<Loops_i32>(out, copy, sources, count, elements);
+    case DType::kI64:
+      return sum_of<Loops_i64>(out, copy, sources, count, elements);
+    case DType::kF16:
+      return sum_of<Loops_f16>(out, copy, sources, count, elements);
+    case DType::kBF16:
+      return sum_of<Loops_bf16>(out, copy, sources, count, elements);
+    case DType::kF32:
+      return sum_of<Loops_f32>(out, copy, sources, count, elements);
+    case DType::kF64:
+      return sum_of<Loops_f64>(out, copy, sources, count, elements);
+  }
+}
+
+}  // namespace shm

@@ -1,0 +1,268 @@
+#include "shm/team.h"
+
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+
+#include "prim/deadline.h"
+#include "prim/futex.h"
+#include "shm/cpus.h"
+#include "shm/fd_exchange.h"
+#include "shm/interrupt.h"
+
+namespace shm {
+namespace {
+
+// A sleeper looks after its peers this often. It bounds how late a death is noticed.
+constexpr int64_t kSliceNs = 20'000'000;
+// Where there are more ranks than cores a spin only keeps the peer from running.
+constexpr int64_t kOversubscribedSpinNs = 1'000;
+constexpr int kPausesBetweenClocks = 16;
+
+const char* error_name(Code code) {
+  switch (code) {
+    case Code::kTimeout:
+      return "CommTimeoutError: ";
+    case Code::kPeerDied:
+    case Code::kClosed:
+      return "PeerDiedError: ";
+    case Code::kMismatch:
+      return "CommMismatchError: ";
+    default:
+      return "CommunicatorError: ";
+  }
+}
+
+}  // namespace
+
+Team::Team(int rank, int world_size, const Options& options)
+    : rank_(rank),
+      world_size_(world_size),
+      options_(options),
+      layout_(world_size, options.shm_bytes),
+      regions_(world_size),
+      bases_(world_size),
+      peers_(world_size),
+      steps_(world_size),
+      pidfds_(world_size),
+      pids_(world_size),
+      known_(world_size, 0) {
+  if (rank < 0 || rank >= world_size) {
+    throw Error("InvalidArgumentError: CPU shared memory: rank " + std::to_string(rank) +
+                " is not in 0.." + std::to_string(world_size - 1));
+  }
+  spins_ = world_size <= usable_cpus();
+  regions_[rank] = Region::create(options.dir, layout_.bytes);
+  control_ = layout_.control(regions_[rank].data());
+  control_->version = kLayoutVersion;
+  control_->world_size = static_cast<uint32_t>(world_size);
+  control_->slot_bytes = layout_.slot_bytes;
+  control_->ring_bytes = layout_.ring_bytes;
+}
+
+Team::~Team() {
+  if (joined_) leave(Code::kClosed, rank_, "rank " + std::to_string(rank_) + " closed it");
+}
+
+void Team::join(const std::string& name) {
+  name_ = name;
+  auto fds = exchange_fds(name, rank_, world_size_, regions_[rank_].fd(),
+                          prim::Deadline::after_seconds(options_.timeout_s));
+  for (int peer = 0; peer < world_size_; ++peer) {
+    pids_[peer] = fds[peer].pid;
+    if (peer != rank_) {
+      regions_[peer] = Region::map(std::move(fds[peer].fd), sizeof(Control));
+      if (pids_[peer] > 0) {
+        pidfds_[peer] = Fd(static_cast<int>(::syscall(SYS_pidfd_open, pids_[peer], 0)));
+        if (!pidfds_[peer] && errno == ESRCH) {
+          throw Error("PeerDiedError: group " + name + ": " + who(peer) + " died while joining");
+        }
+      }
+    }
+    bases_[peer] = regions_[peer].data();
+    peers_[peer] = layout_.control(bases_[peer]);
+    steps_[peer] = peers_[peer]->steps;
+    const Control& theirs = *peers_[peer];
+    if (theirs.version != kLayoutVersion || theirs.world_size != control_->world_size ||
+        theirs.slot_bytes != layout_.slot_bytes || theirs.ring_bytes != layout_.ring_bytes ||
+        regions_[peer].size() < layout_.bytes) {
+      throw Error(
+          "CommMismatchError: group " + name + ": the memory of rank " + std::to_string(peer) +
+          " is laid out otherwise than that of rank " + std::to_string(rank_) +
+          "; the version of the library and COMMUNICATORS_SHM_BYTES must be the same on all "
+          "ranks");
+    }
+  }
+  joined_ = true;
+}
+
+void Team::begin(const Signature& signature) {
+  if (busy_.test_and_set(std::memory_order_acquire)) {
+    throw Error("CommunicatorError: group " + name_ + ", rank " + std::to_string(rank_) +
+                ": a second thread called while a call was in progress; a communicator is used by "
+                "one thread at a time");
+  }
+  if (!failure_.empty() || !joined_) {
+    end();
+    throw Error(joined_ ? failure_ : "CommunicatorError: the group has not been joined");
+  }
+  signature_ = signature.packed();
+  first_epoch_ = epoch_ + 1;
+}
+
+void Team::wait_all_read(uint32_t epoch) {
+  // Not wait(): that the step is of the same call is not what is asked here.
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (peer == rank_ || prim::reached(known_[peer], epoch)) continue;
+    const Step& step = steps_[peer][epoch % kSlots];
+    if (!prim::reached(prim::load_acquire(step.epoch), epoch)) {
+      wait_word(step.epoch, peers_[peer]->sleepers.count, epoch, peer, kEpoch);
+    }
+    known_[peer] = epoch;
+  }
+  all_known_ = epoch;
+}
+
+void Team::wake(const prim::AtomicU32& word) { prim::futex_wake(word); }
+
+void Team::wait_word(const prim::AtomicU32& word, prim::AtomicU32& sleepers, uint32_t expected,
+                     int peer, Word kind) {
+  const int64_t begun = prim::monotonic_ns();
+  const int64_t spin =
+      spins_ ? options_.spin_ns : std::min(options_.spin_ns, kOversubscribedSpinNs);
+  do {
+    for (int i = 0; i < kPausesBetweenClocks; ++i) {
+      if (prim::reached(prim::load_acquire(word), expected)) return;
+      prim::cpu_pause();
+    }
+  } while (prim::monotonic_ns() - begun < spin);
+
+  struct Sleeping {
+    prim::AtomicU32& count;
+    explicit Sleeping(prim::AtomicU32& c) : count(c) { count.fetch_add(1); }
+    ~Sleeping() { count.fetch_sub(1); }
+  } sleeping(sleepers);
+  const prim::Deadline deadline = prim::Deadline::after_seconds(options_.timeout_s);
+  for (;;) {
+    const uint32_t seen = word.load(std::memory_order_seq_cst);
+    if (prim::reached(seen, expected)) return;
+    prim::futex_wait(word, seen, std::min(kSliceNs, std::max<int64_t>(deadline.left_ns(), 1)));
+    if (prim::reached(prim::load_acquire(word), expected)) return;
+    check_on_peers({word, expected, peer, kind}, deadline.passed());
+  }
+}
+
+// Whether it is `peer`, among others perhaps, that a wait is for.
+bool Team::late(int peer, const Waiting& waiting) const {
+  if (peer == rank_) return false;
+  if (waiting.kind != kEpoch) {
+    return peer == waiting.peer &&
+           !prim::reached(prim::load_acquire(waiting.word), waiting.expected);
+  }
+  // In a collective everybody is needed, and the first one late may wait for another.
+  return !prim::reached(prim::load_acquire(steps_[peer][waiting.expected % kSlots].epoch),
+                        waiting.expected);
+}
+
+bool Team::died(int peer) const {
+  if (!pidfds_[peer]) return false;
+  pollfd state{pidfds_[peer].get(), POLLIN, 0};
+  return ::poll(&state, 1, 0) == 1;
+}
+
+void Team::check_on_peers(const Waiting& waiting, bool deadline_passed) {
+  if (python_handler_raised()) {
+    fail(Code::kInterrupted, rank_,
+         "rank " + std::to_string(rank_) + " was interrupted by a signal handler that raised, in " +
+             describe(signature_));
+  }
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (peer == rank_) continue;
+    const Abort& abort = peers_[peer]->abort;
+    const auto code = static_cast<Code>(prim::load_acquire(abort.code));
+    if (code == Code::kNone) continue;
+    if (code != Code::kClosed) fail(code, abort.culprit, abort.text);
+    if (late(peer, waiting)) {
+      fail(Code::kClosed, peer,
+           who(peer) + " closed the group and rank " + std::to_string(rank_) + " waits for it in " +
+               describe(signature_));
+    }
+  }
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (late(peer, waiting) && died(peer) && late(peer, waiting)) {
+      fail(Code::kPeerDied, peer,
+           who(peer) + " died; rank " + std::to_string(rank_) + " waits for it in " +
+               describe(signature_));
+    }
+  }
+  if (deadline_passed) throw_late(waiting);
+}
+
+void Team::throw_late(const Waiting& waiting) {
+  std::string ranks;
+  int first = -1;
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (!late(peer, waiting)) continue;
+    if (first < 0) first = peer;
+    ranks += (ranks.empty() ? "" : ", ") + who(peer);
+    if (waiting.kind == kEpoch) ranks += ", which is at step " + std::to_string(last_epoch(peer));
+  }
+  if (first < 0) return;  // it has arrived meanwhile
+  char seconds[32];
+  std::snprintf(seconds, sizeof seconds, "%g", options_.timeout_s);
+  std::string at;
+  if (waiting.kind == kEpoch) at = ", step " + std::to_string(waiting.expected);
+  if (waiting.kind == kBytesSent) at = ", for bytes to arrive";
+  if (waiting.kind == kBytesTaken) at = ", for bytes to be taken";
+  fail(Code::kTimeout, first,
+       "rank " + std::to_string(rank_) + " waited " + seconds + " s in " + describe(signature_) +
+           at + ", for " + ranks);
+}
+
+void Team::throw_mismatch(int peer, uint64_t theirs) {
+  fail(Code::kMismatch, peer,
+       "rank " + std::to_string(rank_) + " calls " + describe(signature_) + " and rank " +
+           std::to_string(peer) + " calls " + describe(theirs) +
+           "; the calls must match");
+}
+
+void Team::fail(Code code, int culprit, const std::string& what) {
+  failure_ = error_name(code) + ("group " + name_ + ": ") + what;
+  leave(code, culprit, what);
+  if (code == Code::kInterrupted && culprit == rank_) throw Interrupted();
+  throw Error(failure_);
+}
+
+void Team::leave(Code code, int culprit, const std::string& text) {
+  Abort& mine = control_->abort;
+  if (prim::load_relaxed(mine.code) != 0) return;
+  mine.culprit = culprit;
+  std::strncpy(mine.text, text.c_str(), sizeof mine.text - 1);
+  mine.code.store(static_cast<uint32_t>(code), std::memory_order_seq_cst);
+  // Whoever waits for this rank looks around when woken.
+  for (Step& step : control_->steps) wake(step.epoch);
+  for (int peer = 0; peer < world_size_; ++peer) {
+    if (peer == rank_ || bases_[peer] == nullptr) continue;
+    wake(channel(rank_, peer).head);
+    wake(channel(peer, rank_).tail);
+  }
+}
+
+uint32_t Team::last_epoch(int peer) const {
+  uint32_t last = prim::load_acquire(steps_[peer][0].epoch);
+  for (uint32_t i = 1; i < kSlots; ++i) {
+    const uint32_t epoch = prim::load_acquire(steps_[peer][i].epoch);
+    if (prim::reached(epoch, last)) last = epoch;
+  }
+  return last;
+}
+
+std::string Team::who(int peer) const {
+  return "rank " + std::to_string(peer) + " (pid " + std::to_string(pids_[peer]) + ")";
+}
+
+}  // namespace shm

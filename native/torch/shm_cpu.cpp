@@ -1,0 +1,271 @@
+// The operators of CPU shared memory: handles, argument checks, registration. What they do is in
+// native/shm. A handle stands for one Team: this rank's part in one group.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "shm/channel.h"
+#include "shm/collectives.h"
+#include "shm/cpus.h"
+#include "shm/reduce.h"
+
+namespace {
+
+using torch::stable::Tensor;
+using TeamPtr = std::shared_ptr<shm::Team>;
+
+// Handles are indices and are not used again, so a stale one is noticed.
+class Teams {
+ public:
+  int64_t add(TeamPtr team) {
+    const std::lock_guard lock(mutex_);
+    teams_.push_back(std::move(team));
+    return static_cast<int64_t>(teams_.size()) - 1;
+  }
+  // A call holds its Team, so that another thread's shm_close does not unmap it underneath.
+  TeamPtr get(int64_t handle) {
+    const std::lock_guard lock(mutex_);
+    if (handle < 0 || handle >= static_cast<int64_t>(teams_.size()) || !teams_[handle]) {
+      throw shm::Error("InvalidArgumentError: CPU shared memory: " + std::to_string(handle) +
+                       " is not the handle of an open group");
+    }
+    return teams_[handle];
+  }
+  void remove(int64_t handle) {
+    TeamPtr last = get(handle);
+    const std::lock_guard lock(mutex_);
+    teams_[handle].reset();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<TeamPtr> teams_;
+};
+
+Teams& teams() {
+  static Teams all;
+  return all;
+}
+
+shm::DType dtype_of(const Tensor& x) { return static_cast<shm::DType>(x.scalar_type()); }
+
+size_t bytes_of(const Tensor& x) { return static_cast<size_t>(x.numel()) * x.element_size(); }
+
+[[noreturn]] void reject(const char* op, const std::string& what) {
+  throw shm::Error("InvalidArgumentError: " + std::string(op) + ": " + what);
+}
+
+void check(const char* op, const char* argument, const Tensor& x) {
+  if (!x.is_cpu()) reject(op, std::string(argument) + " is not on the CPU");
+  if (!x.is_contiguous()) reject(op, std::string(argument) + " is not contiguous");
+}
+
+void check_pair(const char* op, const Tensor& out, const Tensor& inp, int64_t out_factor,
+                int64_t inp_factor) {
+  check(op, "out", out);
+  check(op, "inp", inp);
+  if (out.scalar_type() != inp.scalar_type()) {
+    reject(op, "out is " + name_of(dtype_of(out)) + " and inp is " + name_of(dtype_of(inp)) +
+                   "; they must have one dtype");
+  }
+  if (out.numel() * out_factor != inp.numel() * inp_factor) {
+    reject(op,
+           "out has " + std::to_string(out.numel()) + " elements and inp has " +
+               std::to_string(inp.numel()) + "; out must have " +
+               (inp_factor == 1 && out_factor == 1
+                    ? std::string("as many")
+                    : std::to_string(inp_factor) + "/" + std::to_string(out_factor) + " of them"));
+  }
+}
+
+void check_summed(const char* op, const Tensor& x) {
+  if (shm::sum_element_size(dtype_of(x)) == 0) {
+    reject(op, "dtype " + name_of(dtype_of(x)) +
+                   " cannot be summed; float32, float16, bfloat16, float64, int8 to int64 and "
+                   "uint8 can");
+  }
+}
+
+void check_inner(const char* op, int64_t inner, int64_t elements) {
+  if (inner < 0 || (inner == 0 ? elements != 0 : elements % inner != 0)) {
+    reject(op, "rows of " + std::to_string(inner) + " elements do not divide " +
+                   std::to_string(elements));
+  }
+}
+
+int check_rank(const char* op, const char* argument, const shm::Team& team, int64_t rank,
+               bool other = false) {
+  if (rank < 0 || rank >= team.world_size() || (other && rank == team.rank())) {
+    reject(op, std::string(argument) + "=" + std::to_string(rank) + " is not " +
+                   (other ? "another rank" : "a rank") + " of the group of " +
+                   std::to_string(team.world_size()) + "; this is rank " +
+                   std::to_string(team.rank()));
+  }
+  return static_cast<int>(rank);
+}
+
+void run_parallel(size_t count, size_t grain, void (*task)(void*, size_t, size_t), void* context) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(count), static_cast<int64_t>(grain),
+                              [&](int64_t begin, int64_t end) {
+                                task(context, static_cast<size_t>(begin), static_cast<size_t>(end));
+                              });
+}
+
+int64_t shm_open(std::string dir, int64_t rank, int64_t world_size, int64_t shm_bytes,
+                 double timeout_s, int64_t spin_us) {
+  const shm::Options options{std::move(dir), static_cast<size_t>(std::max<int64_t>(shm_bytes, 0)),
+                             timeout_s, spin_us * 1000};
+  auto team =
+      std::make_shared<shm::Team>(static_cast<int>(rank), static_cast<int>(world_size), options);
+  // The ranks share the CPUs: each gets its part of them.
+  const auto threads = static_cast<int>(torch::stable::get_num_threads());
+  team->set_parallel(std::min(threads, shm::usable_cpus() / static_cast<int>(world_size)),
+                     run_parallel);
+  return teams().add(std::move(team));
+}
+
+void shm_join(int64_t handle, std::string name) { teams().get(handle)->join(name); }
+
+void shm_close(int64_t handle) { teams().remove(handle); }
+
+// For measurements and tests: the same values on all ranks, between the same calls.
+void shm_set_tuning(int64_t handle, int64_t one_shot_bytes, int64_t chunk_bytes) {
+  if (one_shot_bytes < 0 || chunk_bytes < 16384) {
+    reject("shm_set_tuning", "one_shot_bytes >= 0 and chunk_bytes >= 16384 are expected");
+  }
+  teams().get(handle)->set_tuning(
+      {static_cast<size_t>(one_shot_bytes), static_cast<size_t>(chunk_bytes)});
+}
+
+void shm_barrier(int64_t handle) { barrier(*teams().get(handle)); }
+
+void shm_all_reduce_(Tensor x, int64_t handle) {
+  check("all_reduce_", "x", x);
+  check_summed("all_reduce_", x);
+  void* data = x.mutable_data_ptr();
+  all_reduce(*teams().get(handle), dtype_of(x), data, data, static_cast<size_t>(x.numel()));
+}
+
+void shm_all_reduce_out(Tensor out, Tensor inp, int64_t handle) {
+  check_pair("all_reduce", out, inp, 1, 1);
+  check_summed("all_reduce", inp);
+  all_reduce(*teams().get(handle), dtype_of(inp), inp.const_data_ptr(), out.mutable_data_ptr(),
+             static_cast<size_t>(inp.numel()));
+}
+
+Tensor shm_all_reduce(Tensor x, int64_t handle) {
+  check("all_reduce", "x", x);
+  Tensor out = torch::stable::empty_like(x);
+  shm_all_reduce_out(out, x, handle);
+  return out;
+}
+
+void shm_all_gather(Tensor out, Tensor inp, int64_t inner, int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  check_pair("all_gather", out, inp, 1, team->world_size());
+  check_inner("all_gather", inner, inp.numel());
+  all_gather(*team, dtype_of(inp), inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(inp),
+             static_cast<size_t>(inner) * inp.element_size());
+}
+
+void shm_gather(std::optional<Tensor> out, Tensor inp, int64_t inner, int64_t root,
+                int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  const int to = check_rank("gather", "root", *team, root);
+  check("gather", "inp", inp);
+  check_inner("gather", inner, inp.numel());
+  void* data = nullptr;
+  if (to == team->rank()) {
+    if (!out) reject("gather", "rank " + std::to_string(to) + " is the root and has no out");
+    check_pair("gather", *out, inp, 1, team->world_size());
+    data = out->mutable_data_ptr();
+  }
+  gather(*team, dtype_of(inp), inp.const_data_ptr(), data, bytes_of(inp),
+         static_cast<size_t>(inner) * inp.element_size(), to);
+}
+
+void shm_reduce_scatter(Tensor out, Tensor inp, int64_t inner, int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  check_pair("reduce_scatter", out, inp, team->world_size(), 1);
+  check_summed("reduce_scatter", inp);
+  check_inner("reduce_scatter", inner, out.numel());
+  reduce_scatter(*team, dtype_of(inp), inp.const_data_ptr(), out.mutable_data_ptr(),
+                 static_cast<size_t>(out.numel()), static_cast<size_t>(inner));
+}
+
+void shm_broadcast_(Tensor x, int64_t root, int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  const int from = check_rank("broadcast", "src", *team, root);
+  check("broadcast", "x", x);
+  broadcast(*team, dtype_of(x), x.mutable_data_ptr(), bytes_of(x), from);
+}
+
+void shm_send(Tensor x, int64_t dst, int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  const int to = check_rank("send", "dst", *team, dst, true);
+  check("send", "x", x);
+  send(*team, dtype_of(x), x.const_data_ptr(), bytes_of(x), to);
+}
+
+void shm_recv_(Tensor x, int64_t src, int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  const int from = check_rank("recv", "src", *team, src, true);
+  check("recv", "x", x);
+  recv(*team, dtype_of(x), x.mutable_data_ptr(), bytes_of(x), from);
+}
+
+int64_t shm_next_message_bytes(int64_t src, int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  const int from = check_rank("recv", "src", *team, src, true);
+  return static_cast<int64_t>(next_message_bytes(*team, from));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
+  m.def(
+      "shm_open(str dir, int rank, int world_size, int shm_bytes, float timeout_s, int spin_us) -> "
+      "int");
+  m.def("shm_join(int handle, str name) -> ()");
+  m.def("shm_close(int handle) -> ()");
+  m.def("shm_set_tuning(int handle, int one_shot_bytes, int chunk_bytes) -> ()");
+  m.def("shm_barrier(int handle) -> ()");
+  m.def("shm_all_reduce_(Tensor(a!) x, int handle) -> ()");
+  m.def("shm_all_reduce_out(Tensor(a!) out, Tensor inp, int handle) -> ()");
+  m.def("shm_all_reduce(Tensor x, int handle) -> Tensor");
+  m.def("shm_all_gather(Tensor(a!) out, Tensor inp, int inner, int handle) -> ()");
+  m.def("shm_gather(Tensor(a!)? out, Tensor inp, int inner, int root, int handle) -> ()");
+  m.def("shm_reduce_scatter(Tensor(a!) out, Tensor inp, int inner, int handle) -> ()");
+  m.def("shm_broadcast_(Tensor(a!) x, int root, int handle) -> ()");
+  m.def("shm_send(Tensor x, int dst, int handle) -> ()");
+  m.def("shm_recv_(Tensor(a!) x, int src, int handle) -> ()");
+  m.def("shm_next_message_bytes(int src, int handle) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
+  m.impl("shm_open", TORCH_BOX(&shm_open));
+  m.impl("shm_join", TORCH_BOX(&shm_join));
+  m.impl("shm_close", TORCH_BOX(&shm_close));
+  m.impl("shm_set_tuning", TORCH_BOX(&shm_set_tuning));
+  m.impl("shm_barrier", TORCH_BOX(&shm_barrier));
+  m.impl("shm_next_message_bytes", TORCH_BOX(&shm_next_message_bytes));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(communicators, CPU, m) {
+  m.impl("shm_all_reduce_", TORCH_BOX(&shm_all_reduce_));
+  m.impl("shm_all_reduce_out", TORCH_BOX(&shm_all_reduce_out));
+  m.impl("shm_all_reduce", TORCH_BOX(&shm_all_reduce));
+  m.impl("shm_all_gather", TORCH_BOX(&shm_all_gather));
+  m.impl("shm_gather", TORCH_BOX(&shm_gather));
+  m.impl("shm_reduce_scatter", TORCH_BOX(&shm_reduce_scatter));
+  m.impl("shm_broadcast_", TORCH_BOX(&shm_broadcast_));
+  m.impl("shm_send", TORCH_BOX(&shm_send));
+  m.impl("shm_recv_", TORCH_BOX(&shm_recv_));
+}
