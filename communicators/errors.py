@@ -18,6 +18,10 @@ class PeerDiedError(CommTimeoutError):
     """A peer's process is gone. A timeout too, for callers that handle only those."""
 
 
+class QueueClosedError(CommunicatorError):
+    """The queue was closed by its other side or by this one; what was written before was read."""
+
+
 class CommMismatchError(CommunicatorError):
     """Ranks called with different ops, shapes, dtypes or settings; the message names both."""
 

@@ -71,6 +71,12 @@ class Settings:
     """How long a CPU rank spins for a peer before it sleeps on a futex. Ranks beyond the number of
     cores do not spin at all, whatever this says."""
 
+    queue_spin_us: int = _setting(
+        5000, "COMMUNICATORS_QUEUE_SPIN_US", _microseconds, "microseconds, 0 to 1000000"
+    )
+    """How long a MessageQueue's reader may spin when messages usually come sooner than that. A
+    reader whose messages come further apart spins for `spin_us`, then sleeps."""
+
     shm_dir: str = _setting("/dev/shm", "COMMUNICATORS_SHM_DIR", str, "a directory on a tmpfs")
     """Where shared memory is taken from. Files there have no name, so none can be left behind."""
 

@@ -1,0 +1,94 @@
+"""ctypes over the C interface of the ring (native/shm/ring_api.cpp), line by line."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from .. import native
+
+
+class Taken(ctypes.Structure):
+    """RingReader::Taken of native/shm/ring.h."""
+
+    _fields_ = (
+        ("copied", ctypes.c_uint32),
+        ("kind", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("ends", ctypes.c_uint32 * 64),
+        ("padding", ctypes.c_ubyte * 40),
+        ("bytes", ctypes.c_ubyte * (32 << 10)),
+    )
+
+
+_P, _I, _U32, _U64, _I64 = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint32,
+    ctypes.c_uint64,
+    ctypes.c_int64,
+)
+# name -> (result, arguments). Those that wait or copy much release the interpreter's lock.
+_QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "bytes": (_U64, (_U32, _U32, _U64, _U64)),
+    "create": (None, (_P, _U32, _U32, _U64, _U64, ctypes.c_char_p, _U32)),
+    "check": (_I, (_P, ctypes.c_char_p)),
+    "reader_info": (None, (_P, _U32, _P)),
+    "word": (_U32, (_P, _I)),
+    "set_ready": (None, (_P,)),
+    "writer_open": (_P, (_P, _I, _U64, _I64, _I64)),
+    "writer_free": (None, (_P,)),
+    "try_write": (_I, (_P, ctypes.c_char_p, _U64)),
+    "has_slot": (_I, (_P,)),
+    "slot_offset": (_U64, (_P, _U64)),
+    "slot_payload": (_P, (_P,)),
+    "publish": (None, (_P, _U32, _U64, _U64)),
+    "free_block": (None, (_P, _U64)),
+    "slowest": (_U32, (_P,)),
+    "drop": (None, (_P, _U32)),
+    "close": (None, (_P,)),
+    "sent": (_U64, (_P,)),
+    "backed_bytes": (_U64, (_P,)),
+    "reader_open": (_P, (_P, _U32, _I64, _I64)),
+    "reader_free": (None, (_P,)),
+    "join": (_I, (_P, _U32, _U64)),
+    "leave": (None, (_P,)),
+    "taken": (_P, (_P,)),
+    "take": (_I, (_P,)),
+    "done": (None, (_P,)),
+    "release_block": (None, (_P, _U32, _U64)),
+    "received": (_U64, (_P,)),
+    "cancel_writer": (None, (_P,)),
+    "cancel_reader": (None, (_P,)),
+}
+_SLOW: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "wait_word": (None, (_P, _I, _U32, _I64)),
+    "copy": (None, (_P, _P, _U64)),
+    "allocate_block": (_I64, (_P, _U64)),
+    "writer_wait": (_I, (_P, _I64, _I)),
+    "reader_wait": (_I, (_P, _I64, _I)),
+}
+
+
+class _Api:
+    """The C functions of native/shm/ring_api.cpp, as attributes."""
+
+    def __init__(self) -> None:
+        path = str(native.load("cpu"))
+        for library, table in ((ctypes.PyDLL(path), _QUICK), (ctypes.CDLL(path), _SLOW)):
+            for name, (result, arguments) in table.items():
+                function = getattr(library, f"communicators_ring_{name}")
+                function.restype, function.argtypes = result, arguments
+                setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:  # for type checkers; all are set above
+        raise AttributeError(name)
+
+
+@functools.cache
+def api() -> _Api:
+    """The functions, loaded once. NativeLibraryError if there is no native library."""
+    return _Api()

@@ -1,0 +1,54 @@
+"""Another process of this host: who it is, and whether it still runs.
+
+A pidfd names one process for good, where a pid may be given to another process later; with the
+start time from /proc a pid that came over a message is checked before it is trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+
+def start_time(pid: int) -> int | None:
+    """When `pid` started, in clock ticks since boot (proc_pid_stat(5), field 22); None if gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(")")[2].split()[19])  # the name before ")" may hold anything
+
+
+def pid_space() -> str:
+    """Equal in two processes if and only if each can name the other by its pid."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+class Process:
+    """A process that is watched. `gone` is True once it has ended, also as a zombie."""
+
+    def __init__(self, pid: int, started: int) -> None:
+        self.pid = pid
+        self._fd: int | None = None
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        if start_time(pid) != started:  # that pid is another process by now
+            self.close()
+            return
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has ended. A system call, about 1 us."""
+        return self._fd is None or bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        """Gives the descriptor back; afterwards `gone` is True."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

@@ -1,0 +1,118 @@
+"""Objects to bytes and back for MessageQueue: pickle protocol 5 with buffers out of band (PEP 574).
+
+A message is a pickle stream and the large buffers that it refers to. numpy arrays give their
+buffers by themselves; CPU tensors, which torch would copy into the stream, are reduced to a buffer,
+a dtype and a shape here.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import CommunicatorError, InvalidArgumentError
+
+#: Buffers below this many bytes go into the stream: one more copy costs less than a block.
+OUT_OF_BAND_BYTES = 4096
+
+
+def address_of(buffer: Any) -> int:
+    """The address of a contiguous buffer, also of a read-only one."""
+    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return address
+
+
+def _reduce_tensor(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return _rebuild_tensor, (pickle.PickleBuffer(flat.numpy()), tensor.dtype, tuple(tensor.shape))
+
+
+def _rebuild_tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=dtype)
+    if isinstance(buffer, memoryview) and buffer.readonly:
+        # A zero-copy view. torch has no read-only tensors and warns of one made from read-only
+        # memory; the writable array that the view was cut from serves without.
+        block: np.ndarray = buffer.obj  # type: ignore[assignment]
+        begin = address_of(buffer) - address_of(block)
+        return torch.from_numpy(block[begin : begin + buffer.nbytes]).view(dtype).reshape(shape)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether buffer, dtype and shape are all there is to `tensor`."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.is_quantized
+    )
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor and _is_plain(obj):
+            return _reduce_tensor(obj)
+        return NotImplemented
+
+
+class _Sink:
+    """The file of a pickler that keeps the pieces it is given, without joining them."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self.write = write
+
+
+class Encoder:
+    """Turns one object at a time into `parts` (of the stream) and `buffers`. Not thread-safe.
+
+    The pickler is kept: making one costs as much as pickling a small object.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+        self.buffers: list[memoryview] = []
+        self._pickler = _Pickler(
+            _Sink(self.parts.append), protocol=5, buffer_callback=self._out_of_band
+        )
+
+    def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < OUT_OF_BAND_BYTES:
+            return True
+        self.buffers.append(raw)
+        return False
+
+    def encode(self, obj: Any) -> None:
+        """Fills `parts` and `buffers`. InvalidArgumentError if `obj` cannot be pickled."""
+        try:
+            self._pickler.dump(obj)
+        except Exception as error:
+            raise InvalidArgumentError(
+                f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be "
+                f"pickled was given: {error}"
+            ) from error
+        finally:
+            self._pickler.clear_memo()
+
+    def clear(self) -> None:
+        """Lets go of the object's memory."""
+        self.parts.clear()
+        self.buffers.clear()
+
+
+def decode(stream: Any, buffers: Iterable[Any] = ()) -> Any:
+    """The object. CommunicatorError if it cannot be unpickled here; the message is used up then."""
+    try:
+        return pickle.loads(stream, buffers=buffers)
+    except Exception as error:
+        raise CommunicatorError(
+            f"dequeue(): a message arrived whole and cannot be unpickled in this process: {error!r}"
+        ) from error
