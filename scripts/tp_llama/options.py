@@ -18,7 +18,7 @@ DTYPES = {
 }
 SHIPPED = Path(__file__).parent / "checkpoint"
 REPEATABLE = "may be given several times: a batch"
-DEFAULT_PROMPT = "def main("
+DEFAULT_PROMPT = 'def read_file(path):\n    """'
 VERIFY_PROMPTS = ("def main(", "import os\nimport ", "class Reader:\n    def __init__(self", "for ")
 
 
