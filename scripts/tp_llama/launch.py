@@ -26,6 +26,8 @@ def environment(ranks: int) -> Iterator[None]:
     """What the ranks inherit: where this package lies, and a fair share of the cores."""
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    # OpenMP threads that spin between two ops take the core from the other ranks.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [before.get("PYTHONPATH")])]
     )
