@@ -88,10 +88,13 @@ class Dispatcher:
                 f"{self.group.name} works on {self.device}"
             )
         op, dtype, nbytes, capturing = key
-        choice = self.select(Request(op, dtype, nbytes, "capture" if capturing else "eager"))
+        request = Request(op, dtype, nbytes, "capture" if capturing else "eager")
+        choice = self.select(request)
         if choice.communicator is None:
             why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())
-            raise CommunicatorError(f"{choice.reason} on rank {self.group.rank} ({why})")
+            raise CommunicatorError(
+                f"no communicator takes {request} on rank {self.group.rank} ({why})"
+            )
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         communicator = next(c for c in self.live if c.name == choice.communicator)

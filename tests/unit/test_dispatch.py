@@ -69,7 +69,8 @@ def test_admission_comes_before_measurement():
 def test_nobody_takes_it():
     choice = choose(request(64, op="send"), LIVE, EMPTY)
     assert choice.communicator is None
-    assert "no communicator takes send of 64 bytes of bfloat16" in choice.reason
+    assert choice.reason == "no communicator takes it"
+    assert str(choice.refused["all"]) == "it does only all_gather, all_reduce"
 
 
 @pytest.mark.parametrize(
