@@ -94,11 +94,6 @@ class Group:
             settings=settings,
         )
 
-    @property
-    def store(self) -> Store:
-        """Where the ranks meet; its keys are this group's own."""
-        return self._store
-
     def gather_objects(self, tag: str, value: Any, timeout_s: float | None = None) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank.
 
