@@ -18,6 +18,7 @@ from .arguments import check_dim, check_peer, check_root, check_sizes
 from .dispatcher import Dispatcher
 from .errors import CommunicatorError, InvalidArgumentError, TopologyError
 from .group import Group
+from .object_broadcast import ObjectBroadcaster
 from .open_groups import OPEN_GROUPS
 from .settings import Settings
 from .tensor_dict import join_tensors, split_tensors
@@ -79,6 +80,7 @@ class GroupCoordinator:
             process_group=self.cpu_group,
             settings=self.settings,
         )
+        self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
         if self.world_size > 1:
             for at, process_group in self._devices():
@@ -283,7 +285,7 @@ class GroupCoordinator:
     def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
         """Rank `src`'s picklable object, on every rank."""
         check_root("broadcast_object", "src", src, self.world_size)
-        return self.group.broadcast_object(obj, src)
+        return obj if self.world_size == 1 else self._objects.broadcast(obj, src)
 
     def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
         """Overwrites `objects` with rank `src`'s list, of the same length; returns it."""
@@ -363,7 +365,8 @@ class GroupCoordinator:
         """What is used for which collective, and why each other communicator is not."""
         if self.world_size == 1:
             return f"group {self.name}: one rank, nothing to communicate"
-        return "\n".join(dispatcher.explain() for dispatcher in self._dispatchers.values())
+        parts = [dispatcher.explain() for dispatcher in self._dispatchers.values()]
+        return "\n".join([*parts, self._objects.explain()])
 
     def close(self) -> None:
         """Closes the communicators, then their process groups. Idempotent."""
@@ -371,6 +374,7 @@ class GroupCoordinator:
             return
         self._closed = True
         OPEN_GROUPS.pop(self.name, None)
+        self._objects.close()
         for dispatcher in self._dispatchers.values():
             dispatcher.close()
         for process_group in {id(g): g for g in (self.device_group, self.cpu_group)}.values():

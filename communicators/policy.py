@@ -36,7 +36,7 @@ def choose(request: Request, live: Sequence[tuple[str, Capability]], table: Tabl
         else:
             refused[name] = refusal
     if not admitted:
-        return Choice(None, f"no communicator takes {request}", refused)
+        return Choice(None, "no communicator takes it", refused)
     chosen = admitted[0]
     reason = "the first in order of preference that takes it"
     row = table.find(request)

@@ -71,7 +71,7 @@ def read_block(reader: RingReader, copy: bool) -> Any:
     block, size = reader.taken.offset, reader.taken.size
     # An array over the block: whatever is made from it keeps the mapping.
     lease = np.frombuffer(reader.ring.view, np.uint8, size, block)
-    whole = memoryview(lease).toreadonly()
+    whole = lease.data.toreadonly()
     (count,) = _COUNT.unpack_from(whole, BLOCK_HEADER_BYTES)
     words = struct.unpack_from(f"={2 * count}Q", whole, BLOCK_HEADER_BYTES + _COUNT.size)
     spans = list(zip(words[::2], words[1::2], strict=True))

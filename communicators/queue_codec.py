@@ -29,7 +29,11 @@ def address_of(buffer: Any) -> int:
 
 def _reduce_tensor(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return _rebuild_tensor, (pickle.PickleBuffer(flat.numpy()), tensor.dtype, tuple(tensor.shape))
+    return _rebuild_tensor, (
+        pickle.PickleBuffer(flat.numpy().data),
+        tensor.dtype,
+        tuple(tensor.shape),
+    )
 
 
 def _rebuild_tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

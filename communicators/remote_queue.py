@@ -81,6 +81,12 @@ def _socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
     return socket
 
 
+def _option(socket: zmq.Socket, option: int) -> int:
+    value = socket.getsockopt(option)
+    assert isinstance(value, int)
+    return value
+
+
 @dataclass
 class _Peer:
     rank: int
@@ -140,7 +146,7 @@ class RemoteWriter:
 
     def _serve(self) -> None:
         poll = select.poll()
-        for fd in (self._socket.getsockopt(zmq.FD), self._monitor.getsockopt(zmq.FD), self._stop):
+        for fd in (_option(self._socket, zmq.FD), _option(self._monitor, zmq.FD), self._stop):
             poll.register(fd, select.POLLIN)
         while True:
             # The descriptors of ZeroMQ tell of changes, not of states: whoever used the socket has
@@ -153,11 +159,11 @@ class RemoteWriter:
 
     def _receive(self) -> None:
         """Handles all that has arrived. With the lock held."""
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while _option(self._socket, zmq.EVENTS) & zmq.POLLIN:
             frames = self._socket.recv_multipart()
             if len(frames) != 2 or not self._handle(frames[0], frames[1]):
                 self.rejected += 1
-        while self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while _option(self._monitor, zmq.EVENTS) & zmq.POLLIN:
             recv_monitor_message(self._monitor)
             self.rejected += 1
         self._changed.notify_all()

@@ -274,15 +274,20 @@ class RingWriter:
         return True
 
     def _late(self, deadline: Deadline) -> str:
-        reader = api().slowest(self.handle)
-        state, pid, _, consumed = self.ring.reader_info(reader)
-        behind = (api().sent(self.handle) - consumed) % (1 << 31)
-        who = f"reader rank {self.ranks[reader]}"
-        if state == ABSENT:
-            return f"{who} has not joined after {deadline.seconds:g} s"
+        """Who is furthest behind, as a sentence."""
+        sent = api().sent(self.handle)
+        behind: dict[int, list[str]] = {}
+        for reader, rank in enumerate(self.ranks):
+            state, pid, _, read = self.ring.reader_info(reader)
+            if state in (ABSENT, JOINED):
+                who = (
+                    f"rank {rank} (process {pid})" if pid else f"rank {rank}, which has not joined"
+                )
+                behind.setdefault((sent - read) % (1 << 31), []).append(who)
+        most = max(behind, default=0)
         return (
-            f"the writer waited {deadline.seconds:g} s for {who} (process {pid}), which has not "
-            f"read the last {behind} messages"
+            f"the writer waited {deadline.seconds:g} s for readers that have not read the last "
+            f"{most} message{'s' if most != 1 else ''}: {', '.join(behind.get(most, []))}"
         )
 
     def allocate(self, size: int, deadline: Deadline) -> int:

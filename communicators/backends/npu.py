@@ -53,19 +53,18 @@ class NpuCommunicator(VendorCommunicator):
         world_size = self.group.world_size
         rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
         share = -(-rows.size(0) // world_size)
-        padded = rows.new_zeros([share * world_size, rows.size(1)])
-        padded[: rows.size(0)].copy_(rows)
-        mine = _encode(padded.float())
+        padding = rows.new_zeros([share * world_size - rows.size(0), rows.size(1)])
+        mine = _encode(torch.cat([rows, padding]).float())
         theirs = torch.empty_like(mine)
         dist.all_to_all_single(theirs, mine, group=self.process_group)
         values = _decode(theirs).view(world_size, share, rows.size(1))
-        total = values[0]
-        for part in values[1:]:
+        total, *others = values.unbind(0)
+        for part in others:
             total = total + part
         encoded = _encode(total)
         everyones = encoded.new_empty([share * world_size, encoded.size(1)])
         self.run("all_gather", everyones, encoded)
-        return _decode(everyones)[: rows.size(0)].to(x.dtype).reshape(x.shape)
+        return _decode(everyones).narrow(0, 0, rows.size(0)).to(x.dtype).reshape(x.shape)
 
 
 def _encode(rows: torch.Tensor) -> torch.Tensor:
@@ -81,5 +80,5 @@ def _encode(rows: torch.Tensor) -> torch.Tensor:
 
 def _decode(encoded: torch.Tensor) -> torch.Tensor:
     """int8 [R, N + 4] -> fp32 [R, N]."""
-    scale = encoded[:, -_SCALE_BYTES:].contiguous().view(torch.float32)
-    return encoded[:, :-_SCALE_BYTES].float() * scale
+    steps, scale = encoded.split([encoded.size(1) - _SCALE_BYTES, _SCALE_BYTES], dim=1)
+    return steps.float() * scale.clone(memory_format=torch.contiguous_format).view(torch.float32)

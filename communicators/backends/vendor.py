@@ -81,23 +81,22 @@ class VendorCommunicator(TorchDistributedCommunicator):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, as a new tensor."""
         self._require_same("all_reduce", x)
-        x = x.contiguous()
-        out = torch.empty_like(x)
+        out = x.clone(memory_format=torch.contiguous_format)
         if x.numel():
-            self.run("all_reduce", out, x)
+            self.run("all_reduce", out, out)
         return out
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Every rank's `x`, of one shape, concatenated along `dim` in rank order; a new tensor."""
         dim = check_dim("all_gather", x, dim)
         self._require_same("all_gather", x, dim)
-        x = x.contiguous()
+        x = _contiguous(x)
         parts = x.new_empty([self.group.world_size, *x.shape])
         if x.numel():
             self.run("all_gather", parts, x)
         shape = list(x.shape) or [1]
         shape[dim] *= self.group.world_size
-        return (parts.movedim(0, dim) if x.dim() else parts).reshape(shape).contiguous()
+        return _contiguous((parts.movedim(0, dim) if x.dim() else parts).reshape(shape))
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Part `rank` of the sum, split evenly along `dim`; a new tensor.
@@ -113,17 +112,17 @@ class VendorCommunicator(TorchDistributedCommunicator):
                 f"a multiple of the {world_size} ranks"
             )
         self._require_same("reduce_scatter", x, dim)
-        parts = whole.movedim(dim, 0).contiguous()
+        parts = _contiguous(whole.movedim(dim, 0))
         out = parts.new_empty([parts.size(0) // world_size, *parts.shape[1:]])
         if out.numel():
             self.run("reduce_scatter", out, parts)
-        return out.movedim(0, dim).contiguous()
+        return _contiguous(out.movedim(0, dim))
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Rank `src`'s content in every rank's `x`, in place; returns `x`."""
         check_root("broadcast", "src", src, self.group.world_size)
         self._require_same("broadcast", x, src)
-        staged = x.contiguous()
+        staged = _contiguous(x)
         if x.numel():
             self.run("broadcast", staged, staged, src)
         return x if staged is x else x.copy_(staged)
@@ -140,3 +139,8 @@ class VendorCommunicator(TorchDistributedCommunicator):
                     f"{call}: rank {self.group.rank} passes {mine} and rank {rank} {theirs} (shape,"
                     " dtype, arguments); all ranks must pass the same"
                 )
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x.contiguous(); unlike that, it also works on fake tensors of a device that torch lacks."""
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)

@@ -47,7 +47,6 @@ _QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "slot_payload": (_P, (_P,)),
     "publish": (None, (_P, _U32, _U64, _U64)),
     "free_block": (None, (_P, _U64)),
-    "slowest": (_U32, (_P,)),
     "drop": (None, (_P, _U32)),
     "close": (None, (_P,)),
     "sent": (_U64, (_P,)),

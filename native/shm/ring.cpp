@@ -131,13 +131,13 @@ void RingWriter::look_at_readers() {
       slowest_ = reader;
     }
   }
-  all_consumed_ = least;
+  // With nobody there, nothing is written: the next call looks again.
+  all_consumed_ = anybody_ ? least : sent_ - header_->slots;
 }
 
 bool RingWriter::has_slot() {
   if (sent_ - all_consumed_ < header_->slots) return true;
   look_at_readers();
-  if (!anybody_) all_consumed_ = sent_ - header_->slots;  // so that the next call looks again
   if (sent_ - all_consumed_ < header_->slots) return true;
   target_ = sent_ + 1 - header_->slots;
   return false;
@@ -184,7 +184,7 @@ int64_t RingWriter::allocate_block(uint64_t bytes) {
   }
   // Only what a reader will still read is waited for. What readers hold is given more room: they
   // may hold it for as long as they like.
-  if (unread > 0 && unread + bytes > unread_limit_) {
+  if (anybody_ && unread > 0 && unread + bytes > unread_limit_) {
     target_ = oldest + 1;
     return kMustWait;
   }
@@ -196,7 +196,7 @@ WaitResult RingWriter::wait(int64_t timeout_ns, bool again) {
   const auto deadline = prim::Deadline::after_ns(timeout_ns);
   const auto reached = [this] {
     look_at_readers();
-    return all_consumed_ >= target_;
+    return !anybody_ || all_consumed_ >= target_;
   };
   if (!again) wait_started_ = prim::monotonic_ns();
   bool arrived = again ? reached() : spin(reached);

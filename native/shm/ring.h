@@ -183,8 +183,6 @@ class RingWriter : public RingEnd {
   // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`. A wait that goes on
   // where the last call ended has `again`: it does not spin.
   WaitResult wait(int64_t timeout_ns, bool again);
-  // The reader that was waited for last, or that is the furthest behind.
-  uint32_t slowest() const { return slowest_; }
 
   bool counts(uint32_t reader) const;  // not left, not dead
   // `reader`'s process is gone: what it has not read or not released is nobody's.

@@ -121,8 +121,6 @@ RING_API int communicators_ring_writer_wait(void* handle, int64_t timeout_ns, in
   return static_cast<int>(writer(handle)->wait(timeout_ns, again != 0));
 }
 
-RING_API uint32_t communicators_ring_slowest(void* handle) { return writer(handle)->slowest(); }
-
 RING_API void communicators_ring_drop(void* handle, uint32_t index) { writer(handle)->drop(index); }
 
 RING_API void communicators_ring_close(void* handle) { writer(handle)->close(); }

@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from communicators import Capability, CommMismatchError, CommunicatorError, Refusal, Request
+from communicators import (
+    Capability,
+    CommMismatchError,
+    CommunicatorError,
+    Refusal,
+    Request,
+    Settings,
+)
 from communicators.base import Communicator
 from communicators.dispatcher import Dispatcher
 from communicators.errors import InvalidArgumentError, SettingsError
@@ -69,7 +76,8 @@ def test_admission_comes_before_measurement():
 def test_nobody_takes_it():
     choice = choose(request(64, op="send"), LIVE, EMPTY)
     assert choice.communicator is None
-    assert "no communicator takes send of 64 bytes of bfloat16" in choice.reason
+    assert choice.reason == "no communicator takes it"
+    assert str(choice.refused["all"]) == "it does only all_gather, all_reduce"
 
 
 @pytest.mark.parametrize(
@@ -168,3 +176,21 @@ def test_different_tables_raise_on_all_ranks():
     assert "table 0" in str(results[0])
     same = run_ranks(2, lambda group: dispatcher(group, parse(table_text(), "same")))
     assert all(isinstance(result, Dispatcher) for result in same)
+
+
+def test_debug_compares_the_calls_before_they_are_made():
+    def body(group):
+        group.settings = Settings(debug=True)
+        d = dispatcher(group)
+        same = torch.zeros(4)
+        d.run("all_reduce", same, same)
+        other = torch.zeros(4 + group.rank)
+        try:
+            d.run("all_reduce", other, other)
+        except CommMismatchError as error:
+            return str(error), d.live[0].calls
+
+    for text, calls in run_ranks(2, body):
+        assert "all_reduce of [4] float32" in text
+        assert "all_reduce of [5] float32" in text
+        assert len(calls) == 1, "the call that differs was not made"

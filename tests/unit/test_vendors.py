@@ -291,7 +291,8 @@ def fake_devices():
 
     torch.utils.rename_privateuse1_backend("npu")
     torch._register_device_module("npu", Module("torch.npu"))
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    served = ",".join(f"{device}:fake" for device in ("cpu", "hpu", "npu", "xpu"))
+    dist.init_process_group(served, store=FakeStore(), rank=1, world_size=4)
     sys.modules["torch_npu"] = types.ModuleType("torch_npu")
     fake_bridge()
     replaced = type("Xpu", (XpuCommunicator,), {"missing": lambda self: None})
