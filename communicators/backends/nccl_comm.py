@@ -33,6 +33,7 @@ from ..errors import (
 
 _log = logging.getLogger(__name__)
 
+_GRAPH_S = 1.0  # for ncclCommDestroy, where graphs may keep it from returning
 _SUM = int(ncclRedOpTypeEnum.ncclSum)
 _BYTE = int(ncclDataTypeEnum.ncclUint8)  # data that is only moved has no other type
 
@@ -84,6 +85,7 @@ class NcclComm:
         self.rank, self.world_size = rank, world_size
         self.device = device
         self.broken = ""
+        self.captured = False  # graphs may hold operations of it
         self.windows: dict[int, Any] = {}
         meeting = nccl.unique_id_from_bytes(unique_id)
 
@@ -133,6 +135,7 @@ class NcclComm:
         nccl, comm = self.nccl, self.handle
         source, sent = (0, 0) if inp is None else (inp.data_ptr(), inp.nbytes)
         target, received = (0, 0) if out is None else (out.data_ptr(), out.nbytes)
+        self._note_capture()
         with self.failures(op):
             if op == "all_reduce" and inp is not None:
                 dtype = ncclDataTypeEnum.from_torch(inp.dtype)
@@ -157,11 +160,16 @@ class NcclComm:
             else:
                 raise InvalidArgumentError(f"{op!r} is not one of {', '.join(OPS)}")
 
+    def _note_capture(self) -> None:
+        if not self.captured and self.device.type == "cuda":
+            self.captured = torch.cuda.is_current_stream_capturing()
+
     def all_gather_ragged(
         self, parts: Sequence[torch.Tensor], inp: torch.Tensor, stream: Any
     ) -> None:
         """Rank r's `inp` into `parts[r]` of every rank: a broadcast from each."""
         nccl, comm, source = self.nccl, self.handle, inp.data_ptr()
+        self._note_capture()
         with self.failures("all_gather"), self.grouped():
             for root, part in enumerate(parts):
                 nccl.ncclBroadcast(source, part.data_ptr(), part.nbytes, _BYTE, root, comm, stream)
@@ -171,6 +179,7 @@ class NcclComm:
     ) -> None:
         """The sum of the ranks' `parts[r]` into rank r's `out`: a reduction to each."""
         nccl, comm, target = self.nccl, self.handle, out.data_ptr()
+        self._note_capture()
         dtype = ncclDataTypeEnum.from_torch(out.dtype)
         with self.failures("reduce_scatter"), self.grouped():
             for root, part in enumerate(parts):
@@ -235,7 +244,11 @@ class NcclComm:
             _log.warning("NCCL on rank %d could not be aborted: %s", self.rank, error)
 
     def destroy(self, limit_s: float) -> None:
-        """Waits up to `limit_s` for this rank's work, then destroys; aborts what does not end."""
+        """Waits up to `limit_s` for this rank's work, then destroys; aborts what does not end.
+
+        NCCL keeps a communicator while a CUDA graph holds operations of it. Then this returns, and
+        the communicator goes, on a thread of its own, with the last such graph.
+        """
         if self.handle is None:
             return
         if self.broken:
@@ -247,8 +260,18 @@ class NcclComm:
                 bounded(lambda: torch.cuda.synchronize(self.device), limit_s, "the last work")
             for window in list(self.windows.values()):
                 self.deregister(window)
-            bounded(lambda: self.nccl.ncclCommDestroy(handle), limit_s, "ncclCommDestroy")
-            self.handle = None
         except (CommunicatorError, RuntimeError) as error:  # RuntimeError: torch's CUDA errors
             _log.warning("NCCL on rank %d is aborted at its end: %s", self.rank, error)
             self.abort(f"it did not end by itself: {error}")
+            return
+        self.handle = None
+        patience = min(limit_s, _GRAPH_S) if self.captured else limit_s
+        try:
+            bounded(lambda: self.nccl.ncclCommDestroy(handle), patience, "ncclCommDestroy")
+        except CommTimeoutError:
+            if self.captured:
+                return
+            self.handle = handle
+            self.abort("ncclCommDestroy did not return")
+        except NcclError as error:
+            _log.warning("NCCL on rank %d was not destroyed: %s", self.rank, error)

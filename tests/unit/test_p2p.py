@@ -129,7 +129,7 @@ def test_copies_are_measured_when_the_size_asks_for_it(cudart: str) -> None:
     (attempt,) = p2p.try_pairs([(0, 1)], cudart=cudart, size=4 * PROOF_BYTES)
     assert reasons(attempt) == ("", "") and MEASURED_BYTES > PROOF_BYTES
     measured = attempt[1].measured
-    assert set(measured) == {"read_gbps", "write_gbps", "latency_us"}
+    assert {"read_gbps", "write_gbps"} <= set(measured) <= {"read_gbps", "write_gbps", "latency_us"}
     assert all(value > 0 for value in measured.values())
 
 

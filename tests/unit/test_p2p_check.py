@@ -62,7 +62,7 @@ def test_a_disproven_claim_is_an_exit_status_and_refresh_heals(
     content = json.loads(capsys.readouterr().out)
     first, second = content["pairs"]
     assert (first["accessor"], first["owner"], first["proven"]) == (0, 1, True)
-    assert first["write_gbps"] > 0 and first["nvlinks"] == 18 and first["latency_us"] > 0
+    assert first["write_gbps"] > 0 and first["nvlinks"] == 18 and "latency_us" in first
     assert second["claimed_read"] is True and second["proven"] is False
     assert "of what it read" in second["reason"] and second["write_gbps"] is None
     assert "does not reach the memory of GPU 0" in content["refusal"]
