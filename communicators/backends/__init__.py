@@ -57,6 +57,10 @@ def candidates(
         from .cpu import CpuCommunicator
 
         return [CpuCommunicator]
+    if device_type == "cuda":
+        from .pynccl import PyNcclCommunicator
+
+        return [PyNcclCommunicator]
     if device_type in ("hpu", "npu", "xpu"):
         from .hpu import HpuCommunicator
         from .npu import NpuCommunicator

@@ -153,6 +153,21 @@ class PyNcclCommunicator(Communicator):
     # State
 
     @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.group.world_size
+
+    @property
+    def available(self) -> bool:
+        """Whether NCCL opened, on every rank."""
+        return self.refusal is None
+
+    @property
     def disabled(self) -> bool:
         """True when it refused at open, failed, was closed, or change_state switched it off."""
         return super().disabled or not self._enabled or self._live_comm is None
