@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -250,6 +251,34 @@ def test_an_unwritable_cache_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "file").write_text("")
     P2PCache(str(tmp_path / "file" / "below"), HOST, "580.1").add({PAIR: PairResult(None)}, [])
     assert "proofs of peer access are not remembered" in caplog.text
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert P2PCache("", HOST, "580.1").path.parent.name == f"communicators-{os.getuid()}"
+
+
+def test_processes_that_cannot_be_started_leave_nothing_open(
+    cudart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = subprocess.Popen
+    started: list[Any] = []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        if started:
+            raise OSError("no more processes")
+        started.append(real(*args, **options))
+        return started[0]
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    with pytest.raises(OSError, match="no more processes"):
+        p2p.try_pairs([(0, 1)], cudart=cudart)
+    assert started[0].poll() is not None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def four_ranks(monkeypatch: pytest.MonkeyPatch, gpus: list[GpuFacts], mine: Settings) -> list[Any]:
