@@ -1,10 +1,11 @@
 """Every interleaving of the ring's protocol, for small rings: the table of native/shm/ring.h.
 
 One writer sends M messages to R readers through a ring of 1 or 2 slots, and closes or falls silent.
-A step is one access to shared memory of native/shm/ring.cpp, or one system call; after every step each process that
-lives may be killed, and readers may leave between messages. Spinning is left out: it only looks
-more often. Accesses are taken in one total order, which is what memory_order_seq_cst gives to those
-that the wake-ups depend on (ring_stress.cpp, under ThreadSanitizer, looks at the others).
+A step is one access to shared memory of native/shm/ring.cpp, or one system call; after every step
+each process that lives may be killed, and readers may leave between messages. Spinning is left out:
+it only looks more often. Accesses are taken in one total order, which is what memory_order_seq_cst
+gives to those that the wake-ups depend on (ring_stress.cpp, under ThreadSanitizer, looks at the
+others).
 
 Checked: a reader reads each message once, in order, whole; a slot changes its state only as the
 table says and by whom it says; nobody waits for ever; who lives at the end has read all that was
