@@ -59,6 +59,12 @@ EXPORTED int communicators_ar_create(void** handle, const uint64_t* bases, int w
 
 EXPORTED void communicators_ar_destroy(void* handle) { delete &of(handle); }
 
+// For a communicator whose captured calls may still be replayed: nothing is freed, and every later
+// kernel on the workspace ends as soon as it starts.
+EXPORTED int communicators_ar_retire(void* handle) {
+  return on_device(handle, [](auto& communicator) { communicator.retire(); });
+}
+
 EXPORTED int communicators_ar_all_reduce(void* handle, int dtype, const void* inp, void* out,
                                          uint64_t bytes, void* stream) {
   return on_device(handle, [&](auto& communicator) {

@@ -97,6 +97,12 @@ void Communicator::check() const {
   if (const_cast<const volatile gpu::SpinReport*>(report_)->code != gpu::kSpinNone) throw_report();
 }
 
+void Communicator::retire() {
+  const uint32_t yes = 1;
+  GPU_CHECK(GPU_NAME(DeviceSynchronize)());
+  GPU_CHECK(GPU_NAME(Memcpy)(&ws_.mine().aborted, &yes, sizeof(yes), GPU_NAME(MemcpyHostToDevice)));
+}
+
 void Communicator::throw_report() const {
   const gpu::SpinReport& report = *report_;
   std::ostringstream text;

@@ -51,6 +51,8 @@ class Communicator {
 
   // Throws what the device has reported since the communicator was made.
   void check() const;
+  // Makes every kernel on this rank's workspace from now on end at once. Waits for those in flight.
+  void retire();
   void set_timeout_ns(uint64_t timeout_ns) { ws_.spin.timeout_ns = timeout_ns; }
   // Names: algorithm, one_shot_most, copy_engine_least, gather_small_most, blocks, other_blocks,
   // threads, unroll, piece, overlap. A value of 0 in a shape is the algorithm's own choice.
