@@ -26,16 +26,16 @@ template <typename Element, int W>
 __global__ void __launch_bounds__(kMaxThreads)
     small_kernel(const __grid_constant__ Workspace ws, const gpu::Span<Element> inp,
                  const Parts out, uint32_t vectors) {
+  Call call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  const Entry entry = enter(ws);
-  if (!entry.ok) return;
-  const uint64_t offset = ws.layout.tagged_offset(entry.epoch & 1);
+  if (!call.enter(ws)) return;
+  const uint64_t offset = ws.layout.tagged_offset(call.epoch & 1);
   const auto area = [&](uint32_t owner, uint32_t sender) {
-    return reinterpret_cast<ulonglong2*>(ws.part(owner, offset, ws.layout.tagged,
-                                                 Workspace::place(sender, owner), W - 1));
+    return reinterpret_cast<ulonglong2*>(ws.base[owner] + offset +
+                                         Workspace::place(sender, owner) * ws.tagged_stride);
   };
-  const uint32_t tag = static_cast<uint32_t>(entry.epoch) + 1;
+  const uint32_t tag = static_cast<uint32_t>(call.epoch) + 1;
   const uint32_t step = gridDim.x * blockDim.x;
   const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   for (uint32_t i = first; i < vectors; i += step) {
@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       gpu::send_tagged(slot + 1, make_uint2(own.z, own.w), tag);
     }
   }
+  call.settle(ws);
   gpu::Spin spin;
   for (uint32_t i = first; i < vectors; i += step) {
     ulonglong2 low[W];
@@ -66,14 +67,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       while (!gpu::has_tag(low[turn], tag) || !gpu::has_tag(high[turn], tag)) {
         low[turn] = gpu::ld_relaxed_sys(slot);
         high[turn] = gpu::ld_relaxed_sys(slot + 1);
-        if (spin.give_up(ws.spin, sender, entry.epoch, i, tag, low[turn].x >> 32)) break;
+        if (spin.give_up(ws.spin, sender, call.epoch, i, tag, low[turn].x >> 32)) break;
       }
       const uint2 a = gpu::tagged_data(low[turn]);
       const uint2 b = gpu::tagged_data(high[turn]);
       out.of<Element>(sender).store(i, make_uint4(a.x, a.y, b.x, b.y));
     }
   }
-  leave(ws, entry);
+  call.leave();
 }
 
 template <typename Element, int W>
@@ -81,15 +82,16 @@ __global__ void __launch_bounds__(kMaxThreads)
     bulk_kernel(const __grid_constant__ Workspace ws, const gpu::Span<Element> inp,
                 const Parts out, uint32_t vectors, uint32_t chunks, uint32_t pushers,
                 uint32_t collectors) {
+  Call call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  const Entry entry = enter(ws);
-  if (!entry.ok) return;
-  const uint64_t offset = ws.layout.bulk_offset(entry.epoch & 1);
+  if (!call.enter(ws)) return;
+  const uint64_t offset = ws.layout.bulk_offset(call.epoch & 1);
   const auto area = [&](uint32_t owner, uint32_t sender) {
-    return reinterpret_cast<uint4*>(
-        ws.part(owner, offset, ws.layout.bulk, Workspace::place(sender, owner), W - 1));
+    return reinterpret_cast<uint4*>(ws.base[owner] + offset +
+                                    Workspace::place(sender, owner) * ws.bulk_stride);
   };
+  call.settle(ws);
   if (blockIdx.x < pushers) {
     uint64_t count = 0;
     for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += pushers) {
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       ++count;
       if (threadIdx.x < W && threadIdx.x != ws.rank) {
         gpu::st_release_sys(&ws.control(threadIdx.x).arrived[ws.rank][blockIdx.x],
-                            progress(entry.epoch, count));
+                            progress(call.epoch, count));
       }
     }
   } else {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         const uint32_t sender = (ws.rank + turn) % W;
         if (threadIdx.x == 0) {
           gpu::wait_acquire(spin, ws.spin, &ws.mine().arrived[sender][chunk % pushers],
-                            progress(entry.epoch, chunk / pushers + 1), sender, entry.epoch, chunk);
+                            progress(call.epoch, chunk / pushers + 1), sender, call.epoch, chunk);
         }
         __syncthreads();
         const uint4* from = area(ws.rank, sender);
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     }
   }
-  leave(ws, entry);
+  call.leave();
 }
 
 // Copies move words where everything is whole words, else bytes.
@@ -160,11 +162,11 @@ void by_element(const void* inp, const void* out, uint64_t bytes, uint64_t strid
 }  // namespace
 
 uint64_t all_gather_small_limit(const Workspace& ws) {
-  return (ws.layout.tagged / (ws.world - 1) & ~uint64_t{127}) / 2;
+  return ws.tagged_stride / 2;
 }
 
 uint64_t all_gather_limit(const Workspace& ws) {
-  return ws.layout.bulk / (ws.world - 1) & ~uint64_t{127};
+  return ws.bulk_stride;
 }
 
 void all_gather_small(const Workspace& ws, const void* inp, void* out, uint64_t bytes,

@@ -39,7 +39,7 @@ struct Ring {
 
 __global__ void begin_kernel(const __grid_constant__ Workspace ws) {
   Control& mine = ws.mine();
-  const uint64_t epoch = gpu::ld_relaxed_sys(&mine.state[0]) >> 1;
+  const uint64_t epoch = gpu::ld_relaxed_sys(&mine.words[0].state) >> 1;
   const uint32_t peer = 1 - ws.rank;
   gpu::Spin spin;
   while (epoch == 0 && gpu::ld_relaxed_sys(&mine.alive[peer]) == 0) {
@@ -76,8 +76,9 @@ __global__ void __launch_bounds__(kThreads)
     add_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T> inp,
                const gpu::SpanOf<T> out, const Ring ring) {
   constexpr int kUnroll = 4;
-  const Entry entry = enter(ws);
-  if (!entry.ok) return;
+  Call call(ws);
+  if (!call.enter(ws)) return;
+  call.settle(ws);
   Control& mine = ws.mine();
   const uint32_t peer = 1 - ws.rank;
   const uint64_t all = (inp.bytes + gpu::kVectorBytes - 1) / gpu::kVectorBytes;
@@ -87,11 +88,11 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t chunk = 0; chunk < ring.chunks; ++chunk) {
     if (threadIdx.x < 2) {
       const uint32_t lane = chunk % kCopyLanes;
-      const uint64_t least = progress(entry.epoch, chunk / kCopyLanes + 1);
+      const uint64_t least = progress(call.epoch, chunk / kCopyLanes + 1);
       // In place, the chunk must also have left this rank's tensor.
       const uint64_t* counter = threadIdx.x == 0 ? &mine.landed[lane] : &mine.sent[lane];
       gpu::wait_acquire(spin, ws.spin, counter, least, threadIdx.x == 0 ? peer : ws.rank,
-                        entry.epoch, chunk);
+                        call.epoch, chunk);
     }
     __syncthreads();
     const auto* landed = reinterpret_cast<const uint4*>(bulk + chunk % ring.slots * ring.chunk);
@@ -116,13 +117,22 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      gpu::st_release_sys(&ws.control(peer).taken[blockIdx.x], progress(entry.epoch, chunk + 1));
+      gpu::st_release_sys(&ws.control(peer).taken[blockIdx.x], progress(call.epoch, chunk + 1));
     }
   }
-  leave(ws, entry);
+  call.leave();
 }
 
 }  // namespace
+
+void load_copy_engine_kernels() {
+  cudaFuncAttributes attributes;
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, begin_kernel));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, turn_kernel));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<float>));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<__half>));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<__nv_bfloat16>));
+}
 
 void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,
                             uint64_t bytes, const Shape& shape, const CopyLanes& lanes,

@@ -11,30 +11,41 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-template <typename T, int W, int U>
+template <typename T, int W, int U, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads)
-    one_shot_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T> inp,
-                    const gpu::SpanOf<T> out, uint32_t vectors) {
-  gpu::dependency_wait();
-  gpu::launch_dependents();
+    one_shot_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T, kWhole> inp,
+                    const gpu::SpanOf<T, kWhole> out, uint32_t vectors) {
+  // Everything that comes from the parameters is ready before the predecessor ends.
+  Call call(ws);
   const uint32_t step = gridDim.x * blockDim.x;
   const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
+  uint4* theirs[W];  // where this rank writes, in the peer `turn` ranks on
+  uint4* ours[W];    // where rank r writes here
+#pragma unroll
+  for (int k = 0; k < W; ++k) {
+    const uint32_t peer = (ws.rank + k) % W;  // not everybody to the same peer at once
+    if (k > 0) theirs[k] = reinterpret_cast<uint4*>(ws.slot_area(peer, ws.rank)) + first;
+    ours[k] = reinterpret_cast<uint4*>(ws.slot_area(ws.rank, k)) + first;
+  }
+  gpu::dependency_wait();
+  gpu::launch_dependents();
   uint4 own[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (first + u * step < vectors) own[u] = inp.load(first + u * step);
   }
-  const Entry entry = enter(ws);
-  if (!entry.ok) return;
+  if (!call.enter(ws)) return;
+  const uint64_t slot = ws.slot_of(call.epoch) / gpu::kVectorBytes;
 #pragma unroll
   for (int turn = 1; turn < W; ++turn) {
-    const uint32_t peer = (ws.rank + turn) % W;  // not everybody to the same peer at once
-    uint4* area = ws.slot_area(peer, entry.epoch, ws.rank);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (first + u * step < vectors) gpu::send_marked(area + first + u * step, own[u]);
+      if (first + u * step < vectors) {
+        gpu::send_marked(theirs[turn] + slot + u * step, own[u]);
+      }
     }
   }
+  call.settle(ws);
   // Vectors of one group are polled together: one trip to the L2 instead of one each.
   constexpr int kGroup = U * W <= 8 ? U : 1;
   gpu::Spin spin;
@@ -46,10 +57,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int k = 0; k < kGroup * W; ++k) {
       const uint32_t i = first + (g + k / W) * step;
       const bool self = k % W == static_cast<int>(ws.rank);
-      slots[k] = self || i >= vectors ? nullptr : ws.slot_area(ws.rank, entry.epoch, k % W) + i;
+      slots[k] = self || i >= vectors ? nullptr : ours[k % W] + slot + (g + k / W) * step;
       if (self) values[k] = own[g + k / W];
     }
-    receive_marked(values, slots, ws, spin, entry.epoch, first, [](int k) { return k % W; });
+    receive_marked(values, slots, ws, spin, call.epoch, first, [](int k) { return k % W; });
 #pragma unroll
     for (int u = 0; u < kGroup; ++u) {
       const uint32_t i = first + (g + u) * step;
@@ -60,40 +71,46 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (slots[k] != nullptr) gpu::clear_marked(slots[k]);
     }
   }
-  leave(ws, entry);
+  call.leave();
 }
 
 }  // namespace
 
-uint64_t one_shot_limit(const Workspace& ws) {
-  return ws.layout.slot / (ws.world - 1) & ~uint64_t{127};
-}
+uint64_t one_shot_limit(const Workspace& ws) { return ws.slot_stride; }
 
 void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
-  const int threads = shape.threads > 0 ? shape.threads : (vectors <= 2048 ? 128 : 512);
+  const int threads = shape.threads > 0 ? shape.threads : (vectors <= 16384 ? 128 : 256);
   int unroll = shape.unroll > 0 ? shape.unroll : 1;
-  // A grid that is small enough to be resident as a whole; more work a thread before more blocks.
-  const uint64_t most = shape.blocks > 0 ? shape.blocks : kMaxBlocks / 2;
-  while (unroll < 8 && vectors > most * threads * unroll) unroll *= 2;
-  const int blocks = static_cast<int>((vectors + threads * unroll - 1) / (threads * unroll));
-  if (blocks > kMaxBlocks) {
-    throw std::runtime_error("all_reduce_one_shot: the message needs more blocks than there are");
+  // One vector a thread is fastest at any size: blocks that are not resident yet start as others
+  // end. They start in order on every rank, so a block's counterparts always come to run.
+  while (unroll < 8 && shape.blocks > 0 &&
+         vectors > static_cast<uint64_t>(shape.blocks) * threads * unroll) {
+    unroll *= 2;
   }
+  const int blocks = static_cast<int>((vectors + threads * unroll - 1) / (threads * unroll));
   by_dtype(dtype, [&](auto type) {
     by_world(ws.world, [&](auto world) {
       using T = typename decltype(type)::type;
       constexpr int W = decltype(world)::value;
-      const auto go = [&](auto number) {
+      const gpu::SpanOf<T> from(inp, bytes);
+      const gpu::SpanOf<T> to(out, bytes);
+      const auto go = [&](auto number, auto whole) {
+        constexpr bool kWhole = decltype(whole)::value != 0;
         gpu::launch({blocks, threads, stream, shape.overlap}, "all_reduce_one_shot",
-                    one_shot_kernel<T, W, decltype(number)::value>, ws, gpu::SpanOf<T>(inp, bytes),
-                    gpu::SpanOf<T>(out, bytes), static_cast<uint32_t>(vectors));
+                    one_shot_kernel<T, W, decltype(number)::value, kWhole>, ws,
+                    gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes),
+                    static_cast<uint32_t>(vectors));
       };
-      if (unroll == 1) return go(Number<1>{});
-      if (unroll == 2) return go(Number<2>{});
-      if (unroll == 4) return go(Number<4>{});
-      return go(Number<8>{});
+      const auto pick = [&](auto whole) {
+        if (unroll == 1) return go(Number<1>{}, whole);
+        if (unroll == 2) return go(Number<2>{}, whole);
+        if (unroll == 4) return go(Number<4>{}, whole);
+        return go(Number<8>{}, whole);
+      };
+      if (from.all_whole() && to.all_whole()) return pick(Number<1>{});
+      return pick(Number<0>{});
     });
   });
 }

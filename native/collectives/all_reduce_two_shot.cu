@@ -47,13 +47,11 @@ struct Roles {
   int collectors;  // 0: a reduce-scatter
 };
 
-// A slot holds two areas a sender: raw slices, then sums.
-template <int W>
+// A sender's area of a slot has two halves: raw slices, then sums.
 __device__ __forceinline__ uint4* area(const Workspace& ws, uint32_t owner, uint64_t epoch,
                                        uint32_t sender, bool sums) {
-  return reinterpret_cast<uint4*>(ws.part(owner, ws.layout.slot_offset(epoch & 1), ws.layout.slot,
-                                          Workspace::place(sender, owner) + (sums ? W - 1 : 0),
-                                          2 * (W - 1)));
+  return reinterpret_cast<uint4*>(ws.slot_area(owner, sender) + ws.slot_of(epoch) +
+                                  (sums ? ws.slot_stride / 2 : 0));
 }
 
 template <typename T, int W>
@@ -70,7 +68,7 @@ __device__ __forceinline__ void push(const Workspace& ws, const char* inp, const
     for (int turn = 1; turn < W; ++turn) {
       const uint32_t peer = (ws.rank + turn) % W;
       if (i < length<T>(slices.of<T, W>(inp, peer))) {
-        gpu::send_marked(area<W>(ws, peer, epoch, ws.rank, false) + i, values[turn]);
+        gpu::send_marked(area(ws, peer, epoch, ws.rank, false) + i, values[turn]);
       }
     }
   }
@@ -89,7 +87,7 @@ __device__ __forceinline__ void own(const Workspace& ws, const char* inp,
 #pragma unroll
     for (int r = 0; r < W; ++r) {
       const bool self = r == static_cast<int>(ws.rank);
-      slots[r] = self ? nullptr : area<W>(ws, ws.rank, epoch, r, false) + i;
+      slots[r] = self ? nullptr : area(ws, ws.rank, epoch, r, false) + i;
       if (self) values[r] = own_value;
     }
     receive_marked(values, slots, ws, spin, epoch, i, [](int r) { return r; });
@@ -98,7 +96,7 @@ __device__ __forceinline__ void own(const Workspace& ws, const char* inp,
 #pragma unroll
       for (int turn = 1; turn < W; ++turn) {
         const uint32_t peer = (ws.rank + turn) % W;
-        gpu::send_marked(area<W>(ws, peer, epoch, ws.rank, true) + i, sum);
+        gpu::send_marked(area(ws, peer, epoch, ws.rank, true) + i, sum);
       }
     }
     out.store(i, sum);
@@ -120,7 +118,7 @@ __device__ __forceinline__ void collect(const Workspace& ws, const char* out, co
     for (int r = 0; r < W; ++r) {
       const bool wanted = r != static_cast<int>(ws.rank) &&
                           i < length<T>(slices.of<T, W>(out, r));
-      slots[r] = wanted ? area<W>(ws, ws.rank, epoch, r, true) + i : nullptr;
+      slots[r] = wanted ? area(ws, ws.rank, epoch, r, true) + i : nullptr;
     }
     receive_marked(values, slots, ws, spin, epoch, i, [](int r) { return r; });
 #pragma unroll
@@ -137,25 +135,28 @@ template <typename T, int W>
 __global__ void __launch_bounds__(kMaxThreads)
     two_shot_kernel(const __grid_constant__ Workspace ws, const char* inp, char* out,
                     const Slices slices, const Roles roles) {
+  Call call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  const Entry entry = enter(ws);
-  if (!entry.ok) return;
+  if (!call.enter(ws)) return;
   const bool share = roles.collectors > 0;
   int block = blockIdx.x;
   const auto first = [&] { return static_cast<uint64_t>(block) * blockDim.x + threadIdx.x; };
   const auto step = [&](int blocks) { return static_cast<uint64_t>(blocks) * blockDim.x; };
   if (block < roles.pushers) {
-    push<T, W>(ws, inp, slices, entry.epoch, first(), step(roles.pushers));
+    push<T, W>(ws, inp, slices, call.epoch, first(), step(roles.pushers));
+    call.settle(ws);
   } else if ((block -= roles.pushers) < roles.owners) {
     const gpu::SpanOf<T> to = share ? slices.of<T, W>(out, ws.rank)
                                     : gpu::SpanOf<T>(out, slices.bytes);
-    own<T, W>(ws, inp, to, slices, share, entry.epoch, first(), step(roles.owners));
+    call.settle(ws);
+    own<T, W>(ws, inp, to, slices, share, call.epoch, first(), step(roles.owners));
   } else {
     block -= roles.owners;
-    collect<T, W>(ws, out, slices, entry.epoch, first(), step(roles.collectors));
+    call.settle(ws);
+    collect<T, W>(ws, out, slices, call.epoch, first(), step(roles.collectors));
   }
-  leave(ws, entry);
+  call.leave();
 }
 
 void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
@@ -183,7 +184,7 @@ void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* ou
 }  // namespace
 
 uint64_t reduce_scatter_limit(const Workspace& ws) {
-  return ws.layout.slot / (2 * (ws.world - 1)) & ~uint64_t{127};
+  return ws.slot_stride / 2;
 }
 
 uint64_t two_shot_limit(const Workspace& ws) {

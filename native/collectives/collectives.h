@@ -59,6 +59,9 @@ struct CopyLanes {
   GPU_NAME(Event_t) begin;
   GPU_NAME(Event_t) done[kCopyLanes];
 };
+// Loads its kernels. CUDA loads a kernel when it is first launched, which may wait for the device, and
+// the device may be running a kernel of the same call that waits for the one to be loaded.
+void load_copy_engine_kernels();
 void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,
                             uint64_t bytes, const Shape& shape, const CopyLanes& lanes,
                             gpu::Stream stream);

@@ -36,6 +36,10 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
   ws_.layout = layout;
   ws_.rank = static_cast<uint32_t>(rank);
   ws_.world = static_cast<uint32_t>(world);
+  const auto area = [&](uint64_t size) { return size / (world - 1) & ~uint64_t{255}; };
+  ws_.slot_stride = area(layout.slot);
+  ws_.tagged_stride = area(layout.tagged);
+  ws_.bulk_stride = area(layout.bulk);
   tuning_ = default_tuning(ws_.world);
   GPU_CHECK(GPU_NAME(GetDevice)(&device_));
   int major = 0;
@@ -47,8 +51,13 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
   try {
     void* seen_by_device = nullptr;
     GPU_CHECK(GPU_NAME(HostGetDevicePointer)(&seen_by_device, pinned, 0));
-    ws_.spin = {&ws_.mine().aborted, static_cast<gpu::SpinReport*>(seen_by_device),
-                uint64_t{300} * 1000000000, 0, ws_.rank};
+    ws_.spin = {&ws_.mine().aborted,
+                reinterpret_cast<ulonglong2*>(ws_.mine().words),
+                kStateWords,
+                static_cast<gpu::SpinReport*>(seen_by_device),
+                uint64_t{300} * 1000000000,
+                0,
+                ws_.rank};
     GPU_CHECK(GPU_NAME(Memset)(ws_.base[rank] + layout.slot_offset(0), 0xff, 2 * layout.slot));
     GPU_CHECK(GPU_NAME(DeviceSynchronize)());
     const uint32_t alive = 1;
@@ -77,6 +86,7 @@ Communicator::~Communicator() {
 
 CopyLanes& Communicator::lanes() {
   if (!lanes_made_) {
+    load_copy_engine_kernels();
     for (int lane = 0; lane < kCopyLanes; ++lane) {
       GPU_CHECK(GPU_NAME(StreamCreateWithFlags)(&lanes_.stream[lane], cudaStreamNonBlocking));
       GPU_CHECK(GPU_NAME(EventCreateWithFlags)(&lanes_.done[lane], cudaEventDisableTiming));
@@ -101,6 +111,10 @@ void Communicator::retire() {
   const uint32_t yes = 1;
   GPU_CHECK(GPU_NAME(DeviceSynchronize)());
   GPU_CHECK(GPU_NAME(Memcpy)(&ws_.mine().aborted, &yes, sizeof(yes), GPU_NAME(MemcpyHostToDevice)));
+  // Any value but zero will do for the copies in the state words.
+  GPU_CHECK(GPU_NAME(Memset2D)(&ws_.mine().words[0].aborted, sizeof(StateWord), 1, sizeof(uint64_t),
+                               kStateWords));
+  GPU_CHECK(GPU_NAME(DeviceSynchronize)());
 }
 
 void Communicator::throw_report() const {
@@ -216,7 +230,7 @@ void Communicator::tune(const std::string& name, int64_t value) {
     tuning_.copy_engine_least = size;
   } else if (name == "gather_small_most") {
     tuning_.gather_small_most = size;
-  } else if (name == "blocks" && number <= kMaxBlocks) {
+  } else if (name == "blocks") {
     tuning_.shape.blocks = number;
   } else if (name == "other_blocks" && number <= kMaxBlocks) {
     tuning_.shape.other_blocks = number;

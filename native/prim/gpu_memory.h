@@ -86,6 +86,15 @@ __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint
   return before;
 }
 
+__device__ __forceinline__ uint32_t fetch_add_relaxed_gpu(uint32_t* address, uint32_t amount) {
+  uint32_t before;
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(address), "r"(amount)
+               : "memory");
+  return before;
+}
+
 // Nanoseconds of a clock that all multiprocessors share; about a microsecond fine.
 __device__ __forceinline__ uint64_t clock_ns() {
   uint64_t now;

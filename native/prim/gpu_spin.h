@@ -26,8 +26,10 @@ struct SpinReport {
 
 // What every wait of one kernel launch needs.
 struct SpinContext {
-  uint32_t* aborted;   // in this rank's device memory; 0 at rest, 1 once anything failed
-  SpinReport* report;  // device address of pinned host memory
+  uint32_t* aborted;     // in this rank's device memory; 0 at rest, 1 once anything failed
+  ulonglong2* copies;    // whose second halves are set then too, for kernels that start later
+  uint32_t copies_count;
+  SpinReport* report;    // device address of pinned host memory
   uint64_t timeout_ns;
   uint32_t op;
   uint32_t rank;
@@ -39,6 +41,9 @@ __device__ __noinline__ inline void report_once(const SpinContext& context, Spin
                                                 uint64_t expected, uint64_t seen,
                                                 uint64_t waited_ns) {
   if (atomicExch(context.aborted, 1u) != 0) return;
+  for (uint32_t i = 0; i < context.copies_count; ++i) {
+    reinterpret_cast<volatile ulonglong2*>(context.copies)[i].y = 1;
+  }
   volatile SpinReport* report = context.report;
   report->op = context.op;
   report->rank = context.rank;

@@ -85,7 +85,8 @@ __device__ __forceinline__ void accumulate(Floats<T>& sum, const Floats<T>& othe
 
 // A tensor's memory as vectors of 16 bytes. The address need only be aligned to an element and the
 // size be whole elements: then, and in the last vector, elements are moved one by one.
-template <typename Element>
+// With kWhole the caller promises an aligned address and whole vectors.
+template <typename Element, bool kWhole = false>
 struct Span {
   char* data;
   uint64_t bytes;
@@ -97,8 +98,10 @@ struct Span {
         aligned((reinterpret_cast<uintptr_t>(pointer) & (kVectorBytes - 1)) == 0) {}
 
   __device__ __forceinline__ bool whole(uint64_t vector) const {
-    return aligned && (vector + 1) * kVectorBytes <= bytes;
+    return kWhole || (aligned && (vector + 1) * kVectorBytes <= bytes);
   }
+
+  __host__ bool all_whole() const { return aligned && bytes % kVectorBytes == 0; }
 
   // Vector number `vector`; zeros where it reaches past the end.
   __device__ __forceinline__ uint4 load(uint64_t vector) const {
@@ -141,7 +144,7 @@ template <>
 struct BitsOf<float> {
   using type = uint32_t;
 };
-template <typename T>
-using SpanOf = Span<typename BitsOf<T>::type>;
+template <typename T, bool kWhole = false>
+using SpanOf = Span<typename BitsOf<T>::type, kWhole>;
 
 }  // namespace gpu

@@ -331,9 +331,11 @@ def _two_streams(me: Rank) -> None:
     if me.rank == 1:
         time.sleep(1)  # rank 0's first call is in flight meanwhile
     else:
-        comm.all_reduce(x)
-        with torch.cuda.stream(torch.cuda.Stream()):
-            comm.all_reduce(x)
+        out = torch.empty_like(x)  # taken now: an allocation may wait for the device
+        other = torch.cuda.Stream()
+        comm.all_reduce(x, out=out)
+        with torch.cuda.stream(other):
+            comm.all_reduce(x, out=out)
         with pytest.raises(CommunicatorError, match="another call in flight"):
             comm.synchronize()
 
