@@ -123,7 +123,7 @@ class RemoteWriter:
         self._socket.curve_secretkey, self._socket.curve_publickey = secret, public
         self._socket.curve_server = True
         self._socket.router_mandatory = True
-        self._socket.maxmsgsize = 256  # readers send little; more is not a reader
+        self._socket.maxmsgsize = 4096  # more than a handshake takes, or a reader sends
         self._monitor = self._socket.get_monitor_socket(_BROKEN_HANDSHAKE)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         self.key = public + self._token

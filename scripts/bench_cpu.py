@@ -53,6 +53,7 @@ class Systems:
     def __init__(self, with_mpi: bool) -> None:
         import torch
         import torch.distributed as dist
+        from torch._C._distributed_c10d import TCPStore
 
         from communicators import CpuCommunicator, Group, Settings
 
@@ -185,17 +186,17 @@ def rank_main(options: argparse.Namespace) -> None:
             for nbytes in options.sizes or (SIZES if op == "all_reduce" else OTHER_SIZES):
                 mine = measure(systems, op, getattr(torch, dtype_name), nbytes)
                 every = group.gather_objects("times", mine)
+                rounds = {
+                    name: [max(us) for us in zip(*(t[name] for t in every), strict=True)]
+                    for name in mine
+                }
                 row = {
                     "op": op,
                     "dtype": dtype_name,
                     "ranks": systems.world_size,
                     "bytes": nbytes,
-                    "us": {
-                        name: statistics.median(
-                            max(r) for r in zip(*(t[name] for t in every), strict=True)
-                        )
-                        for name in mine
-                    },
+                    "us": {name: statistics.median(us) for name, us in rounds.items()},
+                    "least_us": {name: min(us) for name, us in rounds.items()},
                 }
                 if systems.rank == 0:
                     print(json.dumps(row), flush=True)

@@ -57,6 +57,11 @@ def candidates(
         from .cpu import CpuCommunicator
 
         return [CpuCommunicator]
+    if device_type == "cuda":
+        from .custom_all_reduce import CustomAllreduce
+        from .pynccl import PyNcclCommunicator
+
+        return [CustomAllreduce, PyNcclCommunicator]
     if device_type in ("hpu", "npu", "xpu"):
         from .hpu import HpuCommunicator
         from .npu import NpuCommunicator

@@ -11,7 +11,7 @@ namespace {
 constexpr size_t kPage = 4096;
 // All ranks of a group together take no more than this: containers often have 64 MB of /dev/shm.
 constexpr size_t kGroupBytes = size_t{32} << 20;
-constexpr size_t kMaxSlot = size_t{256} << 10;  // more would not stay in a core's cache
+constexpr size_t kMaxSlot = size_t{512} << 10;  // more would not stay in a core's cache
 constexpr size_t kMaxRing = size_t{256} << 10;
 constexpr size_t kMinRing = 1024;
 constexpr size_t kMinSlot = kPage;

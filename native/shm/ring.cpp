@@ -154,8 +154,7 @@ void RingWriter::publish(SlotKind kind, uint64_t bytes, uint64_t block) {
   *reinterpret_cast<SlotHeader*>(slot(sent_)) = SlotHeader{kind, 0, bytes, block};
   ++sent_;
   header_->published.store(word(sent_), std::memory_order_seq_cst);
-  if (header_->sleepers.load(std::memory_order_seq_cst) != 0 &&
-      header_->sleepers.exchange(0, std::memory_order_seq_cst) != 0) {
+  if (header_->sleepers.load(std::memory_order_seq_cst) != 0) {
     prim::futex_wake(header_->published);
   }
 }
@@ -326,9 +325,7 @@ WaitResult RingReader::wait(int64_t timeout_ns, bool again) {
     if ((seen & kClosedBit) == 0 && !has_message()) {
       woken = prim::futex_wait(header_->published, seen, deadline.left_ns());
     }
-    if ((prim::load_relaxed(header_->sleepers) & mine) != 0) {
-      header_->sleepers.fetch_and(~mine, std::memory_order_seq_cst);
-    }
+    header_->sleepers.fetch_and(~mine, std::memory_order_seq_cst);
     arrived = has_message();
     if (arrived) break;
     if (cancelled()) return WaitResult::kCancelled;

@@ -17,8 +17,8 @@
 //   consumed[r]       reader r     +2 a message (release), after it was read     = published
 //   state[r]          reader r     ABSENT -> JOINED -> LEFT                      JOINED
 //                     writer       -> DEAD, once r's process is gone (not if LEFT)
-//   sleepers          reader r     sets bit r before it sleeps on `published`    0
-//                     writer       exchanges for 0 and wakes all who sleep
+//   sleepers          reader r     sets bit r before it sleeps on `published`,   0
+//                                  clears it after; the writer only looks
 //   awaited           writer       0 -> (reader + 1, count) before it sleeps     0
 //                     that reader  -> 0 by compare-and-swap once consumed has
 //                                  reached count; then bell + 1, and wakes

@@ -82,16 +82,25 @@ def test_all_reduce(world: int, dtype: torch.dtype) -> None:
 
 def check_every_algorithm(rank: Rank, dtype: torch.dtype) -> None:
     cpu = communicator(rank)
+    torch.set_num_threads(2)
     tune = torch.ops.communicators.shm_set_tuning
     try:
-        for size in (8, 100, 5000, 40_000, 100_001):
+        for size in (8, 100, 5000, 40_000, 200_001):
             parts = inputs(rank.world_size, size, dtype, seed=size)
             expected = reference_sum(parts)
-            for one_shot, chunk in ((0, 16384), (0, 65536), (0, 1 << 20), (1 << 20, 16384)):
+            for one_shot, chunk, threads in (
+                (0, 16384, 1),
+                (0, 65536, 1),
+                (0, 1 << 20, 1),
+                (1 << 20, 16384, 1),
+                (0, 1 << 20, 2),  # torch's pool shares the work
+                (1 << 20, 16384, 2),
+            ):
                 cpu.barrier()
-                tune(cpu._handle, one_shot, chunk)
+                tune(cpu._handle, one_shot, chunk, threads)
                 assert torch.equal(cpu.all_reduce(parts[rank.rank]), expected), (size, one_shot)
     finally:
+        torch.set_num_threads(1)
         cpu.close()
         del rank.cache["cpu"]
 
