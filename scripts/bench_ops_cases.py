@@ -171,9 +171,16 @@ def write_cases() -> list[BenchCase]:
         )
 
     moved = t * (128 * 64 * 4 + 1152 * 2 + 128)
-    out = ("q_pe", "k_pe", "kv_cache")
     cases.append(
-        BenchCase("concat_and_cache_mla_rope_fused", "128 heads", fused, moved, 78, out, 2**-6)
+        BenchCase(
+            "concat_and_cache_mla_rope_fused",
+            "128 heads",
+            fused,
+            moved,
+            78,
+            ("q_pe", "k_pe", "kv_cache"),
+            2**-6,
+        )
     )
 
     def indexer() -> Args:
@@ -287,9 +294,9 @@ def attention_cases() -> list[BenchCase]:
     shapes = ((1, 4096), (1, 131072), (16, 4096), (64, 8192), (256, 2048))
     for kv, limits in bars.items():
         for (s, n), bar in zip(shapes, limits, strict=True):
-            bs, h, d = 16, 8, 128
 
             def make(kv: str = kv, s: int = s, n: int = n) -> Args:
+                bs, h, d = 16, 8, 128
                 nb = s * n // bs
                 cache = [randn(nb, bs, h, d) if kv == "auto" else codes(nb, bs, h, d) for _ in "kv"]
                 scales = {} if kv == "auto" else dict(k_scale=one(), v_scale=one())
@@ -305,7 +312,7 @@ def attention_cases() -> list[BenchCase]:
                     **scales,
                 )
 
-            moved = 2 * s * n * h * d * (2 if kv == "auto" else 1)
+            moved = 2 * s * n * 8 * 128 * (2 if kv == "auto" else 1)
             cases.append(
                 BenchCase("paged_attention", f"{kv} {s}x{n}", make, moved, bar, ("out",), 2**-6)
             )
