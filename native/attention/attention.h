@@ -52,6 +52,7 @@ struct PagedAttentionArgs {
   void* tmp_out;
   float *max_logits, *exp_sums;
   int64_t partitions;  // of the three tensors
+  void* scratch;       // paged_attention_scratch bytes, aligned to 16
 };
 void paged_attention(const PagedAttentionArgs& args, Stream stream);
 
