@@ -86,6 +86,8 @@ class Encoder:
         self._pickler = _Pickler(
             _Sink(self.parts.append), protocol=5, buffer_callback=self._out_of_band
         )
+        # encode(), in two halves for those in a hurry: after dump() comes clear_memo(), always.
+        self.dump, self.clear_memo = self._pickler.dump, self._pickler.clear_memo
 
     def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -97,19 +99,24 @@ class Encoder:
     def encode(self, obj: Any) -> None:
         """Fills `parts` and `buffers`. InvalidArgumentError if `obj` cannot be pickled."""
         try:
-            self._pickler.dump(obj)
+            self.dump(obj)
         except Exception as error:
-            raise InvalidArgumentError(
-                f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be "
-                f"pickled was given: {error}"
-            ) from error
+            raise cannot_pickle(obj, error) from error
         finally:
-            self._pickler.clear_memo()
+            self.clear_memo()
 
     def clear(self) -> None:
         """Lets go of the object's memory."""
         self.parts.clear()
         self.buffers.clear()
+
+
+def cannot_pickle(obj: Any, error: Exception) -> InvalidArgumentError:
+    """What enqueue() raises."""
+    return InvalidArgumentError(
+        f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be pickled was "
+        f"given: {error}"
+    )
 
 
 def decode(stream: Any, buffers: Iterable[Any] = ()) -> Any:

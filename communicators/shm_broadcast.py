@@ -15,6 +15,7 @@ queue.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 import weakref
@@ -145,17 +146,21 @@ class MessageQueue:
         self._ready: deque[memoryview] = deque()  # read from the ring, and not yet dequeued
         self._closed = False
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._new_lock()
+        self._sleepers = memoryview(bytes(8)).cast("Q")
         # What the short path of enqueue and dequeue needs, one look-up away. While it must not be
-        # taken (closed, forked, remote readers), _ring is 0 and _inline_bytes -1.
-        self._ring = 0
+        # taken (closed, forked, remote readers), _ring is null and _inline_bytes -1.
+        self._ring = ctypes.c_void_p()
         self._inline_bytes = -1
         if reader is not None:
-            self._ring = reader.handle
+            self._ring = ctypes.c_void_p(reader.handle)
             self._batch = memoryview(reader.taken.bytes).cast("B")
             self._ends_of = reader.taken.ends
         elif writer is not None:
-            self._ring = writer.handle
+            self._ring = ctypes.c_void_p(writer.handle)
+            # A plain look at a word that readers change: a hint, which costs less than a call.
+            begin = api().sleepers_offset()
+            self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
             if remote_writer is None:
                 self._inline_bytes = handle.max_chunk_bytes
         self._try_write, self._take = api().try_write, api().take
@@ -252,12 +257,14 @@ class MessageQueue:
         CommTimeoutError naming the reader whose unread messages leave no room: then no reader gets
         the message, and the queue can be used on.
         """
-        if not self._lock.acquire(False):
+        if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
         encoder = self._encoder
         try:
             if encoder is None:
                 raise InvalidArgumentError("enqueue(obj): this is a reader's end of the queue")
+            if self._sleepers[0]:
+                api().nudge(self._ring)
             encoder.encode(obj)
             parts = encoder.parts
             if len(parts) == 1 and not encoder.buffers:
@@ -268,7 +275,7 @@ class MessageQueue:
         finally:
             if encoder is not None:
                 encoder.clear()
-            self._lock.release()
+            self._release()
 
     def _send(self, encoder: Encoder, deadline: Deadline) -> None:
         """The long way: waits for room everywhere first, so that all readers get it or none."""
@@ -295,7 +302,7 @@ class MessageQueue:
         Raises CommTimeoutError when no message arrived; QueueClosedError or PeerDiedError when the
         writer has closed the queue or died, after everything that it sent was read.
         """
-        if not self._lock.acquire(False):
+        if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
             ready = self._ready
@@ -316,7 +323,7 @@ class MessageQueue:
                 return decode(ready.popleft())
             return self._read_in_place(copy)
         finally:
-            self._lock.release()
+            self._release()
 
     def _read_in_place(self, copy: bool) -> Any:
         reader = self._reader
@@ -426,9 +433,14 @@ class MessageQueue:
         self._finalizer.detach()
         _shut(self._ends, self._lock, self._pid, self._forget)
 
+    def _new_lock(self) -> None:
+        self._lock = threading.Lock()
+        self._acquire, self._release = self._lock.acquire, self._lock.release
+
     def _forget(self) -> None:
-        self._ring = 0
+        self._ring = ctypes.c_void_p()
         self._inline_bytes = -1
+        self._sleepers = memoryview(bytes(8)).cast("Q")
         self._ready.clear()
 
     def __enter__(self) -> MessageQueue:
@@ -465,7 +477,7 @@ class MessageQueue:
 
     def _after_fork(self) -> None:
         """In the child: the parent's lock may be held for ever, and its ring is not ours."""
-        self._lock = threading.Lock()
+        self._new_lock()
         self._forget()
 
 

@@ -19,6 +19,7 @@ import fcntl
 import math
 import mmap
 import os
+import pickle
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -40,14 +41,19 @@ MAX_READERS = 64
 BLOCK_HEADER_BYTES = 64
 INLINE, RAW, BLOCK = 1, 2, 3  # SlotKind
 ABSENT, JOINED, LEFT, DEAD = range(4)  # ReaderState
-READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED = range(5)  # WaitResult
+READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, NUDGED, PEER_GONE = range(7)  # WaitResult
+FIRST, AGAIN, AFTER_NUDGE = range(3)  # WaitMode
 MUST_WAIT, NO_ROOM, NO_MEMORY = -1, -2, -3  # allocate_block
 _PUBLISHED, _JOINED_COUNT, _READY_FLAG = range(3)  # communicators_ring_word
 _F_ADD_SEALS, _SEAL_SHRINK, _SEAL_GROW = 1033, 2, 4  # <linux/fcntl.h>
 
-#: A sleeper looks this often, in seconds, whether the process that it waits for still runs: so
-#: long may a death go unnoticed. A look takes some 10 us.
+#: A writer that waits looks this often, in seconds, whether the readers still run: so long may a
+#: death go unnoticed. (A reader looks as often, in native code: kLivenessNs.)
 LIVENESS_S = 0.05
+#: A reader comes back to Python this often, for signals that another thread of the process took.
+_SIGNALS_S = 0.5
+#: What a reader that was nudged unpickles, to have the code in the caches when the message comes.
+_WARM_UP = pickle.dumps({"a": 1, "b": ["c", 2.0, None, True], "d": (b"e", {})}, 5)
 
 #: Bytes of large messages that may wait to be read; a single message may be larger.
 UNREAD_LIMIT_BYTES = 64 << 20
@@ -69,9 +75,9 @@ class Deadline:
         """Seconds, never negative."""
         return max(0.0, self._at - time.monotonic())
 
-    def slice_ns(self) -> int:
-        """How long to sleep before looking at the other processes, in nanoseconds."""
-        return int(min(self.left(), LIVENESS_S) * 1e9)
+    def slice_ns(self, longest: float = LIVENESS_S) -> int:
+        """How long one call into native code may wait, in nanoseconds."""
+        return int(min(self.left(), longest) * 1e9)
 
 
 class ShmRingBuffer:
@@ -251,9 +257,9 @@ class RingWriter:
 
     def wait(self, deadline: Deadline) -> None:
         """Waits for the readers, as long as the last has_slot() or allocate_block() asked for."""
-        again = 0
+        mode = FIRST
         while True:
-            result = api().writer_wait(self.handle, deadline.slice_ns(), again)
+            result = api().writer_wait(self.handle, deadline.slice_ns(), mode)
             if result == READY:
                 return
             if result == CANCELLED:
@@ -261,7 +267,7 @@ class RingWriter:
             self.drop_dead()
             if result == TIMED_OUT and deadline.left() == 0.0:
                 raise CommTimeoutError(f"message queue: {self._late(deadline)}")
-            again = 1
+            mode = AGAIN
 
     def wait_for_slot(self, deadline: Deadline) -> bool:
         """Waits until a slot may be written; False when nobody is left in this ring to read it."""
@@ -367,32 +373,32 @@ class RingReader:
 
     def wait(self, deadline: Deadline) -> None:
         """Returns once a message is there."""
-        again = 0
+        mode = FIRST
         while True:
-            result = api().reader_wait(self.handle, deadline.slice_ns(), again)
+            slice_ns = deadline.slice_ns(_SIGNALS_S)
+            result = api().reader_wait(self.handle, slice_ns, mode, self._writer.fd)
             if result == READY:
                 return
-            if result == CLOSED:
+            mode = AGAIN
+            if result == NUDGED:
+                pickle.loads(_WARM_UP)
+                mode = AFTER_NUDGE
+            elif result == CLOSED:
                 raise QueueClosedError(
                     f"message queue: the writer has closed it; rank {self.rank} has read everything"
                 )
-            if result == CANCELLED:
+            elif result == CANCELLED:
                 raise QueueClosedError("message queue: this end was closed while it waited")
-            self._check_writer()
-            if result == TIMED_OUT and deadline.left() == 0.0:
+            elif result == PEER_GONE:
+                raise PeerDiedError(
+                    f"message queue: the writer (process {self._writer.pid}) is gone; reader rank "
+                    f"{self.rank} has read everything that it wrote"
+                )
+            elif result == TIMED_OUT and deadline.left() == 0.0:
                 raise CommTimeoutError(
                     f"message queue: reader rank {self.rank} waited {deadline.seconds:g} s for a "
                     f"message from process {self._writer.pid}, which is alive"
                 )
-            again = 1
-
-    def _check_writer(self) -> None:
-        # What it wrote before it died is read first: look at the process, then at the ring.
-        if self._writer.gone and not api().reader_wait(self.handle, 0, 1) == READY:
-            raise PeerDiedError(
-                f"message queue: the writer (process {self._writer.pid}) is gone; reader rank "
-                f"{self.rank} has read everything that it wrote"
-            )
 
     def wait_until_ready(self, deadline: Deadline) -> None:
         """Returns once the writer has seen every reader."""

@@ -53,14 +53,15 @@ void check(const std::byte* from, uint64_t bytes, uint64_t i) {
 }
 
 void wait(shm::RingWriter& ring) {
-  for (bool again = false; ring.wait(kSliceNs, again) != shm::WaitResult::kReady; again = true) {
-  }
+  auto mode = shm::WaitMode::kFirst;
+  while (ring.wait(kSliceNs, mode) != shm::WaitResult::kReady) mode = shm::WaitMode::kAgain;
 }
 
 void run_writer(std::byte* base, uint64_t messages) {
   // The limit on unread blocks is small, so that the writer waits for them, too.
   shm::RingWriter ring(base, -1, 40'000, shm::SpinBudget(1000, 20'000));
   for (uint64_t i = 0; i < messages; ++i) {
+    if (i % 3 == 0) ring.nudge();
     while (!ring.has_slot()) wait(ring);
     const uint64_t bytes = bytes_of(i);
     if (kind_of(i) == shm::SlotKind::kBlock) {
@@ -85,14 +86,16 @@ void run_reader(std::byte* base, uint32_t index, uint64_t messages) {
   if (!ring->join(1000 + index, 1)) fail("join", 0, index);
   uint64_t held[2] = {0, 0};  // blocks are released late, like views
   uint64_t next = 0;
-  for (bool again = false; next < messages;) {
+  for (auto mode = shm::WaitMode::kFirst; next < messages;) {
     if (!ring->take()) {
-      const auto result = ring->wait(kSliceNs, again);
+      const auto result = ring->wait(kSliceNs, mode, shm::kNobody);
       if (result == shm::WaitResult::kClosed) fail("closed early", next, index);
-      again = result != shm::WaitResult::kReady;
+      mode = result == shm::WaitResult::kReady    ? shm::WaitMode::kFirst
+             : result == shm::WaitResult::kNudged ? shm::WaitMode::kNudged
+                                                  : shm::WaitMode::kAgain;
       continue;
     }
-    again = false;
+    mode = shm::WaitMode::kFirst;
     const auto& taken = *ring->taken();
     uint32_t begin = 0;
     for (uint32_t i = 0; i < taken.copied; ++i, ++next) {
