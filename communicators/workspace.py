@@ -14,6 +14,11 @@ from . import native
 from .errors import CommunicatorError, InvalidArgumentError
 
 
+#: Bytes of a slot, of a region for tagged packets and of a bulk region. A workspace has two of each
+#: and 64 KB of control words (native/collectives/workspace.h): 50 MB.
+LAYOUT = (16 << 20, 1 << 20, 8 << 20)
+
+
 @dataclass
 class SharedBuffer:
     """One buffer a rank, each mapped into this process.
@@ -46,17 +51,18 @@ class SharedBuffer:
                 ) from error
         return cls(nbytes, device, rank, bytes(handle.tolist()), own)
 
-    def map_peers(self, handles: Sequence[bytes]) -> None:
+    def map_peers(self, handles: Sequence[bytes], own: int = 0) -> None:
         """Maps every peer's buffer. Local; on failure nothing stays mapped.
 
         Args:
             handles: one a rank, in rank order, this rank's own included.
+            own: address of this rank's memory when somebody else owns it.
         """
         mapped: list[int] = []
         with torch.cuda.device(self.device):
             for rank, handle in enumerate(handles):
                 if rank == self.rank:
-                    mapped.append(self.own)
+                    mapped.append(own or self.own)
                     continue
                 as_tensor = torch.frombuffer(bytearray(handle), dtype=torch.uint8)
                 try:

@@ -28,13 +28,9 @@ from ..errors import (
 from ..group import Group
 from ..settings import Settings
 from ..topology import Verdict
-from ..workspace import SharedBuffer
+from ..workspace import LAYOUT, SharedBuffer
 
 WORLD_SIZES = (2, 4, 6, 8)
-
-#: Bytes of a slot, of a region for tagged packets, and of a bulk region; a workspace has two of
-#: each and 64 KB of control words: 50 MB.
-LAYOUT = (16 << 20, 1 << 20, 8 << 20)
 
 _CODES = custom_ar.DTYPES
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a CPU build has none

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       gpu::send_tagged(slot + 1, make_uint2(own.z, own.w), tag);
     }
   }
-  call.settle(ws);
+  call.settle();
   gpu::Spin spin;
   for (uint32_t i = first; i < vectors; i += step) {
     ulonglong2 low[W];
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       out.of<Element>(sender).store(i, make_uint4(a.x, a.y, b.x, b.y));
     }
   }
-  call.leave();
+  call.leave(ws);
 }
 
 template <typename Element, int W>
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     return reinterpret_cast<uint4*>(ws.base[owner] + offset +
                                     Workspace::place(sender, owner) * ws.bulk_stride);
   };
-  call.settle(ws);
+  call.settle();
   if (blockIdx.x < pushers) {
     uint64_t count = 0;
     for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += pushers) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     }
   }
-  call.leave();
+  call.leave(ws);
 }
 
 // Copies move words where everything is whole words, else bytes.
@@ -178,10 +178,10 @@ void all_gather_small(const Workspace& ws, const void* inp, void* out, uint64_t 
   by_element(inp, out, bytes, stride, [&](auto element) {
     by_world(ws.world, [&](auto world) {
       using Element = decltype(element);
-      gpu::launch({blocks, threads, stream, shape.overlap}, "all_gather_small",
-                  small_kernel<Element, decltype(world)::value>, ws,
-                  gpu::Span<Element>(inp, bytes), Parts{static_cast<char*>(out), bytes, stride},
-                  static_cast<uint32_t>(vectors));
+      gpu::launch<small_kernel<Element, decltype(world)::value>>(
+          {blocks, threads, stream, shape.overlap}, "all_gather_small", ws,
+          gpu::Span<Element>(inp, bytes), Parts{static_cast<char*>(out), bytes, stride},
+          static_cast<uint32_t>(vectors));
     });
   });
 }
@@ -197,11 +197,11 @@ void all_gather_bulk(const Workspace& ws, const void* inp, void* out, uint64_t b
   by_element(inp, out, bytes, stride, [&](auto element) {
     by_world(ws.world, [&](auto world) {
       using Element = decltype(element);
-      gpu::launch({pushers + collectors, threads, stream, shape.overlap}, "all_gather_bulk",
-                  bulk_kernel<Element, decltype(world)::value>, ws, gpu::Span<Element>(inp, bytes),
-                  Parts{static_cast<char*>(out), bytes, stride}, static_cast<uint32_t>(vectors),
-                  static_cast<uint32_t>(chunks), static_cast<uint32_t>(pushers),
-                  static_cast<uint32_t>(collectors));
+      gpu::launch<bulk_kernel<Element, decltype(world)::value>>(
+          {pushers + collectors, threads, stream, shape.overlap}, "all_gather_bulk", ws,
+          gpu::Span<Element>(inp, bytes), Parts{static_cast<char*>(out), bytes, stride},
+          static_cast<uint32_t>(vectors), static_cast<uint32_t>(chunks),
+          static_cast<uint32_t>(pushers), static_cast<uint32_t>(collectors));
     });
   });
 }

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kUnroll = 4;
   Call call(ws);
   if (!call.enter(ws)) return;
-  call.settle(ws);
+  call.settle();
   Control& mine = ws.mine();
   const uint32_t peer = 1 - ws.rank;
   const uint64_t all = (inp.bytes + gpu::kVectorBytes - 1) / gpu::kVectorBytes;
@@ -110,9 +110,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (i + u * step >= count) break;
-        const uint4 pair[2] = {ws.rank == 0 ? own[u] : theirs[u],
-                               ws.rank == 0 ? theirs[u] : own[u]};
-        out.store(base + i + u * step, rank_ordered_sum<T, 2>(pair));
+        const uint4 peer_value[1] = {theirs[u]};
+        out.store(base + i + u * step, rank_ordered_sum<T, 2>(own[u], peer_value, ws.rank));
       }
     }
     __syncthreads();
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
       gpu::st_release_sys(&ws.control(peer).taken[blockIdx.x], progress(call.epoch, chunk + 1));
     }
   }
-  call.leave();
+  call.leave(ws);
 }
 
 }  // namespace

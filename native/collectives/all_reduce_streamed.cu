@@ -87,7 +87,7 @@ __device__ __forceinline__ void push(const Workspace& ws, Call& call,
         }
       }
     }
-    if (piece == 0) call.settle(ws);
+    if (piece == 0) call.settle();
   }
   if (cut.pieces >= 2 && blockIdx.x == 0) wait_consumed(epoch + cut.pieces - 1);
 }
@@ -101,7 +101,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call& call,
   const uint64_t epoch = call.epoch;
   Control& mine = ws.mine();
   gpu::Spin spin;
-  call.settle(ws);
+  call.settle();
   for (uint32_t piece = 0; piece < cut.pieces; ++piece) {
     uint4* area =
         reinterpret_cast<uint4*>(ws.slot_area(ws.rank, peer) + ws.slot_of(epoch + piece));
@@ -119,14 +119,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call& call,
         slots[u] = inside ? area + i : nullptr;
         if (inside) own[u] = inp.load(base + i);
       }
-      // One lane a warp looks for the vector that is pushed last; then all lanes look for theirs.
-      if (threadIdx.x % 32 == 31 && slots[U - 1] != nullptr) {
-        spin.begin();
-        while (gpu::is_empty(gpu::ld_relaxed_sys(slots[U - 1]))) {
-          if (spin.give_up(ws.spin, peer, epoch, first, 0, gpu::kEmpty)) break;
-        }
-      }
-      __syncwarp();
+      wait_for_warp(slots[U - 1], ws, spin, epoch, first, peer);
       receive_marked(theirs, slots, ws, spin, epoch, first, [&](int) { return peer; });
       if (cut.in_place) {
         if (threadIdx.x == 0) {
@@ -141,9 +134,9 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call& call,
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         if (slots[u] != nullptr) {
-          const uint4 pair[2] = {ws.rank == 0 ? own[u] : theirs[u],
-                                 ws.rank == 0 ? theirs[u] : own[u]};
-          out.store(base + first + u * blockDim.x, rank_ordered_sum<T, 2>(pair));
+          const uint4 peer_value[1] = {theirs[u]};
+          out.store(base + first + u * blockDim.x,
+                    rank_ordered_sum<T, 2>(own[u], peer_value, ws.rank));
           gpu::clear_marked(slots[u]);
         }
       }
@@ -173,7 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   } else {
     reduce<T, U, kWhole>(ws, call, inp, out, cut);
   }
-  call.leave(cut.pieces);
+  call.leave(ws, cut.pieces);
 }
 
 }  // namespace
@@ -196,8 +189,8 @@ void all_reduce_streamed(const Workspace& ws, Dtype dtype, const void* inp, void
   cut.piece_chunks = at_most(piece / gpu::kVectorBytes / chunk, chunks);
   cut.pieces = static_cast<uint32_t>((chunks + cut.piece_chunks - 1) / cut.piece_chunks);
   cut.last_chunks = static_cast<uint32_t>(chunks) - (cut.pieces - 1) * cut.piece_chunks;
-  cut.pushers = at_most(cut.piece_chunks, shape.blocks > 0 ? shape.blocks : 66);
-  cut.reducers = at_most(cut.piece_chunks, shape.other_blocks > 0 ? shape.other_blocks : 66);
+  cut.pushers = at_most(cut.piece_chunks, shape.blocks > 0 ? shape.blocks : 32);
+  cut.reducers = at_most(cut.piece_chunks, shape.other_blocks > 0 ? shape.other_blocks : 100);
   const char* from = static_cast<const char*>(inp);
   const char* to = static_cast<const char*>(out);
   cut.in_place = from < to + bytes && to < from + bytes;
@@ -209,9 +202,9 @@ void all_reduce_streamed(const Workspace& ws, Dtype dtype, const void* inp, void
     using T = typename decltype(type)::type;
     const auto go = [&](auto number, auto whole) {
       constexpr bool kWhole = decltype(whole)::value != 0;
-      gpu::launch({blocks, threads, stream, shape.overlap}, "all_reduce_streamed",
-                  streamed_kernel<T, decltype(number)::value, kWhole>, ws,
-                  gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes), cut);
+      gpu::launch<streamed_kernel<T, decltype(number)::value, kWhole>>(
+          {blocks, threads, stream, shape.overlap}, "all_reduce_streamed", ws,
+          gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes), cut);
     };
     const auto pick = [&](auto whole) {
       if (unroll == 1) return go(Number<1>{}, whole);

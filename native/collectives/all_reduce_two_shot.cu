@@ -79,19 +79,14 @@ __device__ __forceinline__ void own(const Workspace& ws, const char* inp,
                                     const gpu::SpanOf<T>& out, const Slices& slices, bool share,
                                     uint64_t epoch, uint64_t first, uint64_t step) {
   const auto mine = slices.of<T, W>(inp, ws.rank);
+  char* ours = ws.base[ws.rank] + ws.layout.slot_offset(0) + ws.slot_of(epoch);
   gpu::Spin spin;
   for (uint64_t i = first; i < length<T>(mine); i += step) {
-    uint4 values[W];
-    uint4* slots[W];
     const uint4 own_value = mine.load(i);
-#pragma unroll
-    for (int r = 0; r < W; ++r) {
-      const bool self = r == static_cast<int>(ws.rank);
-      slots[r] = self ? nullptr : area(ws, ws.rank, epoch, r, false) + i;
-      if (self) values[r] = own_value;
-    }
-    receive_marked(values, slots, ws, spin, epoch, i, [](int r) { return r; });
-    const uint4 sum = rank_ordered_sum<T, W>(values);
+    char* raw = ours + i * gpu::kVectorBytes;
+    uint4 peers[W - 1];
+    receive_from_peers<W>(peers, raw, ws.slot_stride, ws, spin, epoch, i);
+    const uint4 sum = rank_ordered_sum<T, W>(own_value, peers, ws.rank);
     if (share) {
 #pragma unroll
       for (int turn = 1; turn < W; ++turn) {
@@ -101,8 +96,8 @@ __device__ __forceinline__ void own(const Workspace& ws, const char* inp,
     }
     out.store(i, sum);
 #pragma unroll
-    for (int r = 0; r < W; ++r) {
-      if (slots[r] != nullptr) gpu::clear_marked(slots[r]);
+    for (int k = 0; k < W - 1; ++k) {
+      gpu::clear_marked(reinterpret_cast<uint4*>(raw + k * ws.slot_stride));
     }
   }
 }
@@ -145,18 +140,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto step = [&](int blocks) { return static_cast<uint64_t>(blocks) * blockDim.x; };
   if (block < roles.pushers) {
     push<T, W>(ws, inp, slices, call.epoch, first(), step(roles.pushers));
-    call.settle(ws);
+    call.settle();
   } else if ((block -= roles.pushers) < roles.owners) {
     const gpu::SpanOf<T> to = share ? slices.of<T, W>(out, ws.rank)
                                     : gpu::SpanOf<T>(out, slices.bytes);
-    call.settle(ws);
+    call.settle();
     own<T, W>(ws, inp, to, slices, share, call.epoch, first(), step(roles.owners));
   } else {
     block -= roles.owners;
-    call.settle(ws);
+    call.settle();
     collect<T, W>(ws, out, slices, call.epoch, first(), step(roles.collectors));
   }
-  call.leave();
+  call.leave(ws);
 }
 
 void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
@@ -175,8 +170,9 @@ void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* ou
       roles.collectors = share ? roles.owners : 0;
       const int blocks = roles.pushers + roles.owners + roles.collectors;
       if (blocks > kMaxBlocks) throw std::runtime_error("two_shot: the shape has too many blocks");
-      gpu::launch({blocks, threads, stream, shape.overlap}, name, two_shot_kernel<T, W>, ws,
-                  static_cast<const char*>(inp), static_cast<char*>(out), slices, roles);
+      gpu::launch<two_shot_kernel<T, W>>({blocks, threads, stream, shape.overlap}, name, ws,
+                                         static_cast<const char*>(inp), static_cast<char*>(out),
+                                         slices, roles);
     });
   });
 }

@@ -148,66 +148,74 @@ class Call {
 
   // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
-  // been reported.
+  // been reported. A word that is marked belongs to a call in flight, on another stream.
   __device__ __forceinline__ bool enter(const Workspace& ws) {
     const auto* word = reinterpret_cast<const ulonglong2*>(&control_.words[first_]);
     const ulonglong2 seen = gpu::ld_relaxed_sys(word);
     epoch = seen.x >> 1;
     if (seen.y != 0) return false;
-    if (epoch == 0) wait_alive(ws);
+    if ((seen.x & 1) != 0 && marks()) {
+      report_busy(ws, seen.x);
+      return false;
+    }
+    if (epoch == 0) wait_alive(ws, control_);
     return true;
   }
 
   // By all threads of every block that entered, between their first stores to peers and their first
-  // wait. Marks the block as busy: a block found busy is a second call in flight, on another stream.
-  // The barrier sees to it that no thread reads the state after another has left.
-  __device__ __forceinline__ void settle(const Workspace& ws) {
-    if (threadIdx.x == 0 && (!big_ || blockIdx.x == 0)) {
-      const uint64_t before = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
-      if ((before & 1) != 0) {
-        gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch, before, 0);
-      }
-    }
+  // wait. The barrier sees to it that no thread reads the state after another has marked it or left.
+  // What the atomics return is looked at in leave(), so nobody waits for it.
+  __device__ __forceinline__ void settle() {
     __syncthreads();
-    if (big_ && threadIdx.x < 32) {
-      uint32_t others = 0;
-      if (threadIdx.x == 0) others = gpu::fetch_add_relaxed_gpu(&control_.entered, 1);
-      last_ = __shfl_sync(0xffffffffu, others, 0) == gridDim.x - 1;
+    if (threadIdx.x == 0) {
+      if (marks()) before_ = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
+      if (big_) others_ = gpu::fetch_add_relaxed_gpu(&control_.entered, 1);
     }
   }
 
   // By all threads at the end of every block that settled.
-  __device__ __forceinline__ void leave(uint64_t pieces = 1) {
+  __device__ __forceinline__ void leave(const Workspace& ws, uint64_t pieces = 1) {
     const uint64_t next = (epoch + pieces) * 2;
     if (!big_) {
       for (uint32_t word = first_ + threadIdx.x; word < end_; word += blockDim.x) {
         gpu::st_relaxed_sys(&control_.words[word].state, next);
       }
-    } else if (last_) {  // lanes of the first warp
-      for (uint32_t word = threadIdx.x; word < kStateWords; word += 32) {
-        gpu::st_relaxed_sys(&control_.words[word].state, next);
+    } else if (threadIdx.x < 32) {
+      if (__shfl_sync(0xffffffffu, others_, 0) == gridDim.x - 1) {
+        for (uint32_t word = threadIdx.x; word < kStateWords; word += 32) {
+          gpu::st_relaxed_sys(&control_.words[word].state, next);
+        }
+        if (threadIdx.x == 0) gpu::st_relaxed_sys(&control_.entered, 0);
       }
-      if (threadIdx.x == 0) gpu::st_relaxed_sys(&control_.entered, 0);
     }
+    if (threadIdx.x == 0 && marks() && before_ != epoch * 2) report_busy(ws, before_);
   }
 
  private:
   // The first call of all: peers may not have prepared their slots yet.
-  __device__ __noinline__ void wait_alive(const Workspace& ws) const {
+  static __device__ __noinline__ void wait_alive(const Workspace& ws, const Control& control) {
     gpu::Spin spin;
     for (uint32_t peer = 0; peer < ws.world; ++peer) {
       spin.begin();
-      while (peer != ws.rank && gpu::ld_relaxed_sys(&control_.alive[peer]) == 0) {
+      while (peer != ws.rank && gpu::ld_relaxed_sys(&control.alive[peer]) == 0) {
         if (spin.give_up(ws.spin, peer, 0, 0, 1, 0)) break;
       }
     }
+  }
+
+  // In a big grid blocks share words, and block 0 marks for all.
+  __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
+
+  __device__ __forceinline__ void report_busy(const Workspace& ws, uint64_t seen) const {
+    gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, seen, 0);
   }
 
   Control& control_;
   uint32_t first_;
   uint32_t end_;
   bool big_;
-  bool last_ = false;
+  uint32_t others_;  // of thread 0: how many blocks had entered before this one
+  uint64_t before_;  // of thread 0: the word before the mark
 };
 
 }  // namespace collectives

@@ -13,9 +13,8 @@ from types import TracebackType
 
 import torch
 
-from communicators.backends.custom_all_reduce import LAYOUT
 from communicators.bindings import custom_ar
-from communicators.workspace import SharedBuffer
+from communicators.workspace import LAYOUT, SharedBuffer
 
 
 class VirtualRanks:
