@@ -52,9 +52,8 @@ def main() -> None:
                 share = rms(error) / rms(exact)
                 rest = rms(error[:, plain]) / rms(exact[:, plain])
                 decibel = -20 * math.log10(share)
-                print(
-                    f"| {kind} | {world_size} | {codec} | {decibel:.1f} | {share:.2%} | {rest:.2%} |"
-                )
+                cells = (f"{decibel:.1f}", f"{share:.2%}", f"{rest:.2%}")
+                print("|", " | ".join((kind, str(world_size), codec, *cells)), "|")
 
 
 def rms(x: torch.Tensor) -> float:
