@@ -24,6 +24,12 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .backends.pynccl import (
         PyNcclCommunicator as PyNcclCommunicator,
     )
+    from .backends.pymscclpp import (
+        PyMscclppCommunicator as PyMscclppCommunicator,
+    )
+    from .backends.quick_all_reduce import (
+        QuickAllReduce as QuickAllReduce,
+    )
     from .backends.xpu import (
         XpuCommunicator as XpuCommunicator,
     )
@@ -138,6 +144,8 @@ _HOMES = {
     "backends.hpu": ("HpuCommunicator",),
     "backends.npu": ("NpuCommunicator",),
     "backends.pynccl": ("PyNcclCommunicator",),
+    "backends.pymscclpp": ("PyMscclppCommunicator",),
+    "backends.quick_all_reduce": ("QuickAllReduce",),
     "backends.xpu": ("XpuCommunicator",),
     "stateless": ("StatelessProcessGroup",),
     "bindings.pynccl_allocator": ("use_symmetric_memory",),

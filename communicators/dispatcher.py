@@ -148,7 +148,9 @@ class Dispatcher:
         self, op: str, dtype: torch.dtype, mode: str
     ) -> list[tuple[int, int | None, Choice]]:
         """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
-        bounds = {c.capabilities.max_bytes for c in self.live if c.capabilities is not None}
+        open_to = [c.capabilities for c in self.live if c.capabilities is not None]
+        bounds = {capability.max_bytes for capability in open_to}
+        bounds |= {capability.min_bytes - 1 for capability in open_to if capability.min_bytes > 1}
         bounds |= {
             row.up_to_bytes
             for row in self.table.rows

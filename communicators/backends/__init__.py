@@ -60,8 +60,10 @@ def candidates(
     if device_type == "cuda":
         from .custom_all_reduce import CustomAllreduce
         from .pynccl import PyNcclCommunicator
+        from .quick_all_reduce import QuickAllReduce
 
-        return [CustomAllreduce, PyNcclCommunicator]
+        # QuickAllReduce refuses unless the user has allowed it, and then he wants it used.
+        return [QuickAllReduce, CustomAllreduce, PyNcclCommunicator]
     if device_type in ("hpu", "npu", "xpu"):
         from .hpu import HpuCommunicator
         from .npu import NpuCommunicator

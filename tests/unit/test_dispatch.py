@@ -73,6 +73,16 @@ def test_admission_comes_before_measurement():
     assert "2048 bytes are more than its 1024" in str(choice.refused["small"])
 
 
+def test_a_row_does_not_speak_of_what_it_did_not_measure():
+    table = parse(table_text(), "toy.json")
+    allowed = [("quick", Capability(frozenset({"all_reduce"}), min_bytes=128)), *LIVE]
+    assert choose(request(64), allowed, table).communicator == "all"
+    choice = choose(request(128), allowed, table)
+    assert choice.communicator == "quick"
+    assert str(choice.refused["small"]) == "takes it, and comes after quick"
+    assert "64 bytes are fewer than its 128" in str(choose(request(64), allowed, table).refused)
+
+
 def test_nobody_takes_it():
     choice = choose(request(64, op="send"), LIVE, EMPTY)
     assert choice.communicator is None
