@@ -21,11 +21,11 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .backends.npu import (
         NpuCommunicator as NpuCommunicator,
     )
-    from .backends.pynccl import (
-        PyNcclCommunicator as PyNcclCommunicator,
-    )
     from .backends.pymscclpp import (
         PyMscclppCommunicator as PyMscclppCommunicator,
+    )
+    from .backends.pynccl import (
+        PyNcclCommunicator as PyNcclCommunicator,
     )
     from .backends.quick_all_reduce import (
         QuickAllReduce as QuickAllReduce,
