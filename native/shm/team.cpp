@@ -66,7 +66,9 @@ Team::Team(int rank, int world_size, const Options& options)
 }
 
 Team::~Team() {
-  if (joined_) leave(Code::kClosed, rank_, "rank " + std::to_string(rank_) + " closed it");
+  // A forked child that exits has a copy of this object, and the memory is still the parent's.
+  if (joined_ && ::getpid() == pids_[rank_])
+    leave(Code::kClosed, rank_, "rank " + std::to_string(rank_) + " closed it");
 }
 
 void Team::join(const std::string& name) {
