@@ -1,4 +1,5 @@
-// The ring's C interface, for ctypes (communicators/shm_ring.py has the other half of each line).
+// The ring's C interface, for ctypes (communicators/message_queue/native_ring.py has the other half
+// of each line).
 //
 // A call costs 0.2 to 0.4 us so, less than one through torch's dispatcher, and a Python function
 // that must not release the interpreter's lock can say so by the way it loads the library

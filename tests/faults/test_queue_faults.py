@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from communicators import shm_ring
 from communicators.errors import CommTimeoutError, PeerDiedError, QueueClosedError
+from communicators.message_queue import ends
 from communicators.shm_broadcast import MessageQueue
 from tests.unit.queue_processes import SETTINGS, Reader, eventually, local_queue, readers
 
-#: A death is noticed within shm_ring.LIVENESS_S; the rest is for a busy machine.
+#: A death is noticed within ends.LIVENESS_S; the rest is for a busy machine.
 SOON_S = 2.0
 
 
@@ -85,7 +85,7 @@ def test_a_writer_without_readers_is_told() -> None:
 
 
 def test_views_held_by_a_killed_reader_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm_ring, "UNREAD_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(ends, "UNREAD_LIMIT_BYTES", 1 << 20)
     queue = local_queue(2)
     with readers(queue, [0], _hold_views) as (holder,), readers(queue, [1], _hang):
         queue.wait_until_ready()

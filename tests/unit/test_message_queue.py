@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from communicators import shm_ring
-from communicators.bindings.ring_api import api
 from communicators.errors import (
     CommTimeoutError,
     CommunicatorError,
@@ -26,6 +24,8 @@ from communicators.errors import (
     QueueClosedError,
     RefusedError,
 )
+from communicators.message_queue import ends
+from communicators.message_queue.native_ring import api
 from communicators.shm_broadcast import MessageQueue, ShmRingBuffer
 from tests.unit.queue_processes import DEADLINE_S, SETTINGS, both_ends, local_queue, readers
 
@@ -153,7 +153,7 @@ def test_views_outlive_the_queue() -> None:
 
 
 def test_held_views_never_stop_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm_ring, "UNREAD_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(ends, "UNREAD_LIMIT_BYTES", 1 << 20)
     writer, (reader,) = both_ends()
     held = []
     for i in range(20):
@@ -170,7 +170,7 @@ def test_held_views_never_stop_the_writer(monkeypatch: pytest.MonkeyPatch) -> No
 def test_unread_large_messages_are_bounded_and_the_late_reader_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shm_ring, "UNREAD_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(ends, "UNREAD_LIMIT_BYTES", 1 << 20)
     writer, (reader,) = both_ends()
     for i in range(3):
         writer.enqueue(np.full(300_000, i, np.uint8))

@@ -15,7 +15,6 @@ import torch
 
 zmq = pytest.importorskip("zmq", reason="remote readers need pyzmq")
 
-from communicators import queue_group  # noqa: E402
 from communicators.errors import (  # noqa: E402
     CommTimeoutError,
     InvalidArgumentError,
@@ -23,6 +22,7 @@ from communicators.errors import (  # noqa: E402
     QueueClosedError,
     RefusedError,
 )
+from communicators.message_queue import for_group  # noqa: E402
 from communicators.shm_broadcast import Handle, MessageQueue  # noqa: E402
 from tests.threads import run_ranks  # noqa: E402
 from tests.unit.queue_processes import SETTINGS, eventually, readers  # noqa: E402
@@ -179,7 +179,7 @@ def _write_three_and_die(pipe: Any) -> None:
 
 
 def queue_group_deadline() -> Any:
-    from communicators.shm_ring import Deadline
+    from communicators.message_queue.deadline import Deadline
 
     return Deadline(30, SETTINGS)
 
@@ -274,7 +274,7 @@ def test_a_group_that_spans_hosts(
     hosts: str, writer_rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads stand for ranks; who is on which host is pretended."""
-    monkeypatch.setattr(queue_group, "pid_space", _pretended_host)
+    monkeypatch.setattr(for_group, "pid_space", _pretended_host)
 
     def body(group: Any) -> Any:
         _here.host = hosts[group.rank]

@@ -1,51 +1,46 @@
-"""The shared-memory ring of MessageQueue, seen from Python: its memory, its writer, its readers.
+"""The two ends of the shared-memory ring: waits with deadlines, and processes that are gone.
 
-The protocol is in native/shm/ring.h, with its state table. This file maps the memory, turns waits
-into deadlines and errors, and notices processes that are gone.
-
-The memory is a memfd: it has no name, so nothing can be left behind, and it does not count against
-the size of /dev/shm, which containers often set to 64 MB. A process that comes later opens
-/proc/<pid of the writer>/fd/<n>: that needs no server and no thread in the writer, works with spawn
-and fork alike, is refused by the kernel to other users, and ends with the writer. The file is as
-large as the machine's memory and sparse, so that large messages find room without a second file;
-what was never written to takes none.
+The protocol is in native/shm/ring.h, with its state table; the memory is shm_ring.py's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import math
-import mmap
 import os
 import pickle
-import secrets
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-from .bindings.ring_api import Taken, api
-from .errors import (
+from ..errors import (
     CommTimeoutError,
     CommunicatorError,
     InvalidArgumentError,
     PeerDiedError,
     QueueClosedError,
-    RefusedError,
+)
+from ..settings import Settings
+from .deadline import Deadline
+from .native_ring import (
+    ABSENT,
+    AFTER_NUDGE,
+    AGAIN,
+    CANCELLED,
+    CLOSED,
+    DEAD,
+    FIRST,
+    JOINED,
+    JOINED_COUNT,
+    LEFT,
+    MUST_WAIT,
+    NUDGED,
+    PEER_GONE,
+    PUBLISHED,
+    READY,
+    READY_FLAG,
+    TIMED_OUT,
+    Taken,
+    api,
 )
 from .process import Process, start_time
-from .settings import Settings
-
-MAX_READERS = 64
-BLOCK_HEADER_BYTES = 64
-INLINE, RAW, BLOCK = 1, 2, 3  # SlotKind
-ABSENT, JOINED, LEFT, DEAD = range(4)  # ReaderState
-READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, NUDGED, PEER_GONE = range(7)  # WaitResult
-FIRST, AGAIN, AFTER_NUDGE = range(3)  # WaitMode
-MUST_WAIT, NO_ROOM, NO_MEMORY = -1, -2, -3  # allocate_block
-_PUBLISHED, _JOINED_COUNT, _READY_FLAG = range(3)  # communicators_ring_word
-_F_ADD_SEALS, _SEAL_SHRINK, _SEAL_GROW = 1033, 2, 4  # <linux/fcntl.h>
+from .ring import ShmRingBuffer
 
 #: A writer that waits looks this often, in seconds, whether the readers still run: so long may a
 #: death go unnoticed. (A reader looks as often, in native code: kLivenessNs.)
@@ -57,158 +52,6 @@ _WARM_UP = pickle.dumps({"a": 1, "b": ["c", 2.0, None, True], "d": (b"e", {})}, 
 
 #: Bytes of large messages that may wait to be read; a single message may be larger.
 UNREAD_LIMIT_BYTES = 64 << 20
-
-
-class Deadline:
-    """A point in time until which something may wait; `seconds` None: the Settings' deadline."""
-
-    def __init__(self, seconds: float | None, settings: Settings) -> None:
-        self.seconds = settings.timeout_s if seconds is None else seconds
-        if math.isnan(self.seconds) or self.seconds < 0:
-            raise InvalidArgumentError(
-                f"timeout={seconds}: seconds, 0 or more, are expected (inf waits as long as the "
-                "other side lives)"
-            )
-        self._at = time.monotonic() + self.seconds
-
-    def left(self) -> float:
-        """Seconds, never negative."""
-        return max(0.0, self._at - time.monotonic())
-
-    def slice_ns(self, longest: float = LIVENESS_S) -> int:
-        """How long one call into native code may wait, in nanoseconds."""
-        return int(min(self.left(), longest) * 1e9)
-
-
-class ShmRingBuffer:
-    """The memory of a ring: `max_chunks` slots of `max_chunk_bytes`, and an arena behind them.
-
-    Args:
-        n_reader: readers of this host, 1 to 64.
-        name: None makes new memory; the `name` of another ShmRingBuffer maps that one's, for as
-            long as the process that made it lives and keeps it. Pickling keeps the name.
-
-    Raises PeerDiedError when the maker of `name` is gone, RefusedError when this process may not
-    open its files (another user's).
-    """
-
-    def __init__(
-        self, n_reader: int, max_chunk_bytes: int, max_chunks: int, name: str | None = None
-    ) -> None:
-        if not 1 <= n_reader <= MAX_READERS or max_chunk_bytes < 1 or max_chunks < 1:
-            raise InvalidArgumentError(
-                f"ShmRingBuffer(n_reader={n_reader}, max_chunk_bytes={max_chunk_bytes}, "
-                f"max_chunks={max_chunks}): 1 to {MAX_READERS} readers of one host and positive "
-                "sizes are expected"
-            )
-        self.n_reader = n_reader
-        self.max_chunk_bytes = max_chunk_bytes
-        self.max_chunks = max_chunks
-        self.is_creator = name is None
-        self.name = self._create() if name is None else self._open(name)
-        self.view = memoryview(self._map)
-
-    def _create(self) -> str:
-        arena = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        size = api().bytes(self.n_reader, self.max_chunks, self.max_chunk_bytes, arena)
-        self.fd = os.memfd_create("message-queue", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, size)
-        fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW)
-        self._map_file(size)
-        unique = secrets.token_bytes(16)
-        sizes = (self.n_reader, self.max_chunks, self.max_chunk_bytes, arena)
-        api().create(self.base, *sizes, unique, 0)
-        return f"{os.getpid()}/{self.fd}/{unique.hex()}"
-
-    def _open(self, name: str) -> str:
-        try:
-            pid, number, unique = name.split("/")
-            path = f"/proc/{int(pid)}/fd/{int(number)}"
-            wanted = bytes.fromhex(unique)
-        except ValueError:
-            raise InvalidArgumentError(
-                f"ShmRingBuffer(name={name!r}): the name of another ShmRingBuffer is expected"
-            ) from None
-        gone = PeerDiedError(
-            f"message queue: process {pid}, which made the queue of this handle, is gone or has "
-            "closed it"
-        )
-        try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except PermissionError as error:
-            raise RefusedError(
-                f"message queue: this process may not open the memory of process {pid}: {error}; "
-                "writer and readers of one host run as one user"
-            ) from error
-        except OSError as error:
-            raise gone from error
-        try:
-            size = os.fstat(self.fd).st_size
-            if size < mmap.PAGESIZE:
-                raise gone
-            self._map_file(size)
-            found = api().check(self.base, wanted)
-            if found == 2:
-                raise RefusedError(
-                    f"message queue: process {pid} runs another version of this library, with "
-                    "another layout of the ring"
-                )
-            if found != 0:  # that descriptor, or that pid, is something else by now
-                raise gone
-        except BaseException:
-            self.close()
-            raise
-        return name
-
-    def _map_file(self, size: int) -> None:
-        self._map = mmap.mmap(self.fd, size)
-        self.base: int = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        sizes = (self.n_reader, self.max_chunk_bytes, self.max_chunks)
-        return ShmRingBuffer, (*sizes, self.name)
-
-    @contextlib.contextmanager
-    def get_data(self, current_idx: int) -> Iterator[memoryview]:
-        """The bytes of slot `current_idx`, for as long as the context lasts."""
-        begin = api().slot_offset(self.base, current_idx % self.max_chunks)
-        with self.view[begin : begin + self.max_chunk_bytes] as chunk:
-            yield chunk
-
-    @contextlib.contextmanager
-    def get_metadata(self, current_idx: int) -> Iterator[memoryview]:
-        """The flags of the message last written to slot `current_idx`: written, then a reader each.
-
-        A snapshot derived from the ring's counters (the table in native/shm/ring.h): 1 and zeros is
-        WRITTEN, ones is READ, all zeros is FREE.
-        """
-        published = api().word(self.base, _PUBLISHED) >> 1
-        slot = current_idx % self.max_chunks
-        behind = (published - 1 - slot) % self.max_chunks  # messages published after that one
-        flags = bytearray(1 + self.n_reader)
-        if published > behind:
-            flags[0] = 1
-            for reader in range(self.n_reader):
-                unread = (published - self.reader_info(reader)[3]) % (1 << 31)
-                flags[1 + reader] = unread <= behind
-        yield memoryview(flags)
-
-    def reader_info(self, reader: int) -> tuple[int, int, int, int]:
-        """(state, pid, start time, messages read modulo 2^31) of a reader."""
-        out = (ctypes.c_uint64 * 4)()
-        api().reader_info(self.base, reader, out)
-        state, pid, started, consumed = out
-        return state, pid, started, consumed
-
-    def close(self) -> None:
-        """Unmaps it, now or when the last view of it is gone. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        # Views that somebody holds keep the mapping; it goes with the last one.
-        with contextlib.suppress(BufferError, AttributeError):
-            self.view.release()
-            self._map.close()
 
 
 class RingWriter:
@@ -259,7 +102,7 @@ class RingWriter:
         """Waits for the readers, as long as the last has_slot() or allocate_block() asked for."""
         mode = FIRST
         while True:
-            result = api().writer_wait(self.handle, deadline.slice_ns(), mode)
+            result = api().writer_wait(self.handle, deadline.slice_ns(LIVENESS_S), mode)
             if result == READY:
                 return
             if result == CANCELLED:
@@ -314,7 +157,7 @@ class RingWriter:
     def wait_until_ready(self, deadline: Deadline) -> None:
         """Returns once every reader has joined."""
         while True:
-            joined = api().word(self.ring.base, _JOINED_COUNT)
+            joined = api().word(self.ring.base, JOINED_COUNT)
             infos = [self.ring.reader_info(reader) for reader in range(self.ring.n_reader)]
             if all(state != ABSENT for state, *_ in infos):
                 return
@@ -325,7 +168,7 @@ class RingWriter:
                     f"message queue: the writer waited {deadline.seconds:g} s for reader rank "
                     f"{', '.join(map(str, late))} to join"
                 )
-            api().wait_word(self.ring.base, _JOINED_COUNT, joined, deadline.slice_ns())
+            api().wait_word(self.ring.base, JOINED_COUNT, joined, deadline.slice_ns(LIVENESS_S))
 
     def set_ready(self) -> None:
         """Lets the readers' wait_until_ready return."""
@@ -402,8 +245,8 @@ class RingReader:
 
     def wait_until_ready(self, deadline: Deadline) -> None:
         """Returns once the writer has seen every reader."""
-        while not api().word(self.ring.base, _READY_FLAG):
-            if api().word(self.ring.base, _PUBLISHED) & 1:
+        while not api().word(self.ring.base, READY_FLAG):
+            if api().word(self.ring.base, PUBLISHED) & 1:
                 raise QueueClosedError("message queue: the writer closed it before it was ready")
             if self._writer.gone:
                 raise PeerDiedError(
@@ -415,7 +258,7 @@ class RingReader:
                     f"message queue: reader rank {self.rank} waited {deadline.seconds:g} s for the "
                     "writer and the other readers to be ready"
                 )
-            api().wait_word(self.ring.base, _READY_FLAG, 0, deadline.slice_ns())
+            api().wait_word(self.ring.base, READY_FLAG, 0, deadline.slice_ns(LIVENESS_S))
 
     def cancel(self) -> None:
         """Wakes a thread of this process that waits in here; from then on every wait fails."""
