@@ -15,6 +15,24 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .backends.cpu import (
         CpuCommunicator as CpuCommunicator,
     )
+    from .backends.hpu import (
+        HpuCommunicator as HpuCommunicator,
+    )
+    from .backends.npu import (
+        NpuCommunicator as NpuCommunicator,
+    )
+    from .backends.pymscclpp import (
+        PyMscclppCommunicator as PyMscclppCommunicator,
+    )
+    from .backends.pynccl import (
+        PyNcclCommunicator as PyNcclCommunicator,
+    )
+    from .backends.quick_all_reduce import (
+        QuickAllReduce as QuickAllReduce,
+    )
+    from .backends.xpu import (
+        XpuCommunicator as XpuCommunicator,
+    )
     from .base import (
         Capability as Capability,
     )
@@ -26,6 +44,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     )
     from .base import (
         Request as Request,
+    )
+    from .bindings.pynccl_allocator import (
+        use_symmetric_memory as use_symmetric_memory,
     )
     from .errors import (
         CommMismatchError as CommMismatchError,
@@ -99,6 +120,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .settings import (
         Settings as Settings,
     )
+    from .stateless import (
+        StatelessProcessGroup as StatelessProcessGroup,
+    )
 
 _HOMES = {
     "base": ("Capability", "Communicator", "Refusal", "Request"),
@@ -117,6 +141,14 @@ _HOMES = {
     "group_coordinator": ("GroupCoordinator",),
     "settings": ("Settings",),
     "backends.cpu": ("CpuCommunicator",),
+    "backends.hpu": ("HpuCommunicator",),
+    "backends.npu": ("NpuCommunicator",),
+    "backends.pynccl": ("PyNcclCommunicator",),
+    "backends.pymscclpp": ("PyMscclppCommunicator",),
+    "backends.quick_all_reduce": ("QuickAllReduce",),
+    "backends.xpu": ("XpuCommunicator",),
+    "stateless": ("StatelessProcessGroup",),
+    "bindings.pynccl_allocator": ("use_symmetric_memory",),
     "parallel_state": (
         "destroy_distributed_environment",
         "destroy_model_parallel",

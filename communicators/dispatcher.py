@@ -50,6 +50,7 @@ class Dispatcher:
         }
         self._plans: dict[tuple[str, torch.dtype, int, bool], Communicator] = {}
         self._on_cuda = device.type == "cuda"
+        self._debug = group.settings.debug
         facts = (table.digest, [c.name for c in self.live])
         for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
             if theirs != facts:
@@ -74,12 +75,23 @@ class Dispatcher:
         """
         smaller = out if inp is None or op == "reduce_scatter" else inp
         assert smaller is not None
+        if self._debug and op not in ("send", "recv"):
+            self._compare(op, smaller, root)
         capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
         key = (op, smaller.dtype, smaller.nbytes, capturing)
         communicator = self._plans.get(key)
         if communicator is None:
             communicator = self._plan(key, smaller)
         communicator.run(op, out, inp, root)
+
+    def _compare(self, op: str, tensor: torch.Tensor, root: int) -> None:
+        """COMMUNICATORS_DEBUG: the ranks compare their calls on the host before they make them."""
+        call = f"{op} of {list(tensor.shape)} {dtype_name(tensor.dtype)}, root {root}"
+        for rank, theirs in enumerate(self.group.gather_objects("debug", call)):
+            if theirs != call:
+                raise CommMismatchError(
+                    f"rank {self.group.rank} calls {call} and rank {rank} calls {theirs}"
+                )
 
     def _plan(self, key: tuple[str, torch.dtype, int, bool], tensor: torch.Tensor) -> Communicator:
         if tensor.device.type != self.device.type:
@@ -88,10 +100,13 @@ class Dispatcher:
                 f"{self.group.name} works on {self.device}"
             )
         op, dtype, nbytes, capturing = key
-        choice = self.select(Request(op, dtype, nbytes, "capture" if capturing else "eager"))
+        request = Request(op, dtype, nbytes, "capture" if capturing else "eager")
+        choice = self.select(request)
         if choice.communicator is None:
             why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())
-            raise CommunicatorError(f"{choice.reason} on rank {self.group.rank} ({why})")
+            raise CommunicatorError(
+                f"no communicator takes {request} on rank {self.group.rank} ({why})"
+            )
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
         communicator = next(c for c in self.live if c.name == choice.communicator)
@@ -112,23 +127,30 @@ class Dispatcher:
             f"group {self.group.name}: rank {self.group.rank} of {self.group.world_size}, "
             f"{self.device}, table: {self.table.source}"
         ]
-        modes = ("eager", "capture") if self._on_cuda else ("eager",)
-        for mode in modes:
+        for mode in ("eager", "capture") if self._on_cuda else ("eager",):
+            alike: dict[tuple[str, ...], list[str]] = {}
             for op in OPS:
-                for low, high, choice in self._ranges(op, dtype, mode):
-                    lines.append(
-                        f"  {op}, {dtype_name(dtype)}, {mode}, {_span(low, high)}: "
-                        f"{choice.communicator or 'nothing'} ({choice.reason})"
-                    )
-                    lines += [f"      not {name}: {why}" for name, why in choice.refused.items()]
-        lines += [f"  not opened, {name}: {why}" for name, why in self.refused.items()]
+                answer = tuple(self._answer(op, dtype, mode))
+                alike.setdefault(answer, []).append(op)
+            for answer, ops in alike.items():
+                lines.append(f"  {', '.join(ops)}; {dtype_name(dtype)}, {mode}:")
+                lines += answer
+        lines += [f"  not opened: {name}: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
+
+    def _answer(self, op: str, dtype: torch.dtype, mode: str) -> Iterator[str]:
+        for low, high, choice in self._ranges(op, dtype, mode):
+            yield f"    {_span(low, high)}: {choice.communicator or 'nothing'}, {choice.reason}"
+            for name, why in choice.refused.items():
+                yield f"      not {name}: {why}"
 
     def _ranges(
         self, op: str, dtype: torch.dtype, mode: str
     ) -> list[tuple[int, int | None, Choice]]:
         """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
-        bounds = {c.capabilities.max_bytes for c in self.live if c.capabilities is not None}
+        open_to = [c.capabilities for c in self.live if c.capabilities is not None]
+        bounds = {capability.max_bytes for capability in open_to}
+        bounds |= {capability.min_bytes - 1 for capability in open_to if capability.min_bytes > 1}
         bounds |= {
             row.up_to_bytes
             for row in self.table.rows

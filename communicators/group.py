@@ -30,6 +30,7 @@ class Group:
         ranks: the global ranks of the members, in group order.
         name: the same on all members, unique among the groups of the store.
         process_group: the torch.distributed group behind it, or None (a stateless group).
+        store: where the ranks meet; its keys are this group's own.
         settings: the process's Settings.
     """
 
@@ -58,7 +59,7 @@ class Group:
         # of the same name does not read the first one's keys.
         generation = store.add(f"communicators/{name}/generation/{rank}", 1)
         self.name = f"{name}.{generation}"
-        self._store = PrefixStore(f"communicators/{self.name}", store)
+        self.store = PrefixStore(f"communicators/{self.name}", store)
         self._sequence = 0
         self._sent: dict[int, int] = {}
         self._received: dict[int, int] = {}
@@ -93,11 +94,6 @@ class Group:
             settings=settings,
         )
 
-    @property
-    def store(self) -> Store:
-        """Where the ranks meet; its keys are this group's own."""
-        return self._store
-
     def gather_objects(self, tag: str, value: Any, timeout_s: float | None = None) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank.
 
@@ -111,7 +107,7 @@ class Group:
         keys = [f"{self._sequence}/{rank}" for rank in range(self.world_size)]
         self._set(keys[self.rank], pickle.dumps((tag, value)))
         self._wait(keys, tag, timeout_s)
-        answers = [pickle.loads(payload) for payload in self._store.multi_get(keys)]
+        answers = [pickle.loads(payload) for payload in self.store.multi_get(keys)]
         for rank, (their_tag, _) in enumerate(answers):
             if their_tag != tag:
                 raise CommMismatchError(
@@ -120,7 +116,7 @@ class Group:
                 )
         if self._sequence > 0:
             # Everybody has written this round, so everybody has read the one before.
-            self._store.delete_key(f"{self._sequence - 1}/{self.rank}")
+            self.store.delete_key(f"{self._sequence - 1}/{self.rank}")
         self._sequence += 1
         return [value for _, value in answers]
 
@@ -145,8 +141,8 @@ class Group:
         number = self._received.get(src, 0) + 1
         key = f"p2p/{src}-{self.rank}/{number}"
         self._wait([key], f"recv_object from rank {src}", timeout_s, owners=[src])
-        value = pickle.loads(self._store.get(key))
-        self._store.delete_key(key)
+        value = pickle.loads(self.store.get(key))
+        self.store.delete_key(key)
         self._received[src] = number
         return value
 
@@ -159,7 +155,7 @@ class Group:
 
     def _set(self, key: str, payload: bytes) -> None:
         try:
-            self._store.set(key, payload)  # type: ignore[arg-type]  # bytes are stored as they are
+            self.store.set(key, payload)  # type: ignore[arg-type]  # bytes are stored as they are
         except dist.DistError as error:
             raise self._store_gone(error) from error
 
@@ -173,15 +169,13 @@ class Group:
         deadline = self.settings.timeout_s if timeout_s is None else timeout_s
         started = time.monotonic()
         try:
-            self._store.wait(keys, datetime.timedelta(seconds=deadline))
+            self.store.wait(keys, datetime.timedelta(seconds=deadline))
             return
         except RuntimeError as error:  # DistStoreError of a TCPStore, plain of a FileStore
             if time.monotonic() - started < 0.9 * deadline:
                 raise self._store_gone(error) from error
         owners = range(self.world_size) if owners is None else owners
-        late = [
-            rank for key, rank in zip(keys, owners, strict=True) if not self._store.check([key])
-        ]
+        late = [rank for key, rank in zip(keys, owners, strict=True) if not self.store.check([key])]
         raise CommTimeoutError(
             f"group {self.name}: rank {self.rank} waited {deadline:g} s at {tag!r} for "
             f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} of {self.world_size}"

@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from . import backends
 from .arguments import check_dim, check_peer, check_root, check_sizes
+from .backends.pynccl import PyNcclCommunicator
 from .dispatcher import Dispatcher
 from .errors import CommunicatorError, InvalidArgumentError, TopologyError
 from .group import Group
+from .object_broadcast import ObjectBroadcaster
 from .open_groups import OPEN_GROUPS
 from .settings import Settings
 from .tensor_dict import join_tensors, split_tensors
@@ -79,6 +81,7 @@ class GroupCoordinator:
             process_group=self.cpu_group,
             settings=self.settings,
         )
+        self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
         if self.world_size > 1:
             for at, process_group in self._devices():
@@ -103,6 +106,13 @@ class GroupCoordinator:
     def last_rank(self) -> int:
         """Global rank of the last member."""
         return self.ranks[-1]
+
+    @property
+    def pynccl_comm(self) -> PyNcclCommunicator | None:
+        """NCCL's communicator on the GPUs, for `use_symmetric_memory`; None where none is live."""
+        dispatcher = self._dispatchers.get("cuda")
+        live = () if dispatcher is None else dispatcher.live
+        return next((one for one in live if isinstance(one, PyNcclCommunicator)), None)
 
     @property
     def is_first_rank(self) -> bool:
@@ -283,7 +293,7 @@ class GroupCoordinator:
     def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
         """Rank `src`'s picklable object, on every rank."""
         check_root("broadcast_object", "src", src, self.world_size)
-        return self.group.broadcast_object(obj, src)
+        return obj if self.world_size == 1 else self._objects.broadcast(obj, src)
 
     def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
         """Overwrites `objects` with rank `src`'s list, of the same length; returns it."""
@@ -363,7 +373,8 @@ class GroupCoordinator:
         """What is used for which collective, and why each other communicator is not."""
         if self.world_size == 1:
             return f"group {self.name}: one rank, nothing to communicate"
-        return "\n".join(dispatcher.explain() for dispatcher in self._dispatchers.values())
+        parts = [dispatcher.explain() for dispatcher in self._dispatchers.values()]
+        return "\n".join([*parts, self._objects.explain()])
 
     def close(self) -> None:
         """Closes the communicators, then their process groups. Idempotent."""
@@ -371,6 +382,7 @@ class GroupCoordinator:
             return
         self._closed = True
         OPEN_GROUPS.pop(self.name, None)
+        self._objects.close()
         for dispatcher in self._dispatchers.values():
             dispatcher.close()
         for process_group in {id(g): g for g in (self.device_group, self.cpu_group)}.values():

@@ -93,7 +93,7 @@ def typed(error: RuntimeError) -> RuntimeError:
     returned as it is. When a signal handler raised while native code waited (Ctrl-C), what it
     raised is raised here instead.
     """
-    match = _TAGGED.match(str(error))
+    match = _TAGGED.match(str(error).rstrip())
     if match is None:
         return error
     tag, text = match.groups()

@@ -23,8 +23,15 @@ from .base import Refusal
 from .bindings.library import find_loaded_library
 from .errors import CommunicatorError
 from .group import Group
-from .p2p_cache import P2PCache, Pair
-from .p2p_worker import PROOF_BYTES, Report, consumer, producer, update_environment_variables
+from .p2p_cache import P2PCache, Pair, PairResult
+from .p2p_worker import (
+    MEASURED_BYTES,
+    PROOF_BYTES,
+    Report,
+    consumer,
+    producer,
+    update_environment_variables,
+)
 from .settings import Settings
 from .topology import (
     GpuFacts,
@@ -47,6 +54,7 @@ __all__ = [
     "is_weak_contiguous",
     "probe",
     "producer",
+    "survey",
     "try_pairs",
     "update_environment_variables",
 ]
@@ -69,20 +77,32 @@ class _Workers:
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.reports: dict[Connection, str] = {}  # where each role's reports arrive
+        try:
+            for role, (give, take, devices) in ends.items():
+                self._start(role, (give, take), devices, options)
+        except OSError:
+            self.stop()
+            raise
+        finally:
+            for end in (*handles, *acknowledgements):
+                os.close(end)
+
+    def _start(
+        self, role: str, pipes: tuple[int, int], devices: Sequence[int], options: Sequence[str]
+    ) -> None:
         # The parent's import path, and not its __main__: a job's script is not run again.
         code = f"import sys; sys.path[:] = {sys.path!r}; from communicators.p2p_worker import main"
-        for role, (give, take, devices) in ends.items():
-            read, write = os.pipe()
-            command = [sys.executable, "-c", f"{code}; main(sys.argv[1:])", role]
-            command += ["--devices", ",".join(map(str, devices))]
-            command += ["--pipes", f"{give},{take},{write}", *options]
+        read, write = os.pipe()
+        self.reports[Connection(read, writable=False)] = role
+        command = [sys.executable, "-c", f"{code}; main(sys.argv[1:])", role]
+        command += ["--devices", ",".join(map(str, devices))]
+        command += ["--pipes", f"{pipes[0]},{pipes[1]},{write}", *options]
+        try:
             self._processes[role] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(give, take, write)
+                command, stdin=subprocess.DEVNULL, pass_fds=(*pipes, write)
             )
-            self.reports[Connection(read, writable=False)] = role
+        finally:
             os.close(write)
-        for end in (*handles, *acknowledgements):
-            os.close(end)
 
     def end_of(self, role: str) -> str:
         """How a process that closed its pipe has ended."""
@@ -218,6 +238,48 @@ def outcome(attempt: Attempt) -> Refusal | None:
     return Unknown(reasons) if any(one.transient for one in failed) else Refusal(reasons)
 
 
+def survey(
+    gpus: Sequence[GpuFacts],
+    settings: Settings | None = None,
+    *,
+    refresh: bool = False,
+    measure: bool = False,
+    cudart: str | None = None,
+) -> dict[tuple[str, str], PairResult]:
+    """What is proven of every ordered pair (accessor's UUID, owner's UUID) of these GPUs.
+
+    Takes what the cache holds, tries the rest (all, with `refresh`), and adds it to the cache. A
+    pair that could not be tried at all is an Unknown, and is not remembered.
+
+    Args:
+        measure: bandwidth and latency are wanted too.
+    """
+    settings = Settings.from_environment() if settings is None else settings
+    cache = P2PCache(settings.cache_dir, probe_host(), gpus[0].driver if gpus else "")
+    known = {} if refresh else cache.read()
+    wanted = [(a.uuid, b.uuid) for a in gpus for b in gpus if a.uuid != b.uuid]
+    missing = [
+        pair
+        for pair in wanted
+        if (one := known.get(pair)) is None
+        or (measure and one.failure is None and not one.measured)
+    ]
+    if missing:
+        ordinal = {gpu.uuid: index for index, gpu in enumerate(gpus)}
+        attempts = try_pairs(
+            [(ordinal[accessor], ordinal[owner]) for accessor, owner in missing],
+            cuda_visible_devices=",".join(ordinal),
+            size=MEASURED_BYTES if measure else PROOF_BYTES,
+            timeout_s=settings.p2p_probe_timeout_s,
+            cudart=cudart,
+        )
+        for pair, attempt in zip(missing, attempts, strict=True):
+            known[pair] = PairResult(outcome(attempt), attempt[1].measured)
+        tried = [pair for pair in missing if not isinstance(known[pair].failure, Unknown)]
+        cache.add({pair: known[pair] for pair in tried}, gpus)
+    return {pair: known[pair] for pair in wanted}
+
+
 def probe(
     gpus: Sequence[GpuFacts],
     settings: Settings | None = None,
@@ -225,29 +287,15 @@ def probe(
     refresh: bool = False,
     cudart: str | None = None,
 ) -> dict[tuple[str, str], Refusal | None]:
-    """What is proven of every ordered pair (accessor's UUID, owner's UUID) of these GPUs.
+    """The proofs of a survey, for topology.decide.
 
-    Takes what the cache holds and tries the rest (all, with `refresh`). A pair that could not be
-    tried at all (no memory free, deadline used up by others) is left out, so its claim stands.
+    A pair that could not be tried at all (no memory free, deadline used up by others) is left out,
+    so its claim stands.
     """
-    settings = Settings.from_environment() if settings is None else settings
-    cache = P2PCache(settings.cache_dir, probe_host(), gpus[0].driver if gpus else "")
-    known = {} if refresh else cache.read()
-    wanted = [(a.uuid, b.uuid) for a in gpus for b in gpus if a.uuid != b.uuid]
-    missing = [pair for pair in wanted if pair not in known]
-    if missing:
-        ordinal = {gpu.uuid: index for index, gpu in enumerate(gpus)}
-        attempts = try_pairs(
-            [(ordinal[accessor], ordinal[owner]) for accessor, owner in missing],
-            cuda_visible_devices=",".join(ordinal),
-            timeout_s=settings.p2p_probe_timeout_s,
-            cudart=cudart,
-        )
-        tried = dict(zip(missing, map(outcome, attempts), strict=True))
-        fresh = {pair: one for pair, one in tried.items() if not isinstance(one, Unknown)}
-        cache.add(fresh, gpus)
-        known |= fresh
-    return {pair: known[pair] for pair in wanted if pair in known}
+    found = survey(gpus, settings, refresh=refresh, cudart=cudart)
+    return {
+        pair: one.failure for pair, one in found.items() if not isinstance(one.failure, Unknown)
+    }
 
 
 _verdicts: weakref.WeakKeyDictionary[Group, Verdict] = weakref.WeakKeyDictionary()
@@ -298,7 +346,7 @@ def gpu_p2p_access_check(src: int, tgt: int) -> bool:
     accessor, owner = visible[src].gpu, visible[tgt].gpu
     known = P2PCache(settings.cache_dir, probe_host(), accessor.driver).read()
     if settings.p2p_probe and (accessor.uuid, owner.uuid) in known:
-        return known[accessor.uuid, owner.uuid] is None
+        return known[accessor.uuid, owner.uuid].failure is None
     claim = accessor.peer(owner.uuid)
     return claim is not None and bool(claim.read and claim.write)
 

@@ -14,6 +14,7 @@ or makes another call; after that the group is unusable.
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Sequence
 
@@ -22,6 +23,31 @@ import torch
 from . import native
 from .errors import CommMismatchError, InvalidArgumentError
 from .settings import Settings
+
+
+@functools.cache
+def load() -> None:
+    """Loads the native library and tells torch.compile what its operators return."""
+    native.load("cpu")
+
+    def writes_only_its_arguments(*_: object) -> None:
+        return None
+
+    for name in (
+        "shm_all_reduce_",
+        "shm_all_reduce_out",
+        "shm_all_gather",
+        "shm_gather",
+        "shm_reduce_scatter",
+        "shm_broadcast_",
+        "shm_send",
+        "shm_recv_",
+    ):
+        torch.library.register_fake(f"communicators::{name}", writes_only_its_arguments)
+
+    @torch.library.register_fake("communicators::shm_all_reduce")
+    def _(x: torch.Tensor, handle: int) -> torch.Tensor:
+        return torch.empty_like(x)
 
 
 def init_shm_manager(
@@ -35,7 +61,7 @@ def init_shm_manager(
         rank: of this process, 0..group_size-1.
         settings: shm_dir, shm_bytes, timeout_s, spin_us; default: from the environment.
     """
-    native.load("cpu")
+    load()
     settings = Settings.from_environment() if settings is None else settings
     try:
         return torch.ops.communicators.shm_open(

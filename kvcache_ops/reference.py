@@ -232,7 +232,7 @@ def _gather_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dst row, physical block, offset) of every token whose block is known and in the cache."""
     rows, blocks, offsets = [], [], []
-    cu = cu_seq_lens.tolist()
+    cu, table = cu_seq_lens.tolist(), block_table.tolist()
     starts = [0] * (len(cu) - 1) if seq_starts is None else seq_starts.tolist()
     for b, start in enumerate(starts):
         first, last = max(cu[b], 0), min(cu[b + 1], limit)
@@ -241,7 +241,7 @@ def _gather_rows(
             logical = p // block_size
             if p < 0 or logical >= block_table.shape[1]:
                 continue
-            physical = int(block_table[b, logical])
+            physical = table[b][logical]
             if 0 <= physical < num_blocks:
                 rows.append(row)
                 blocks.append(physical)

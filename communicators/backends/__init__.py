@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -44,12 +45,36 @@ def new_process_group(backend: str, ranks: Sequence[int], settings: Settings) ->
     )
 
 
-def candidates(device_type: str) -> list[Callable[[Group, torch.device], Communicator]]:
-    """Constructors of the communicators for a kind of device, in order of preference."""
+def candidates(
+    device_type: str, process_group: dist.ProcessGroup | None = None
+) -> list[Callable[[Group, torch.device], Communicator]]:
+    """Constructors of the communicators for a kind of device, in order of preference.
+
+    Args:
+        process_group: the torch process group that serves the device, for those that use it.
+    """
     if device_type == "cpu":
         from .cpu import CpuCommunicator
 
         return [CpuCommunicator]
+    if device_type == "cuda":
+        from .custom_all_reduce import CustomAllreduce
+        from .pynccl import PyNcclCommunicator
+        from .quick_all_reduce import QuickAllReduce
+
+        # QuickAllReduce refuses unless the user has allowed it, and then he wants it used.
+        return [QuickAllReduce, CustomAllreduce, PyNcclCommunicator]
+    if device_type in ("hpu", "npu", "xpu"):
+        from .hpu import HpuCommunicator
+        from .npu import NpuCommunicator
+        from .xpu import XpuCommunicator
+
+        vendors: dict[str, Callable[..., Communicator]] = {
+            "hpu": HpuCommunicator,
+            "npu": NpuCommunicator,
+            "xpu": XpuCommunicator,
+        }
+        return [functools.partial(vendors[device_type], process_group=process_group)]
     return []
 
 
@@ -93,6 +118,6 @@ def open_dispatcher(
     group: Group, device: torch.device, process_group: dist.ProcessGroup
 ) -> Dispatcher:
     """Opens every candidate for `device`, and the fallback last. Collective over the group."""
-    opened = [construct(group, device) for construct in candidates(device.type)]
+    opened = [construct(group, device) for construct in candidates(device.type, process_group)]
     opened.append(TorchDistributedCommunicator(group, device, process_group))
     return Dispatcher(group, device, opened, machine_table(group, device))

@@ -20,7 +20,6 @@ from ..bindings.pynccl_wrapper import (
     FP8_SINCE,
     NcclError,
     NCCLLibrary,
-    ncclDataTypeEnum,
     ncclRedOpTypeEnum,
 )
 from ..errors import (
@@ -33,9 +32,8 @@ from ..group import Group
 from ..settings import Settings
 from .nccl_checks import NcclHandle, check_handles, check_parts, check_ragged, check_same
 from .nccl_comm import NcclComm
+from .peer_watch import own_process, watchable
 
-_SUM = int(ncclRedOpTypeEnum.ncclSum)
-_BYTE = int(ncclDataTypeEnum.ncclUint8)  # data that is only moved has no other type
 _DTYPES = frozenset(
     {
         torch.int8,
@@ -114,7 +112,7 @@ class PyNcclCommunicator(Communicator):
         gpu = ""
         if self.device.type == "cuda":
             gpu = str(torch.cuda.get_device_properties(self.device).uuid)
-        return NcclHandle(self.nccl_version, gpu, unique_id)
+        return NcclHandle(self.nccl_version, gpu, unique_id, own_process())
 
     def rendezvous(self, handles: Sequence[NcclHandle]) -> None:
         check_handles(handles)
@@ -132,6 +130,7 @@ class PyNcclCommunicator(Communicator):
         ones = torch.ones(1, dtype=torch.float32, device=self.device)
         self.run("all_reduce", ones, ones)
         self._comm.wait(limit)
+        self._comm.watch(watchable({rank: one.process for rank, one in enumerate(handles)}))
         if ones.item() != self.group.world_size:
             raise CommunicatorError(
                 f"NCCL added {self.group.world_size} ones to {ones.item()} on rank "
@@ -148,7 +147,27 @@ class PyNcclCommunicator(Communicator):
         """NCCL's ncclComm_t, or None before it is open and after its end."""
         return None if self._comm is None else self._comm.handle
 
+    @property
+    def windows(self) -> dict[int, Any]:
+        """Registered address -> window."""
+        return {} if self._comm is None else self._comm.windows
+
     # State
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.group.world_size
+
+    @property
+    def available(self) -> bool:
+        """Whether NCCL opened, on every rank."""
+        return self.refusal is None
 
     @property
     def disabled(self) -> bool:
@@ -190,9 +209,7 @@ class PyNcclCommunicator(Communicator):
         Raises CommTimeoutError past `timeout_s` (default: settings.timeout_s) and NcclError when
         NCCL reports a failure; the communicator is aborted and unusable after either.
         """
-        self.require_live()
-        assert self._comm is not None
-        self._comm.wait(self.settings.timeout_s if timeout_s is None else timeout_s)
+        self._require("wait").wait(self.settings.timeout_s if timeout_s is None else timeout_s)
 
     # Operations
 
@@ -201,56 +218,9 @@ class PyNcclCommunicator(Communicator):
     ) -> None:
         self.require_live()
         tensor = out if inp is None else inp
-        assert tensor is not None
+        assert tensor is not None and self._comm is not None
         if tensor.numel():
-            self._enqueue(op, out, inp, root, _SUM, self._raw_stream(None))
-
-    def _enqueue(
-        self,
-        op: str,
-        out: torch.Tensor | None,
-        inp: torch.Tensor | None,
-        root: int,
-        reduction: int,
-        stream: Any,
-    ) -> None:
-        nccl, comm = self._nccl, self.comm
-        source = 0 if inp is None else inp.data_ptr()
-        target = 0 if out is None else out.data_ptr()
-        with self._failures(op):
-            if op == "all_reduce":
-                assert inp is not None
-                dtype = ncclDataTypeEnum.from_torch(inp.dtype)
-                nccl.ncclAllReduce(source, target, inp.numel(), dtype, reduction, comm, stream)
-            elif op == "reduce_scatter":
-                assert out is not None
-                dtype = ncclDataTypeEnum.from_torch(out.dtype)
-                nccl.ncclReduceScatter(source, target, out.numel(), dtype, reduction, comm, stream)
-            elif op == "all_gather":
-                assert inp is not None
-                nccl.ncclAllGather(source, target, inp.nbytes, _BYTE, comm, stream)
-            elif op == "broadcast":
-                assert out is not None
-                nccl.ncclBroadcast(target, target, out.nbytes, _BYTE, root, comm, stream)
-            elif op == "send":
-                assert inp is not None
-                nccl.ncclSend(source, inp.nbytes, _BYTE, root, comm, stream)
-            elif op == "recv":
-                assert out is not None
-                nccl.ncclRecv(target, out.nbytes, _BYTE, root, comm, stream)
-            elif op == "gather":
-                assert inp is not None
-                self._gather(target, source, inp.nbytes, root, stream)
-            else:
-                raise InvalidArgumentError(f"{op!r} is not one of {', '.join(OPS)}")
-
-    def _gather(self, target: int, source: int, nbytes: int, root: int, stream: Any) -> None:
-        nccl, comm = self._nccl, self.comm
-        with self._grouped():
-            nccl.ncclSend(source, nbytes, _BYTE, root, comm, stream)
-            if self.group.rank == root:
-                for peer in range(self.group.world_size):
-                    nccl.ncclRecv(target + peer * nbytes, nbytes, _BYTE, peer, comm, stream)
+            self._comm.enqueue(op, out, inp, root, self._raw_stream(None))
 
     def all_reduce(
         self,
@@ -262,16 +232,10 @@ class PyNcclCommunicator(Communicator):
     ) -> torch.Tensor:
         """Reduces over the ranks into `out`, or in place without it; returns the result."""
         result = tensor if out is None else out
-        self._require("all_reduce", tensor, result)
+        comm = self._require("all_reduce", tensor, result)
         check_same("all_reduce", "out", result, tensor)
-        self._enqueue(
-            "all_reduce",
-            result,
-            tensor,
-            0,
-            ncclRedOpTypeEnum.from_torch(op),
-            self._raw_stream(stream),
-        )
+        reduction = ncclRedOpTypeEnum.from_torch(op)
+        comm.enqueue("all_reduce", result, tensor, 0, self._raw_stream(stream), reduction)
         return result
 
     def all_gather(
@@ -286,24 +250,14 @@ class PyNcclCommunicator(Communicator):
         Args:
             sizes: rows of each rank's input, when they differ; default: all as this rank's.
         """
-        self._require("all_gather", input_tensor, output_tensor)
+        comm = self._require("all_gather", input_tensor, output_tensor)
         raw = self._raw_stream(stream)
         if sizes is None:
             check_parts("all_gather", output_tensor, input_tensor, self.group.world_size)
-            self._enqueue("all_gather", output_tensor, input_tensor, 0, _SUM, raw)
-            return
-        check_ragged("all_gather", sizes, self.group, output_tensor, input_tensor)
-        with self._failures("all_gather"), self._grouped():
-            for root, part in enumerate(output_tensor.split(sizes)):
-                self._nccl.ncclBroadcast(
-                    input_tensor.data_ptr(),
-                    part.data_ptr(),
-                    part.nbytes,
-                    _BYTE,
-                    root,
-                    self.comm,
-                    raw,
-                )
+            comm.enqueue("all_gather", output_tensor, input_tensor, 0, raw)
+        else:
+            check_ragged("all_gather", sizes, self.group, output_tensor, input_tensor)
+            comm.all_gather_ragged(output_tensor.split(sizes), input_tensor, raw)
 
     def reduce_scatter(
         self,
@@ -318,72 +272,57 @@ class PyNcclCommunicator(Communicator):
         Args:
             sizes: rows of each rank's part, when they differ; default: equal parts.
         """
-        self._require("reduce_scatter", input_tensor, output_tensor)
+        comm = self._require("reduce_scatter", input_tensor, output_tensor)
         raw, reduction = self._raw_stream(stream), ncclRedOpTypeEnum.from_torch(op)
         if sizes is None:
             check_parts("reduce_scatter", input_tensor, output_tensor, self.group.world_size)
-            self._enqueue("reduce_scatter", output_tensor, input_tensor, 0, reduction, raw)
-            return
-        check_ragged("reduce_scatter", sizes, self.group, input_tensor, output_tensor)
-        dtype = ncclDataTypeEnum.from_torch(input_tensor.dtype)
-        with self._failures("reduce_scatter"), self._grouped():
-            for root, part in enumerate(input_tensor.split(sizes)):
-                self._nccl.ncclReduce(
-                    part.data_ptr(),
-                    output_tensor.data_ptr(),
-                    part.numel(),
-                    dtype,
-                    reduction,
-                    root,
-                    self.comm,
-                    raw,
-                )
+            comm.enqueue("reduce_scatter", output_tensor, input_tensor, 0, raw, reduction)
+        else:
+            check_ragged("reduce_scatter", sizes, self.group, input_tensor, output_tensor)
+            comm.reduce_scatter_ragged(output_tensor, input_tensor.split(sizes), raw, reduction)
 
     def send(self, tensor: torch.Tensor, dst: int, stream: torch.cuda.Stream | None = None) -> None:
         """Sends to rank `dst` of the group."""
-        self._require("send", tensor)
-        self._enqueue("send", None, tensor, dst, _SUM, self._raw_stream(stream))
+        comm = self._require("send", tensor)
+        comm.enqueue("send", None, tensor, dst, self._raw_stream(stream))
 
     def recv(self, tensor: torch.Tensor, src: int, stream: torch.cuda.Stream | None = None) -> None:
         """Receives from rank `src` of the group into `tensor`."""
-        self._require("recv", tensor)
-        self._enqueue("recv", tensor, None, src, _SUM, self._raw_stream(stream))
+        comm = self._require("recv", tensor)
+        comm.enqueue("recv", tensor, None, src, self._raw_stream(stream))
 
     def broadcast(
         self, tensor: torch.Tensor, src: int, stream: torch.cuda.Stream | None = None
     ) -> None:
         """Rank `src`'s content into `tensor`, on every rank."""
-        self._require("broadcast", tensor)
-        self._enqueue("broadcast", tensor, tensor, src, _SUM, self._raw_stream(stream))
+        comm = self._require("broadcast", tensor)
+        comm.enqueue("broadcast", tensor, tensor, src, self._raw_stream(stream))
 
     def group_start(self) -> None:
         """Operations up to `group_end` are started together, so sends and receives may cross."""
-        self.require_live()
-        self._nccl.ncclGroupStart()
+        self._require("group_start").nccl.ncclGroupStart()
 
     def group_end(self) -> None:
         """Starts the operations since `group_start`."""
-        with self._failures("group_end"):
-            self._nccl.ncclGroupEnd()
+        comm = self._require("group_end")
+        with comm.operation("group_end"):
+            comm.nccl.ncclGroupEnd()
 
     def register_comm_window_raw(self, ptr: int, size: int) -> Any:
         """Registers memory of NCCL's allocator (pynccl_allocator) as a window; collective.
 
         Every rank registers as many bytes. Registered again, an address keeps its window.
         """
-        self.require_live()
-        assert self._comm is not None
-        return self._comm.register(ptr, size)
+        return self._require("register_comm_window_raw").register(ptr, size)
 
     def deregister_comm_window(self, window: Any) -> None:
         """Ends a window; the memory stays."""
-        self.require_live()
-        assert self._comm is not None
-        self._comm.deregister(window)
+        self._require("deregister_comm_window").deregister(window)
 
     # Checks and ends
 
-    def _require(self, call: str, *tensors: torch.Tensor) -> None:
+    def _require(self, call: str, *tensors: torch.Tensor) -> NcclComm:
+        """The live NCCL communicator, once the tensors were found fit for it."""
         self.require_live()
         for tensor in tensors:
             if tensor.device != self.device:
@@ -396,30 +335,14 @@ class PyNcclCommunicator(Communicator):
                     f"{call}: a tensor of shape {tuple(tensor.shape)} has strides "
                     f"{tensor.stride()}; tensors must be contiguous"
                 )
+        assert self._comm is not None
+        return self._comm
 
     def _raw_stream(self, stream: torch.cuda.Stream | None) -> Any:
         chosen = stream if stream is not None else self._stream
         if chosen is None and self.device.type == "cuda":
             chosen = torch.cuda.current_stream(self.device)
         return None if chosen is None else chosen.cuda_stream
-
-    @contextlib.contextmanager
-    def _grouped(self) -> Iterator[None]:
-        self._nccl.ncclGroupStart()
-        try:
-            yield
-        finally:
-            self._nccl.ncclGroupEnd()
-
-    @contextlib.contextmanager
-    def _failures(self, op: str) -> Iterator[None]:
-        """An NCCL error gets the op and the rank, and ends the communicator."""
-        try:
-            yield
-        except NcclError as error:
-            if self._comm is not None:
-                self._comm.broken = f"{op} failed: {error}"
-            raise NcclError(f"{op} on rank {self.group.rank}: {error}", error.code) from error
 
     def abort(self) -> None:
         """Ends what is running, also when peers are gone. It is unusable from then on."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 #: subcommand -> (module, what `--help` says). A module has add_arguments(parser) and run(args).
 COMMANDS = {
     "doctor": ("doctor", "what this machine has, and which communicator serves each collective"),
+    "p2p-check": ("p2p_check", "which GPU reaches which GPU's memory, and how fast"),
     "tune": ("tune", "measure the communicators on this machine and write its table"),
 }
 

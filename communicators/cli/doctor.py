@@ -72,7 +72,7 @@ def _print(findings: list[Finding], broken: list[Finding]) -> None:
             section = finding.section
             print(f"{section}")
         mark = {True: "ok", False: "BROKEN", None: "-"}[finding.ok]
-        print(f"  {mark:6} {finding.name:14} {finding.text}")
+        print(f"  {mark:6} {finding.name:14} {finding.text}" if finding.name else finding.text)
     if broken:
         print(f"{len(broken)} broken: {', '.join(finding.name for finding in broken)}")
     else:

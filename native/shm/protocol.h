@@ -8,7 +8,8 @@
 // word                      writer     transition                                        at rest
 // Step[e % kSlots].epoch    owner      e - kSlots -> e, after the slot's data,           last epoch
 //                                      signature and payload (release)
-// Step.signature, payload   owner      with epoch                                        any
+// Step.signature            owner      with epoch; -> kWithdrawn when the owner gives up   any
+// Step.payload              owner      with epoch                                        any
 // slot data                 owner      with epoch                                        any
 // sleepers                  waiters    +1 before sleeping on an epoch here, -1 after      0
 // Abort.code                owner      0 -> Code, once, after culprit and text (release) 0
@@ -37,15 +38,21 @@ inline constexpr uint32_t kSlots = 8;
 inline constexpr uint32_t kReadLag = 3;
 inline constexpr int kMaxRanks = 64;
 inline constexpr size_t kPayloadBytes = 48;
+// Elements: the parts of a chunk start on cache lines, whatever the element size.
+inline constexpr size_t kPartAlign = 64;
 
 // One line: a tiny message travels with its flag in one transfer between cores.
 struct alignas(prim::kFalseSharingBytes) Step {
   prim::AtomicU32 epoch;
   uint32_t reserved;
-  uint64_t signature;
+  prim::AtomicU64 signature;
   std::byte payload[kPayloadBytes];
 };
 static_assert(offsetof(Step, payload) + kPayloadBytes == prim::kLineBytes);
+
+// In place of a signature (signature.h), so that a rank that arrives after a peer gave up in this
+// step looks at the peer's Abort instead of taking the step for done.
+inline constexpr uint64_t kWithdrawn = ~uint64_t{0};
 
 // Why a rank gave up.
 enum class Code : uint32_t { kNone, kTimeout, kPeerDied, kMismatch, kInterrupted, kClosed };

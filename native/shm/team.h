@@ -26,8 +26,8 @@ using ParallelFor = void (*)(size_t count, size_t grain, void (*task)(void*, siz
 
 // Where one algorithm takes over from another; the same on all ranks.
 struct Tuning {
-  size_t one_shot_bytes = size_t{32} << 10;  // all_reduce: one-shot up to this
-  size_t chunk_bytes = size_t{128} << 10;    // of a slot that one step of a pipeline uses
+  size_t one_shot_bytes = size_t{64} << 10;  // all_reduce: one-shot up to this
+  size_t chunk_bytes = size_t{256} << 10;    // of a slot that one step of a pipeline uses
 };
 
 // The text of an error starts with the name of the Python exception that it becomes.
@@ -85,7 +85,7 @@ class Team {
   // Tells the peers that `epoch` is in place; `payload` travels with the flag.
   void publish(uint32_t epoch, const void* payload = nullptr, size_t bytes = 0) {
     Step& step = control_->steps[epoch % kSlots];
-    step.signature = signature_;
+    prim::store_relaxed(step.signature, signature_);
     if (bytes != 0) std::memcpy(step.payload, payload, bytes);
     // Sequentially consistent, as is the waiters' part: either they see the epoch before they
     // sleep or this sees that they are about to.
@@ -101,7 +101,9 @@ class Team {
       }
       known_[peer] = epoch;
     }
-    if (epoch == first_epoch_ && step.signature != signature_) throw_mismatch(peer, step.signature);
+    if (epoch != first_epoch_) return;
+    const uint64_t theirs = prim::load_acquire(step.signature);
+    if (theirs != signature_) throw_mismatch(peer, theirs);
   }
   void wait_all(uint32_t epoch) {
     for (int peer = 0; peer < world_size_; ++peer) {

@@ -138,6 +138,10 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve = state["curve"]
 
+    def progress(self) -> float:
+        """0 to 1: by the steps, or by the clock where that is further on."""
+        return max(self.step / self.options.steps, self.seconds / (60 * self.options.minutes))
+
     def train_step(
         self, model: Callable[[Tensor], Tensor], corpus: Corpus, progress: float
     ) -> float:
@@ -160,11 +164,10 @@ def train(run: Run, training: Corpus, held_out: list[Tensor]) -> None:
     model = torch.compile(run.model) if options.compile else run.model
     began = time.monotonic() - run.seconds
     losses: list[float] = []
-    progress = run.step / options.steps
-    while progress < 1.0:
+    while (progress := run.progress()) < 1.0:
         losses.append(run.train_step(model, training, progress))
         run.seconds = time.monotonic() - began
-        progress = max(run.step / options.steps, run.seconds / (60 * options.minutes))
+        progress = run.progress()
         if run.step % options.report_every == 0 or progress >= 1.0:
             point = {
                 "step": run.step,
@@ -198,7 +201,7 @@ def write_curve(curve: list[dict[str, float]], directory: Path) -> None:
         axes.plot([p["tokens"] / 1e6 for p in curve], [p[name] for p in curve], label=name)
     axes.set_xlabel("million bytes seen")
     axes.set_ylabel("loss, nats per byte")
-    axes.set_ylim(0.8, 2.2)
+    axes.set_ylim(0.6, 2.2)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -214,6 +217,7 @@ def write_card(run: Run, directory: Path, files: int, corpus_bytes: int) -> None
     )
     data = f"{files} files, {corpus_bytes / 1e6:.2f} MB"
     seen = f"{run.options.batch} x {run.shape.context} bytes, {last['tokens'] / 1e6:.1f} M in all"
+    ended = "all" if run.step >= run.options.steps else "the clock ended the run and its schedule"
     machine = f"{torch.get_num_threads()} threads, bf16 autocast, torch {torch.__version__}"
     (directory / "README.md").write_text(
         f"""# A byte-level Llama of {parameters / 1e6:.2f} million parameters
@@ -228,7 +232,7 @@ tensor-parallel example job. It writes text that looks like Python; it knows not
 | held out | every {VALIDATION_EVERY_NTH_FILE}th file |
 | shape | {shape} |
 | vocabulary | 256 bytes, bos {BOS}, eos {EOS}, the rest unused |
-| steps | {run.step} of {seen} |
+| steps | {run.step} of {seen}; {ended} |
 | time | {run.seconds / 60:.0f} minutes, {machine} |
 | training loss | {last["training_loss"]:.3f} nats per byte |
 | validation loss | {last["validation_loss"]:.3f} nats per byte |

@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from communicators import Capability, CommMismatchError, CommunicatorError, Refusal, Request
+from communicators import (
+    Capability,
+    CommMismatchError,
+    CommunicatorError,
+    Refusal,
+    Request,
+    Settings,
+)
 from communicators.base import Communicator
 from communicators.dispatcher import Dispatcher
 from communicators.errors import InvalidArgumentError, SettingsError
@@ -66,10 +73,21 @@ def test_admission_comes_before_measurement():
     assert "2048 bytes are more than its 1024" in str(choice.refused["small"])
 
 
+def test_a_row_does_not_speak_of_what_it_did_not_measure():
+    table = parse(table_text(), "toy.json")
+    allowed = [("quick", Capability(frozenset({"all_reduce"}), min_bytes=128)), *LIVE]
+    assert choose(request(64), allowed, table).communicator == "all"
+    choice = choose(request(128), allowed, table)
+    assert choice.communicator == "quick"
+    assert str(choice.refused["small"]) == "takes it, and comes after quick"
+    assert "64 bytes are fewer than its 128" in str(choose(request(64), allowed, table).refused)
+
+
 def test_nobody_takes_it():
     choice = choose(request(64, op="send"), LIVE, EMPTY)
     assert choice.communicator is None
-    assert "no communicator takes send of 64 bytes of bfloat16" in choice.reason
+    assert choice.reason == "no communicator takes it"
+    assert str(choice.refused["all"]) == "it does only all_gather, all_reduce"
 
 
 @pytest.mark.parametrize(
@@ -134,11 +152,13 @@ def dispatcher(group, table=EMPTY):
 def test_what_explain_prints_is_what_runs():
     (d,) = run_ranks(1, dispatcher)
     text = d.explain()
-    assert "all_reduce, bfloat16, eager, up to 1 KB: small" in text
-    assert "all_reduce, bfloat16, eager, above 1 KB: all" in text
-    assert "all_gather, bfloat16, eager, any size: all" in text
-    assert "gather, bfloat16, eager, any size: nothing" in text
-    assert "not opened, absent: no such device" in text
+    assert "  all_reduce; bfloat16, eager:\n    up to 1 KB: small, the first in order" in text
+    assert "\n    above 1 KB: all, the first in order" in text
+    assert "\n      not small: 2048 bytes" not in text, "the reason is of the size asked about"
+    assert "  all_gather; bfloat16, eager:\n    any size: all" in text
+    assert "  reduce_scatter, gather, broadcast, send, recv; bfloat16, eager:" in text
+    assert "any size: nothing" in text
+    assert "not opened: absent: no such device" in text
     small, large = torch.zeros(512, dtype=torch.bfloat16), torch.zeros(513, dtype=torch.bfloat16)
     for tensor, name in ((small, "small"), (large, "all"), (small, "small")):
         before = {c.name: len(c.calls) for c in d.live}
@@ -166,3 +186,21 @@ def test_different_tables_raise_on_all_ranks():
     assert "table 0" in str(results[0])
     same = run_ranks(2, lambda group: dispatcher(group, parse(table_text(), "same")))
     assert all(isinstance(result, Dispatcher) for result in same)
+
+
+def test_debug_compares_the_calls_before_they_are_made():
+    def body(group):
+        group.settings = Settings(debug=True)
+        d = dispatcher(group)
+        same = torch.zeros(4)
+        d.run("all_reduce", same, same)
+        other = torch.zeros(4 + group.rank)
+        try:
+            d.run("all_reduce", other, other)
+        except CommMismatchError as error:
+            return str(error), d.live[0].calls
+
+    for text, calls in run_ranks(2, body):
+        assert "all_reduce of [4] float32" in text
+        assert "all_reduce of [5] float32" in text
+        assert len(calls) == 1, "the call that differs was not made"

@@ -86,9 +86,9 @@ def test_the_store_does_not_grow():
 
 def test_two_groups_of_one_name_do_not_read_each_others_keys():
     def body(group):
-        first = Group(group._store, group.rank, 2, name="again", settings=group.settings)
+        first = Group(group.store, group.rank, 2, name="again", settings=group.settings)
         one = first.gather_objects("x", 1)
-        second = Group(group._store, group.rank, 2, name="again", settings=group.settings)
+        second = Group(group.store, group.rank, 2, name="again", settings=group.settings)
         return one, second.gather_objects("x", 2), first.name != second.name
 
     assert run_ranks(2, body) == [([1, 1], [2, 2], True)] * 2

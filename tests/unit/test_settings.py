@@ -1,6 +1,7 @@
 """Settings: read once, checked, printable."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -48,4 +49,10 @@ def test_every_setting_is_frozen_and_described():
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.timeout_s = 1
     assert len(settings.describe()) == len(dataclasses.fields(Settings))
-    assert all(name.startswith(("COMMUNICATORS_", "CUDA_")) for name, _, _ in settings.describe())
+    assert all(name.isupper() for name, _, _ in settings.describe())
+
+
+def test_the_readme_lists_every_variable():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name, _, _ in Settings().describe():
+        assert f"| `{name}` |" in readme, name

@@ -1,0 +1,444 @@
+"""CustomAllreduce: collectives of 2, 4, 6 or 8 GPUs of one node by kernels that push over NVLink.
+
+Each rank owns a workspace that its peers map (CUDA IPC) and store into; nobody reads a peer's
+memory. So an input needs no registration: it is read where it lies, by its own rank, in eager mode
+and in CUDA graphs, whatever allocator it came from. Sums are in rank order in fp32, rounded once:
+bit-identical on every rank, for every algorithm and size. docs/custom_all_reduce.md describes the
+algorithms; native/collectives/workspace.h the protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from .. import p2p
+from ..base import Capability, Communicator, Refusal, dtype_name
+from ..bindings import custom_ar
+from ..errors import (
+    CommMismatchError,
+    CommunicatorError,
+    InvalidArgumentError,
+    NativeLibraryError,
+)
+from ..group import Group
+from ..settings import Settings
+from ..topology import Verdict
+from ..workspace import LAYOUT, SharedBuffer
+
+WORLD_SIZES = (2, 4, 6, 8)
+
+_CODES = custom_ar.DTYPES
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a CPU build has none
+
+
+class CustomAllreduce(Communicator):
+    """All-reduce, all-gather and reduce-scatter over NVLink, for the GPUs of one node.
+
+    Args:
+        group: a Group, or a torch ProcessGroup that carries host objects (gloo, not NCCL).
+        device: this rank's GPU: torch.device, "cuda:1" or an ordinal.
+        max_size: bytes of the largest tensor that `should_custom_ar` accepts. None: any.
+        settings: by default the group's.
+        verdict: what topology allows (p2p.group_verdict); found here when None.
+
+    Raises InvalidArgumentError for an NCCL group or a device that is not a GPU. Everything else
+    that keeps it from being used is in `refusal`, the same on all ranks. Collective.
+    """
+
+    name: ClassVar[str] = "custom_all_reduce"
+    _SUPPORTED_WORLD_SIZES = WORLD_SIZES
+
+    def __init__(
+        self,
+        group: Group | dist.ProcessGroup | None,
+        device: torch.device | str | int,
+        max_size: int | None = None,
+        *,
+        settings: Settings | None = None,
+        verdict: Verdict | None = None,
+    ) -> None:
+        if isinstance(group, dist.ProcessGroup) and dist.get_backend(group) == dist.Backend.NCCL:
+            raise InvalidArgumentError(
+                "CustomAllreduce(group): the group exchanges handles between host processes, so a "
+                "gloo group is expected, not an NCCL group"
+            )
+        device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        if device.type != "cuda" or device.index is None:
+            raise InvalidArgumentError(
+                f"CustomAllreduce(device={device}): a GPU with its ordinal is expected (cuda:0)"
+            )
+        self.max_size = max_size
+        self._library: custom_ar.CustomArLibrary | None = None
+        self._buffer: SharedBuffer | None = None
+        self._handle = 0
+        self._index = device.index
+        self._in_capture = False
+        self._captured = 0
+        self._captured_ever = False
+        self._fast = False  # live, and a call needs neither counting nor comparing
+        self._c_all_reduce: Any = None
+        ranks = Group.of(group)
+        if verdict is None and ranks.world_size in WORLD_SIZES:
+            verdict = p2p.group_verdict(ranks, device)
+        self._verdict = verdict
+        super().__init__(ranks, device, settings)
+
+    # The verbs of Communicator.
+
+    def capability(self) -> Capability | Refusal:
+        world_size = self.group.world_size
+        if world_size not in WORLD_SIZES:
+            return Refusal(f"world size {world_size} is not one of 2, 4, 6, 8")
+        if not torch.cuda.is_available():
+            return Refusal("this process has no CUDA device")
+        try:
+            self._library = custom_ar.load()
+        except NativeLibraryError as error:
+            return Refusal(str(error))
+        if self._verdict is not None and self._verdict.refusal is not None:
+            return self._verdict.refusal
+        return Capability(
+            ops=frozenset({"all_reduce", "all_gather", "reduce_scatter"}),
+            dtypes=frozenset(custom_ar.DTYPES),
+            modes=frozenset({"eager", "capture"}),
+            max_bytes=self.max_size,
+        )
+
+    def allocate(self) -> Any:
+        assert self._library is not None
+        nbytes = self._library.bytes(*LAYOUT)
+        self._buffer = SharedBuffer.allocate(nbytes, self.device, self.group.rank)
+        return self._buffer.handle, LAYOUT
+
+    def rendezvous(self, handles: Sequence[Any]) -> None:
+        assert self._buffer is not None and self._library is not None
+        for rank, (_, layout) in enumerate(handles):
+            if layout != LAYOUT:
+                raise CommMismatchError(
+                    f"rank {self.group.rank} has workspaces of {LAYOUT}, and rank {rank} of "
+                    f"{layout} bytes"
+                )
+        self._buffer.map_peers([handle for handle, _ in handles])
+        with torch.cuda.device(self.device):
+            self._handle = self._library.create(self._buffer.pointers, self.group.rank, LAYOUT)
+        self.set_timeout(self.settings.timeout_s)
+        self._c_all_reduce = self._library.all_reduce
+        self._fast = not self.settings.debug
+
+    def run(
+        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+    ) -> None:
+        if not self._handle:
+            self.require_live()
+        assert out is not None and inp is not None
+        if op == "all_reduce":
+            if not (inp.is_contiguous() and out.is_contiguous()):
+                self._check_tensors(op, inp, out)
+            self.all_reduce(inp, out=out)
+            return
+        self._check_tensors(op, inp, out)
+        if op == "all_gather":
+            self._all_gather(inp, out)
+        elif op == "reduce_scatter":
+            self._reduce_scatter(inp, out)
+        else:
+            raise InvalidArgumentError(f"{self.name} has no {op}")
+
+    def release(self) -> None:
+        library, handle, buffer = self._library, self._handle, self._buffer
+        self._handle, self._buffer, self._fast = 0, None, False
+        if handle:
+            assert library is not None
+            if self._captured_ever:
+                # A CUDA graph that captured calls may still be replayed. Its kernels find the
+                # workspace retired and end at once; unmapped, they would fault the CUDA context.
+                library.check(library.retire(handle))
+                return
+            torch.cuda.synchronize(self.device)  # bounded: every wait on the device has a deadline
+            library.destroy(handle)
+        if buffer is not None:
+            buffer.close()
+
+    # The collectives, on checked tensors.
+
+    def _all_reduce(self, inp: torch.Tensor, out: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.communicators.custom_ar_all_reduce(self._handle, inp, out)
+            return
+        if self._in_capture or self.settings.debug:
+            self._before_call("all_reduce", inp)
+        status = self._library.all_reduce(  # type: ignore[union-attr]
+            self._handle,
+            custom_ar.DTYPES[inp.dtype],
+            inp.data_ptr(),
+            out.data_ptr(),
+            inp.nbytes,
+            _stream(self._index),
+        )
+        if status:
+            self._library.fail(status)  # type: ignore[union-attr]
+
+    def _all_gather(self, inp: torch.Tensor, out: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            world_size = self.group.world_size
+            torch.ops.communicators.custom_ar_all_gather(self._handle, inp, out, world_size)
+            return
+        if self._in_capture or self.settings.debug:
+            self._before_call("all_gather", inp)
+        assert self._library is not None
+        stream = _stream(self._index)
+        self._library.check(
+            self._library.all_gather(
+                self._handle, inp.data_ptr(), out.data_ptr(), inp.nbytes, stream
+            )
+        )
+
+    def _reduce_scatter(self, inp: torch.Tensor, out: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            world_size = self.group.world_size
+            torch.ops.communicators.custom_ar_reduce_scatter(self._handle, inp, out, world_size)
+            return
+        if self._in_capture or self.settings.debug:
+            self._before_call("reduce_scatter", inp)
+        assert self._library is not None
+        code = custom_ar.DTYPES[inp.dtype]
+        stream = _stream(self._index)
+        self._library.check(
+            self._library.reduce_scatter(
+                self._handle, code, inp.data_ptr(), out.data_ptr(), out.nbytes, stream
+            )
+        )
+
+    def _check_tensors(self, op: str, inp: torch.Tensor, out: torch.Tensor) -> None:
+        if inp.get_device() != self._index or out.get_device() != self._index:
+            raise InvalidArgumentError(
+                f"{op}(x): x is on {inp.device} and the output on {out.device}; this communicator "
+                f"of rank {self.group.rank} is bound to {self.device}"
+            )
+        if inp.dtype is not out.dtype:
+            raise InvalidArgumentError(f"{op}(x): x is {inp.dtype} and the output {out.dtype}")
+        if inp.dtype not in custom_ar.DTYPES and op != "all_gather":
+            names = ", ".join(sorted(dtype_name(dtype) for dtype in custom_ar.DTYPES))
+            raise InvalidArgumentError(f"{op}(x): x is {dtype_name(inp.dtype)}; it sums {names}")
+        if not (inp.is_contiguous() and out.is_contiguous()):
+            raise InvalidArgumentError(f"{op}(x): x and the output must be contiguous")
+        parts_in = self.group.world_size if op == "all_gather" else 1
+        parts_out = self.group.world_size if op == "reduce_scatter" else 1
+        if inp.numel() * parts_in != out.numel() * parts_out:
+            raise InvalidArgumentError(
+                f"{op}(x): x has {inp.numel()} elements and the output {out.numel()}, in a group "
+                f"of {self.group.world_size}"
+            )
+
+    def _before_call(self, op: str, inp: torch.Tensor) -> None:
+        """Counts captured calls; in debug mode compares eager ones across the ranks."""
+        if torch.cuda.is_current_stream_capturing():
+            self._captured += 1
+            self._captured_ever = True
+            return
+        if not self.settings.debug:
+            return
+        mine = (op, dtype_name(inp.dtype), inp.numel())
+        for rank, theirs in enumerate(self.group.gather_objects(f"{self.name}.call", mine)):
+            if theirs != mine:
+                raise CommMismatchError(
+                    f"rank {self.group.rank} calls {mine[0]} of {mine[2]} elements of {mine[1]}, "
+                    f"and rank {rank} {theirs[0]} of {theirs[2]} elements of {theirs[1]}"
+                )
+
+    # What a user of CustomAllreduce in vLLM or SGLang calls.
+
+    def should_custom_ar(self, inp: torch.Tensor) -> bool:
+        """Whether `all_reduce(inp)` would run: live, a dtype that it sums, not above max_size.
+
+        Only facts that are equal on all ranks; a tensor that is not contiguous is staged.
+        """
+        if self.disabled or inp.dtype not in custom_ar.DTYPES or inp.device != self.device:
+            return False
+        return self.max_size is None or inp.nbytes <= self.max_size
+
+    def all_reduce(
+        self, inp: torch.Tensor, *, out: torch.Tensor | None = None, registered: bool = False
+    ) -> torch.Tensor:
+        """The sum over the ranks, of inp's shape and dtype, in `out` (new when None; may be inp).
+
+        `registered` is accepted and changes nothing: inputs are always read where they lie.
+        """
+        if self._fast and not torch.compiler.is_compiling():
+            # The common case, with nothing on the way that costs a microsecond.
+            code = _CODES.get(inp.dtype)
+            if code is not None and inp.get_device() == self._index and inp.is_contiguous():
+                if out is None:
+                    out = torch.empty_like(inp)
+                elif not self._fits(inp, out):
+                    return self._all_reduce_checked(inp, out)
+                status = self._c_all_reduce(
+                    self._handle, code, inp.data_ptr(), out.data_ptr(), inp.nbytes,
+                    _stream(self._index),
+                )  # fmt: skip
+                if status:
+                    self._library.fail(status)  # type: ignore[union-attr]
+                return out
+        return self._all_reduce_checked(inp, out)
+
+    def _fits(self, inp: torch.Tensor, out: torch.Tensor) -> bool:
+        return (
+            out.dtype is inp.dtype
+            and out.get_device() == self._index
+            and out.is_contiguous()
+            and out.numel() == inp.numel()
+        )
+
+    def _all_reduce_checked(
+        self, inp: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not self._handle:
+            self.require_live()
+        source = inp if inp.is_contiguous() else inp.contiguous()
+        target = torch.empty_like(source) if out is None else out
+        if not target.is_contiguous():
+            staged = torch.empty_like(target, memory_format=torch.contiguous_format)
+            self._all_reduce_checked(source, staged)
+            return target.copy_(staged)
+        self._check_tensors("all_reduce", source, target)
+        self._all_reduce(source, target)
+        return target
+
+    def all_reduce_reg(self, inp: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """all_reduce; kept for callers that tell registered inputs apart."""
+        return self.all_reduce(inp, out=out)
+
+    def all_reduce_unreg(self, inp: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """all_reduce; kept for callers that tell registered inputs apart."""
+        return self.all_reduce(inp, out=out)
+
+    def custom_all_reduce(self, input: torch.Tensor) -> torch.Tensor | None:
+        """all_reduce(input), or None where should_custom_ar(input) is False."""
+        return self.all_reduce(input) if self.should_custom_ar(input) else None
+
+    def all_gather(self, inp: torch.Tensor) -> torch.Tensor:
+        """[W * n, ...]: the tensors of all ranks one after the other along dim 0; any dtype."""
+        self.require_live()
+        source = inp.contiguous()
+        shape = (self.group.world_size * source.shape[0], *source.shape[1:])
+        out = torch.empty(shape, dtype=source.dtype, device=source.device)
+        self.run("all_gather", out, source)
+        return out
+
+    def reduce_scatter(self, inp: torch.Tensor) -> torch.Tensor:
+        """Part `rank`, along dim 0, of the sum; dim 0 must be a multiple of the world size."""
+        self.require_live()
+        world_size = self.group.world_size
+        if inp.dim() == 0 or inp.shape[0] % world_size:
+            raise InvalidArgumentError(
+                f"reduce_scatter(x): x {list(inp.shape)} must have a dim 0 that is a multiple of "
+                f"{world_size}"
+            )
+        source = inp.contiguous()
+        shape = (source.shape[0] // world_size, *source.shape[1:])
+        out = torch.empty(shape, dtype=source.dtype, device=source.device)
+        self.run("reduce_scatter", out, source)
+        return out
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """A scope around the capture of CUDA graphs.
+
+        At its end, if the capture succeeded, the ranks compare how many calls each has captured:
+        CommMismatchError otherwise, since replays would wait for calls that never come.
+        """
+        self._in_capture, self._fast = True, False
+        try:
+            yield
+        finally:
+            self._in_capture = False
+            self._fast = bool(self._handle) and not self.settings.debug
+        if not self.disabled:
+            self.register_graph_buffers()
+
+    def register_graph_buffers(self) -> None:
+        """Compares the number of captured calls across ranks. There is nothing to register."""
+        counts = self.group.gather_objects(f"{self.name}.captured", self._captured)
+        self._captured = 0
+        if len(set(counts)) > 1:
+            listed = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
+            raise CommMismatchError(
+                f"{self.name}: the ranks captured different numbers of calls ({listed}); replaying "
+                "these graphs would wait for calls that never come"
+            )
+
+    def register_buffer(self, inp: torch.Tensor) -> None:
+        """Accepts `inp` without doing anything: every rank reads its own inputs where they lie."""
+        if inp.get_device() != self._index:
+            raise InvalidArgumentError(
+                f"register_buffer(x): x is on {inp.device}; this communicator is bound to "
+                f"{self.device}"
+            )
+
+    @staticmethod
+    def create_shared_buffer(
+        size_in_bytes: int, group: Group | dist.ProcessGroup | None = None
+    ) -> list[int]:
+        """Addresses of one new buffer a rank, mapped into this process; on the current device.
+
+        Collective. Free it with `free_shared_buffer`.
+        """
+        ranks = Group.of(group)
+        device = torch.device("cuda", torch.cuda.current_device())
+        buffer = SharedBuffer.allocate(size_in_bytes, device, ranks.rank)
+        try:
+            buffer.map_peers(ranks.gather_objects("create_shared_buffer", buffer.handle))
+        except CommunicatorError:
+            buffer.close()
+            raise
+        return buffer.pointers
+
+    @staticmethod
+    def free_shared_buffer(
+        pointers: Sequence[int],
+        group: Group | dist.ProcessGroup | None = None,
+        rank: int | None = None,
+    ) -> None:
+        """Unmaps and frees what `create_shared_buffer` returned. Local."""
+        own = Group.of(group).rank if rank is None else rank
+        device = torch.device("cuda", torch.cuda.current_device())
+        SharedBuffer(0, device, own, b"", pointers[own], list(pointers)).close()
+
+    # Faults and tuning.
+
+    def check(self) -> None:
+        """Raises what the device has reported: CommTimeoutError for a late peer, CommunicatorError
+        for two calls in flight at once. Every call checks first; this is for after the last one."""
+        if self._handle:
+            assert self._library is not None
+            self._library.check(self._library.check_(self._handle))
+
+    def synchronize(self) -> None:
+        """Waits for the device and then checks."""
+        torch.cuda.synchronize(self.device)
+        self.check()
+
+    def set_timeout(self, seconds: float) -> None:
+        """The deadline of every wait on the device; by default COMMUNICATORS_TIMEOUT_S."""
+        assert self._library is not None
+        self._library.set_timeout_ns(self._handle, int(seconds * 1e9))
+
+    def tune(self, name: str, value: int) -> None:
+        """Overrides one choice (native/collectives/communicator.h); the same on all ranks."""
+        assert self._library is not None
+        self._library.tune(self._handle, name, value)
+
+    def algorithm(self, nbytes: int) -> str:
+        """Which algorithm an all-reduce of `nbytes` uses."""
+        assert self._library is not None
+        return custom_ar.ALGORITHMS[self._library.algorithm(self._handle, nbytes)]
+
+    def __del__(self) -> None:
+        # Never communicates. At interpreter exit the driver takes everything back by itself.
+        if getattr(self, "_handle", 0) and torch.cuda.is_initialized():
+            self.close()

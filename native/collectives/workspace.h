@@ -1,0 +1,221 @@
+// The memory that the ranks of one node share for their collectives, and how a kernel enters and
+// leaves a call on it.
+//
+// Every rank owns one workspace in its device memory; its peers map it and write into it. Nobody
+// reads a peer's memory: a store across the link takes one trip, a load two. Layout of a workspace:
+//
+//   Control        64 KB      the words of the table below
+//   slots          2 x slot   marked vectors (prim/gpu_packet.h); kEmpty everywhere at rest
+//   tagged         2 x tag    tagged packets, for small copies; anything at rest
+//   bulk           2 x bulk   plain bytes behind counters, for large copies; anything at rest
+//
+// A slot is divided into one area a sender. Calls use slot 0 and 1 in turn: the parity of the epoch.
+//
+// Why two slots and no barrier are enough. Every call carries at least one word from every rank to
+// every other, and a rank's kernel ends only when it has all of its words. So when a rank starts call
+// e + 2 it has finished call e + 1, hence every peer has started call e + 1, hence every peer's call
+// e has ended, and with it all reading and clearing of the slot that call e + 2 now writes into.
+//
+// | word         | owner | writer              | transition                        | at rest        |
+// |--------------|-------|---------------------|-----------------------------------|----------------|
+// | words[].state| rank  | see class Call      | 2e -> 2e+1 enter -> 2(e+n) leave  | even, 2*epoch  |
+// | words[].aborted, | rank | its first failure | 0 -> 1, never back                | 0              |
+// | aborted      |       |                     |                                   |                |
+// | entered      | rank  | blocks of big grids | 0 -> number of blocks -> 0        | 0              |
+// | alive[p]     | rank  | peer p, at set-up   | 0 -> 1                            | 1              |
+// | started[p]   | rank  | peer p, long calls  | raised to e+1: p has entered e    | <= own epoch   |
+// | consumed[b]  | rank  | peer's reducer b    | raised to the first unread piece  | <= own epoch   |
+// | pushed[b]    | rank  | its own pusher b    | raised to (e, chunks sent)        | any            |
+// | arrived[p][b]| rank  | peer p's pusher b   | raised to (e, chunks sent)        | any            |
+// | ready, sent, | rank  | see all_reduce_copy_engine.cu                           |                |
+// | landed, taken|       |                                                         |                |
+//
+// Epochs live here, in device memory, so that a CUDA graph can be replayed any number of times and
+// between eager calls. They are 63 bits wide and compared by difference. A call of n pieces adds n.
+#pragma once
+
+#include <cstdint>
+
+#include "prim/gpu_memory.h"
+#include "prim/gpu_packet.h"
+#include "prim/gpu_spin.h"
+
+namespace collectives {
+
+inline constexpr int kMaxWorld = 8;
+inline constexpr int kStateWords = 512;
+inline constexpr int kMaxBlocks = 512;  // of kernels with counters a block
+inline constexpr int kCopyLanes = 2;     // copy streams of the copy-engine all-reduce
+inline constexpr int kCopyAdders = 128;  // most blocks of its adding kernel
+
+// Every word of a workspace at rest holds the same value, so a block may read any of them; many, so
+// that not all blocks go to one place in the L2. Both halves are read in one load.
+struct alignas(16) StateWord {
+  uint64_t state;
+  uint64_t aborted;
+};
+
+struct Control {
+  StateWord words[kStateWords];
+  uint64_t pushed[kMaxBlocks];
+  uint64_t consumed[kMaxBlocks];
+  uint64_t arrived[kMaxWorld][kMaxBlocks];
+  uint64_t started[kMaxWorld];
+  uint64_t ready;
+  uint64_t copy_epoch;
+  uint64_t sent[kCopyLanes];
+  uint64_t landed[kCopyLanes];
+  uint64_t taken[kCopyAdders];
+  uint32_t alive[kMaxWorld];
+  uint32_t aborted;
+  uint32_t entered;
+};
+
+// Sizes are bytes, multiples of 128. The same on all ranks.
+struct Layout {
+  uint64_t slot;
+  uint64_t tagged;
+  uint64_t bulk;
+
+  static constexpr uint64_t kControl = 64 * 1024;
+  __host__ __device__ uint64_t slot_offset(uint32_t parity) const {
+    return kControl + parity * slot;
+  }
+  __host__ __device__ uint64_t tagged_offset(uint32_t parity) const {
+    return kControl + 2 * slot + parity * tagged;
+  }
+  __host__ __device__ uint64_t bulk_offset(uint32_t parity) const {
+    return kControl + 2 * slot + 2 * tagged + parity * bulk;
+  }
+  __host__ __device__ uint64_t total() const {
+    return kControl + 2 * slot + 2 * tagged + 2 * bulk;
+  }
+};
+static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its place");
+
+// One rank's view of all workspaces; a kernel parameter. Divisions are done on the host.
+struct Workspace {
+  char* base[kMaxWorld];
+  Layout layout;
+  uint64_t slot_stride;      // between senders' areas in a slot; the first half of an area holds raw
+  uint64_t tagged_stride;    // vectors and the second half sums, where a call has both
+  uint64_t bulk_stride;
+  uint32_t rank;
+  uint32_t world;
+  gpu::SpinContext spin;
+
+  __host__ __device__ Control& control(uint32_t owner) const {
+    return *reinterpret_cast<Control*>(base[owner]);
+  }
+  __host__ __device__ Control& mine() const { return control(rank); }
+
+  // Place of `sender` among the peers of `owner`, 0..world-2.
+  __host__ __device__ static uint32_t place(uint32_t sender, uint32_t owner) {
+    return sender < owner ? sender : sender - 1;
+  }
+
+  // Where `sender` writes its marked vectors in `owner`'s slot 0; slot 1 is layout.slot bytes on.
+  __device__ __forceinline__ char* slot_area(uint32_t owner, uint32_t sender) const {
+    return base[owner] + layout.slot_offset(0) + place(sender, owner) * slot_stride;
+  }
+  __device__ __forceinline__ uint64_t slot_of(uint64_t epoch) const {
+    return (epoch & 1) * layout.slot;
+  }
+};
+
+// (epoch, count within the call) as one rising number.
+__host__ __device__ inline uint64_t progress(uint64_t epoch, uint64_t count) {
+  return (epoch << 24) + count;
+}
+
+// A block's part in one call on a workspace: which epoch it is, and the turn to the next one.
+//
+// A grid of at most kStateWords blocks shares the words out evenly; a block reads the first word of
+// its share and in the end writes all of it. So a next call may have any number of blocks, and no
+// block writes a word that another one of the same call reads. In a bigger grid the last block to
+// enter writes all words: by then every block has read.
+class Call {
+ public:
+  uint64_t epoch = 0;
+
+  // Needs no data, so it can stand before gpu::dependency_wait().
+  __device__ __forceinline__ explicit Call(const Workspace& ws)
+      : control_(ws.mine()), big_(gridDim.x > kStateWords) {
+    const uint32_t share = big_ ? 1 : kStateWords / gridDim.x;
+    first_ = blockIdx.x * share % kStateWords;
+    end_ = blockIdx.x + 1 == gridDim.x ? kStateWords : first_ + share;
+  }
+
+  // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
+  // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
+  // been reported. A word that is marked belongs to a call in flight, on another stream.
+  __device__ __forceinline__ bool enter(const Workspace& ws) {
+    const auto* word = reinterpret_cast<const ulonglong2*>(&control_.words[first_]);
+    const ulonglong2 seen = gpu::ld_relaxed_sys(word);
+    epoch = seen.x >> 1;
+    if (seen.y != 0) return false;
+    if ((seen.x & 1) != 0 && marks()) {
+      report_busy(ws, seen.x);
+      return false;
+    }
+    if (epoch == 0) wait_alive(ws, control_);
+    return true;
+  }
+
+  // By all threads of every block that entered, between their first stores to peers and their first
+  // wait. The barrier sees to it that no thread reads the state after another has marked it or left.
+  // What the atomics return is looked at in leave(), so nobody waits for it.
+  __device__ __forceinline__ void settle() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (marks()) before_ = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
+      if (big_) others_ = gpu::fetch_add_relaxed_gpu(&control_.entered, 1);
+    }
+  }
+
+  // By all threads at the end of every block that settled.
+  __device__ __forceinline__ void leave(const Workspace& ws, uint64_t pieces = 1) {
+    const uint64_t next = (epoch + pieces) * 2;
+    if (!big_) {
+      for (uint32_t word = first_ + threadIdx.x; word < end_; word += blockDim.x) {
+        gpu::st_relaxed_sys(&control_.words[word].state, next);
+      }
+    } else if (threadIdx.x < 32) {
+      if (__shfl_sync(0xffffffffu, others_, 0) == gridDim.x - 1) {
+        for (uint32_t word = threadIdx.x; word < kStateWords; word += 32) {
+          gpu::st_relaxed_sys(&control_.words[word].state, next);
+        }
+        if (threadIdx.x == 0) gpu::st_relaxed_sys(&control_.entered, 0);
+      }
+    }
+    if (threadIdx.x == 0 && marks() && before_ != epoch * 2) report_busy(ws, before_);
+  }
+
+ private:
+  // The first call of all: peers may not have prepared their slots yet.
+  static __device__ __noinline__ void wait_alive(const Workspace& ws, const Control& control) {
+    gpu::Spin spin;
+    for (uint32_t peer = 0; peer < ws.world; ++peer) {
+      spin.begin();
+      while (peer != ws.rank && gpu::ld_relaxed_sys(&control.alive[peer]) == 0) {
+        if (spin.give_up(ws.spin, peer, 0, 0, 1, 0)) break;
+      }
+    }
+  }
+
+  // In a big grid blocks share words, and block 0 marks for all.
+  __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
+
+  __device__ __forceinline__ void report_busy(const Workspace& ws, uint64_t seen) const {
+    gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, seen, 0);
+  }
+
+  Control& control_;
+  uint32_t first_;
+  uint32_t end_;
+  bool big_;
+  uint32_t others_;  // of thread 0: how many blocks had entered before this one
+  uint64_t before_;  // of thread 0: the word before the mark
+};
+
+}  // namespace collectives

@@ -1,0 +1,293 @@
+// Gathers out of the paged cache on the GPU. A block takes a few rows of the dense tensor: one
+// thread a row finds where its entry lies, then all threads move the entries.
+#include "kvcache/cache.h"
+#include "kvcache/runs.cuh"
+
+namespace kvcache {
+namespace {
+
+constexpr int kThreads = 256, kUnroll = 4;
+
+// Entry number (block * block_size + offset) of a row, or -1 to leave the row alone.
+__device__ int64_t find(const GatherMap& m, int64_t row) {
+  int64_t b;
+  if (m.seq_of != nullptr) {
+    b = m.seq_of[row];
+  } else {  // the last sequence that starts at or before the row
+    int64_t low = 0, high = m.sequences;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (m.cu[middle] <= row) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    b = low - 1;
+  }
+  if (b < 0 || b >= m.sequences) return -1;
+  const int64_t first = m.cu[b];
+  const int64_t end = m.open_end && b == m.sequences - 1 ? m.rows : m.cu[b + 1];
+  if (row < first || row >= end) return -1;
+  const int64_t p = row - first + (m.starts == nullptr ? 0 : m.starts[b]);
+  if (p < 0) return -1;
+  const uint32_t logical = static_cast<uint32_t>(p) / static_cast<uint32_t>(m.block_size);
+  if (logical >= m.table_width) return -1;
+  const int64_t block = m.table[b * m.table_stride + logical];
+  if (block < 0 || block >= m.num_blocks) return -1;
+  return block * m.block_size + (p - int64_t{logical} * m.block_size);
+}
+
+// entries[i] for the rows of this block; all threads call it.
+template <int kRows>
+__device__ void find_rows(const GatherMap& m, int64_t first, int64_t (&entries)[kRows]) {
+  for (int i = threadIdx.x; i < kRows; i += kThreads) {
+    entries[i] = first + i < m.rows ? find(m, first + i) : -1;
+  }
+  __syncthreads();
+}
+
+// Bytes as vectors of V.
+template <class V, int kRows>
+__global__ void __launch_bounds__(kThreads)
+    gather_copy(GatherMap m, const V* src, V* dst, int vecs, int64_t block_stride,
+                int64_t entry_stride, int64_t dst_stride) {
+  __shared__ int64_t at[kRows];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  for (int i = threadIdx.x; i < kRows; i += kThreads) {
+    const int64_t entry = first + i < m.rows ? find(m, first + i) : -1;
+    at[i] =
+        entry < 0 ? -1 : entry / m.block_size * block_stride + entry % m.block_size * entry_stride;
+  }
+  __syncthreads();
+  const int total = kRows * vecs;
+  for (int base = threadIdx.x; base < total; base += kThreads * kUnroll) {
+    V v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kThreads, row = i / vecs;
+      if (i < total && at[row] >= 0) v[u] = src[at[row] + (i - row * vecs)];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kThreads, row = i / vecs;
+      if (i < total && at[row] >= 0) dst[(first + row) * dst_stride + (i - row * vecs)] = v[u];
+    }
+  }
+}
+
+// Codes to floats, kN a step.
+template <class T, KvFormat kFormat, int kRows, int kN>
+__global__ void __launch_bounds__(kThreads) gather_fp8(GatherArgs a, int steps) {
+  __shared__ int64_t entries[kRows];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  find_rows(a.map, first, entries);
+  const float scale = *a.scale;
+  const uint8_t* src = static_cast<const uint8_t*>(a.src);
+  const int total = kRows * steps;
+  for (int base = threadIdx.x; base < total; base += kThreads * kUnroll) {
+    gpu::Vec<uint8_t, kN> codes[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kThreads, row = i / steps, step = i - row * steps;
+      if (i >= total || entries[row] < 0) continue;
+      const int64_t block = entries[row] / a.map.block_size;
+      gpu::load<true>(codes[u], src + block * a.block_stride +
+                                    (entries[row] - block * a.map.block_size) * a.entry_stride +
+                                    step * kN);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kThreads, row = i / steps, step = i - row * steps;
+      if (i >= total || entries[row] < 0) continue;
+      gpu::Vec<T, kN> out;
+      if constexpr (kN == 1) {
+        gpu::Vec<uint8_t, 2> pair{{codes[u].at[0], 0}};
+        gpu::Vec<T, 2> both;
+        gpu::dequantize<kFormat>(both, pair, scale);
+        out.at[0] = both.at[0];
+      } else {
+        gpu::dequantize<kFormat>(out, codes[u], scale);
+      }
+      gpu::store<true>(static_cast<T*>(a.dst) + (first + row) * a.dst_stride + step * kN, out);
+    }
+  }
+}
+
+template <int kRows>
+__global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
+  using T = gpu::BFloat16;
+  constexpr int kSteps = 64 + 8;  // 8 codes a step, then 8 rotary values a step
+  __shared__ const uint8_t* entries[kRows];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  for (int i = threadIdx.x; i < kRows; i += kThreads) {
+    int64_t entry = first + i < a.map.rows ? find(a.map, first + i) : -1;
+    const uint8_t* from = nullptr;
+    if (entry >= 0 && a.host != nullptr) {
+      const int64_t host_row = a.host_rows[entry];
+      entry = a.device_rows[entry];
+      if (entry < 0 && host_row >= 0 && host_row < a.host_count) {
+        from = a.host + host_row * kDsMlaEntry;
+      }
+      if (entry >= a.src_blocks * a.map.block_size) entry = -1;
+    }
+    if (entry >= 0) {
+      const int64_t block = entry / a.map.block_size;
+      from = a.src + block * a.block_stride + (entry - block * a.map.block_size) * a.entry_stride;
+    }
+    entries[i] = from;
+  }
+  __syncthreads();
+  for (int base = threadIdx.x; base < kRows * kSteps; base += kThreads * kUnroll) {
+    uint32_t low[kUnroll][4];
+    float scale[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
+      if (i >= kRows * kSteps || entries[row] == nullptr) continue;
+      // Entries are aligned to 4 bytes; 656 is a multiple of 16, so usually to 16 as well.
+      const bool rope = step >= 64;
+      const uint8_t* p = entries[row] + (rope ? kDsMlaRope + (step - 64) * 16 : step * 8);
+      if (reinterpret_cast<uintptr_t>(entries[row]) % 16 == 0) {
+        if (rope) {
+          *reinterpret_cast<uint4*>(low[u]) = *reinterpret_cast<const uint4*>(p);
+        } else {
+          *reinterpret_cast<uint2*>(low[u]) = *reinterpret_cast<const uint2*>(p);
+        }
+      } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          if (w < 2 || rope) low[u][w] = reinterpret_cast<const uint32_t*>(p)[w];
+        }
+      }
+      if (!rope) {
+        scale[u] = *reinterpret_cast<const float*>(entries[row] + kDsMlaScales + step / 16 * 4);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
+      if (i >= kRows * kSteps || entries[row] == nullptr) continue;
+      gpu::Vec<T, 8> out;
+      if (step >= 64) {
+        *reinterpret_cast<uint4*>(&out) = *reinterpret_cast<const uint4*>(low[u]);
+      } else {
+        gpu::Vec<uint8_t, 8> codes;
+        *reinterpret_cast<uint2*>(&codes) = *reinterpret_cast<const uint2*>(low[u]);
+        gpu::dequantize<KvFormat::kE4M3>(out, codes, scale[u]);
+      }
+      T* at = static_cast<T*>(a.dst) + (first + row) * a.dst_stride + step * 8;
+      if (reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+        gpu::store<true>(at, out);
+      } else {
+        gpu::store<false>(at, out);
+      }
+    }
+  }
+}
+
+template <int kRows>
+__global__ void __launch_bounds__(kThreads) gather_index(IndexerGatherArgs a, bool aligned_codes) {
+  __shared__ int64_t entries[kRows];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  find_rows(a.map, first, entries);
+  const int vecs = static_cast<int>(a.head_size / 16), words = static_cast<int>(a.scale_bytes / 4);
+  const int steps = vecs + words, total = kRows * steps;
+  for (int base = threadIdx.x; base < total; base += kThreads) {
+    const int row = base / steps, step = base - row * steps;
+    if (entries[row] < 0) continue;
+    const int64_t block = entries[row] / a.map.block_size;
+    const int64_t off = entries[row] - block * a.map.block_size;
+    const uint8_t* from = a.cache + block * a.block_stride;
+    if (step < vecs) {
+      const uint8_t* p = from + off * a.head_size + step * 16;
+      uint8_t* q = a.dst_k + (first + row) * a.head_size + step * 16;
+      if (aligned_codes) {
+        *reinterpret_cast<uint4*>(q) = *reinterpret_cast<const uint4*>(p);
+      } else {
+        for (int j = 0; j < 16; ++j) q[j] = p[j];
+      }
+    } else {
+      const uint8_t* p =
+          from + a.map.block_size * a.head_size + off * a.scale_bytes + (step - vecs) * 4;
+      uint8_t* q = a.dst_scale + (first + row) * a.scale_bytes + (step - vecs) * 4;
+      if (aligned_codes) {
+        *reinterpret_cast<uint32_t*>(q) = *reinterpret_cast<const uint32_t*>(p);
+      } else {
+        for (int j = 0; j < 4; ++j) q[j] = p[j];
+      }
+    }
+  }
+}
+
+template <class V>
+void copy_as(const GatherArgs& a, gpu::Stream stream) {
+  constexpr int64_t kItem = sizeof(V);
+  constexpr int kRows = 16;
+  const int64_t scale = a.item_bytes;
+  gather_copy<V, kRows>
+      <<<static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows)), kThreads, 0, stream>>>(
+          a.map, static_cast<const V*>(a.src), static_cast<V*>(a.dst),
+          static_cast<int>(a.entry * scale / kItem), a.block_stride * scale / kItem,
+          a.entry_stride * scale / kItem, a.dst_stride * scale / kItem);
+}
+
+}  // namespace
+
+void gather_cache(const GatherArgs& a, Stream stream) {
+  const gpu::Stream s = gpu::stream_of(stream);
+  if (a.format == KvFormat::kCopy) {
+    auto fits = [&](int64_t bytes) {
+      return gpu::aligned(bytes, a.src, a.dst, a.entry * a.item_bytes,
+                          a.block_stride * a.item_bytes, a.entry_stride * a.item_bytes,
+                          a.dst_stride * a.item_bytes);
+    };
+    if (fits(16)) {
+      copy_as<uint4>(a, s);
+    } else if (fits(4)) {
+      copy_as<uint32_t>(a, s);
+    } else if (fits(2)) {
+      copy_as<uint16_t>(a, s);
+    } else {
+      copy_as<uint8_t>(a, s);
+    }
+  } else {
+    constexpr int kRows = 16;
+    const auto blocks = static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows));
+    gpu::with_float(a.dtype, [&](auto type) {
+      gpu::with_bool(a.format == KvFormat::kE5M2, [&](auto e5m2) {
+        using T = decltype(type);
+        constexpr KvFormat kFormat = decltype(e5m2)::value ? KvFormat::kE5M2 : KvFormat::kE4M3;
+        constexpr int kN = gpu::kVec<T>;
+        const bool all = gpu::aligned(kN, a.src, a.entry, a.block_stride, a.entry_stride) &&
+                         gpu::aligned(16, a.dst, a.dst_stride * sizeof(T));
+        if (all) {
+          gather_fp8<T, kFormat, kRows, kN>
+              <<<blocks, kThreads, 0, s>>>(a, static_cast<int>(a.entry / kN));
+        } else {
+          gather_fp8<T, kFormat, kRows, 1>
+              <<<blocks, kThreads, 0, s>>>(a, static_cast<int>(a.entry));
+        }
+      });
+    });
+  }
+  GPU_CHECK_LAUNCH("gather_cache");
+}
+
+void gather_and_upconvert_ds_mla(const GatherUpconvertArgs& a, Stream stream) {
+  constexpr int kRows = 16;
+  upconvert<kRows><<<static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows)), kThreads, 0,
+                     gpu::stream_of(stream)>>>(a);
+  GPU_CHECK_LAUNCH("cp_gather_and_upconvert_fp8_kv_cache");
+}
+
+void gather_indexer(const IndexerGatherArgs& a, Stream stream) {
+  constexpr int kRows = 32;
+  const bool all = gpu::aligned(16, a.cache, a.dst_k, a.block_stride, a.head_size) &&
+                   gpu::aligned(4, a.dst_scale, a.scale_bytes);
+  gather_index<kRows><<<static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows)), kThreads, 0,
+                        gpu::stream_of(stream)>>>(a, all);
+  GPU_CHECK_LAUNCH("cp_gather_indexer_k_quant_cache");
+}
+
+}  // namespace kvcache

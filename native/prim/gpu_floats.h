@@ -1,0 +1,185 @@
+// Elements and 16-byte vectors on the GPU: conversions to and from fp32 and the OCP 8-bit formats,
+// and loads and stores that fall back to single elements where an address is not aligned.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "prim/dtype.h"
+#include "prim/gpu.h"
+
+namespace gpu {
+
+using BFloat16 = __nv_bfloat16;
+using Half = __half;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Half x) { return __half2float(x); }
+__device__ inline float to_float(BFloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline Half from_float<Half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline BFloat16 from_float<BFloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <class T>
+inline constexpr int kVec = 16 / sizeof(T);  // elements of 16 bytes
+
+// kCount elements, moved as one access of up to 16 bytes.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Vec {
+  T at[kCount];
+};
+
+// Loads `count` (1 to kCount) elements; kAligned promises a full vector at an aligned address.
+template <bool kAligned, class T, int kCount>
+__device__ inline void load(Vec<T, kCount>& v, const T* p, int count = kCount) {
+  if constexpr (kAligned) {
+    v = *reinterpret_cast<const Vec<T, kCount>*>(p);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v.at[i] = i < count ? p[i] : T{};
+  }
+}
+
+template <bool kAligned, class T, int kCount>
+__device__ inline void store(T* p, const Vec<T, kCount>& v, int count = kCount) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<Vec<T, kCount>*>(p) = v;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) p[i] = v.at[i];
+    }
+  }
+}
+
+// The division of fp8 quantization, with the reciprocal taken once. One Newton step on the product
+// gives the rounded quotient (P. Markstein, 1990); infinities and overflow keep the product.
+class Divisor {
+ public:
+  __device__ explicit Divisor(float scale) {
+    scale_ = scale;
+    inverse_ = 1.0f / scale;
+    flip_ = __float_as_uint(scale) >> 31;
+  }
+  __device__ float quotient(float x) const {
+    const float q = x * inverse_;
+    const float corrected = fmaf(fmaf(-q, scale_, x), inverse_, q);
+    return fabsf(q) < 1e30f ? corrected : q;
+  }
+  // The sign of x over the scale, as the top bit of a code.
+  __device__ uint32_t sign(float x) const { return ((__float_as_uint(x) >> 31) ^ flip_) << 7; }
+
+ private:
+  float scale_, inverse_;
+  uint32_t flip_;
+};
+
+// Two codes in the low 16 bits, rounded to nearest even and saturated; a NaN becomes 0x7f.
+template <KvFormat kFormat>
+__device__ inline uint32_t to_fp8x2(float a, float b) {
+  constexpr __nv_fp8_interpretation_t kKind = kFormat == KvFormat::kE5M2 ? __NV_E5M2 : __NV_E4M3;
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kKind);
+}
+
+// Codes of kCount floats over a scale; the sign of a NaN is kept.
+template <KvFormat kFormat, int kCount>
+__device__ inline void quantize(Vec<uint8_t, kCount>& out, const float (&x)[kCount],
+                                const Divisor& divisor) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const uint32_t codes = to_fp8x2<kFormat>(divisor.quotient(x[i]), divisor.quotient(x[i + 1])) |
+                           divisor.sign(x[i]) | divisor.sign(x[i + 1]) << 8;
+    out.at[i] = static_cast<uint8_t>(codes);
+    out.at[i + 1] = static_cast<uint8_t>(codes >> 8);
+  }
+}
+
+// Two codes to fp16, exactly.
+template <KvFormat kFormat>
+__device__ inline __half2 from_fp8x2(uint32_t codes) {
+  constexpr __nv_fp8_interpretation_t kKind = kFormat == KvFormat::kE5M2 ? __NV_E5M2 : __NV_E4M3;
+  return __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), kKind);
+}
+
+template <KvFormat kFormat, class T, int kCount>
+__device__ inline void dequantize(Vec<T, kCount>& out, const Vec<uint8_t, kCount>& codes,
+                                  float scale) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const uint32_t pair = codes.at[i] | static_cast<uint32_t>(codes.at[i + 1]) << 8;
+    const float2 f = __half22float2(from_fp8x2<kFormat>(pair));
+    out.at[i] = from_float<T>(f.x * scale);
+    out.at[i + 1] = from_float<T>(f.y * scale);
+  }
+}
+
+// 2^ceil(log2(x)) of a positive normal x: any mantissa bit carries into the exponent.
+__device__ inline float power_of_two_at_least(float x) {
+  return __uint_as_float((__float_as_uint(x) + 0x7fffffu) & 0x7f800000u);
+}
+
+// Calls f with a value of the element type of a float dtype.
+template <class F>
+void with_float(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat16:
+      return f(Half{});
+    default:
+      return f(BFloat16{});
+  }
+}
+
+template <KvFormat kFormat>
+struct FormatTag {
+  static constexpr KvFormat value = kFormat;
+};
+template <class F>
+void with_format(KvFormat format, const F& f) {
+  switch (format) {
+    case KvFormat::kCopy:
+      return f(FormatTag<KvFormat::kCopy>{});
+    case KvFormat::kE4M3:
+      return f(FormatTag<KvFormat::kE4M3>{});
+    default:
+      return f(FormatTag<KvFormat::kE5M2>{});
+  }
+}
+
+template <bool kValue>
+struct BoolTag {
+  static constexpr bool value = kValue;
+};
+template <class F>
+void with_bool(bool value, const F& f) {
+  value ? f(BoolTag<true>{}) : f(BoolTag<false>{});
+}
+
+// Whether every address and byte stride is a multiple of `bytes`.
+template <class... Values>
+bool aligned(int64_t bytes, Values... values) {
+  int64_t bits = 0;
+  ((bits |= (int64_t)values), ...);
+  return bits % bytes == 0;
+}
+
+inline gpu::Stream stream_of(::Stream stream) { return static_cast<gpu::Stream>(stream); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace gpu

@@ -1,0 +1,120 @@
+// Device-side memory accesses whose names say their ordering and scope, the clock, and programmatic
+// dependent launch.
+//   relaxed   no ordering with other accesses; each 32- or 64-bit word is read or written whole
+//   release   everything that this thread did before is seen by whoever acquires the value
+//   acquire   the counterpart
+//   sys       the scope: this GPU, its peers and the host; gpu: this GPU alone
+#pragma once
+
+#include <cstdint>
+
+#include "prim/gpu.h"
+
+#if COMMUNICATORS_HIP
+#error "prim/gpu_memory.h is written for CUDA; the HIP counterparts do not exist yet"
+#endif
+
+namespace gpu {
+
+__device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* address) {
+  uint4 value;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ void st_relaxed_sys(uint4* address, uint4 value) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ ulonglong2 ld_relaxed_sys(const ulonglong2* address) {
+  ulonglong2 value;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(value.x), "=l"(value.y)
+               : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ void st_relaxed_sys(ulonglong2* address, ulonglong2 value) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(value.x),
+               "l"(value.y)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ void st_relaxed_sys(uint32_t* address, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void st_relaxed_sys(uint64_t* address, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_release_sys(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Sets bits of a word of this GPU and returns what it held before.
+__device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint64_t bits) {
+  uint64_t before;
+  asm volatile("atom.or.relaxed.gpu.global.b64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(address), "l"(bits)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ uint32_t fetch_add_relaxed_gpu(uint32_t* address, uint32_t amount) {
+  uint32_t before;
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(address), "r"(amount)
+               : "memory");
+  return before;
+}
+
+// Nanoseconds of a clock that all multiprocessors share; about a microsecond fine.
+__device__ __forceinline__ uint64_t clock_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Programmatic dependent launch (sm_90 on; nothing before): a kernel launched with it may start
+// while its predecessor in the stream still runs. dependency_wait() returns when the predecessor
+// has ended and its writes are visible; launch_dependents() lets the successor start.
+__device__ __forceinline__ void dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace gpu

@@ -1,0 +1,92 @@
+// The torch operators over collectives::Communicator, for torch.compile and for callers of the
+// functional interface. `fa` is the handle that communicators_ar_create() made.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "collectives/communicator.h"
+#include "torch/stream.h"
+
+namespace {
+
+using collectives::Communicator;
+using collectives::Dtype;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Communicator& communicator(int64_t fa, const char* op) {
+  STD_TORCH_CHECK(fa != 0, op, ": fa is 0, not a handle of init_custom_ar()");
+  return *reinterpret_cast<Communicator*>(fa);
+}
+
+Dtype sum_dtype(const Tensor& x, const char* op) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": it sums float32, float16 and bfloat16");
+  }
+}
+
+// Checks what all three operators need: both tensors contiguous, of one dtype, on the device of fa,
+// and inp * inp_parts == out * out_parts in elements.
+void check_pair(const Communicator& c, const Tensor& inp, const Tensor& out, int64_t inp_parts,
+                int64_t out_parts, const char* op) {
+  STD_TORCH_CHECK(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == c.device() &&
+                      out.get_device_index() == c.device(),
+                  op, ": inp and out must be on cuda:", c.device());
+  STD_TORCH_CHECK(inp.is_contiguous() && out.is_contiguous(), op,
+                  ": inp and out must be contiguous");
+  STD_TORCH_CHECK(inp.scalar_type() == out.scalar_type(), op,
+                  ": inp and out must have the same dtype");
+  STD_TORCH_CHECK(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ",
+                  inp.numel(), " elements and out ", out.numel());
+}
+
+uint64_t bytes_of(const Tensor& x) {
+  return static_cast<uint64_t>(x.numel()) * static_cast<uint64_t>(x.element_size());
+}
+
+void all_reduce(int64_t fa, Tensor inp, Tensor out) {
+  constexpr const char* op = "custom_ar_all_reduce(fa, inp, out)";
+  Communicator& c = communicator(fa, op);
+  check_pair(c, inp, out, 1, 1, op);
+  const gpu::DeviceGuard guard(c.device());
+  c.all_reduce(sum_dtype(inp, op), inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(inp),
+               torch_glue::current_stream(c.device()));
+}
+
+void all_gather(int64_t fa, Tensor inp, Tensor out, int64_t world) {
+  constexpr const char* op = "custom_ar_all_gather(fa, inp, out, world)";
+  Communicator& c = communicator(fa, op);
+  check_pair(c, inp, out, world, 1, op);
+  const gpu::DeviceGuard guard(c.device());
+  c.all_gather(inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(inp),
+               torch_glue::current_stream(c.device()));
+}
+
+void reduce_scatter(int64_t fa, Tensor inp, Tensor out, int64_t world) {
+  constexpr const char* op = "custom_ar_reduce_scatter(fa, inp, out, world)";
+  Communicator& c = communicator(fa, op);
+  check_pair(c, inp, out, 1, world, op);
+  const gpu::DeviceGuard guard(c.device());
+  c.reduce_scatter(sum_dtype(inp, op), inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(out),
+                   torch_glue::current_stream(c.device()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
+  m.def("custom_ar_all_reduce(int fa, Tensor inp, Tensor(a!) out) -> ()");
+  m.def("custom_ar_all_gather(int fa, Tensor inp, Tensor(a!) out, int world) -> ()");
+  m.def("custom_ar_reduce_scatter(int fa, Tensor inp, Tensor(a!) out, int world) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(communicators, CUDA, m) {
+  m.impl("custom_ar_all_reduce", TORCH_BOX(&all_reduce));
+  m.impl("custom_ar_all_gather", TORCH_BOX(&all_gather));
+  m.impl("custom_ar_reduce_scatter", TORCH_BOX(&reduce_scatter));
+}

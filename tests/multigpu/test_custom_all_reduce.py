@@ -1,0 +1,394 @@
+"""CustomAllreduce on two GPUs, one process each: results, graphs, bad input and faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from communicators.backends.custom_all_reduce import CustomAllreduce
+from communicators.errors import (
+    CommMismatchError,
+    CommTimeoutError,
+    CommunicatorError,
+    InvalidArgumentError,
+    RefusedError,
+)
+from communicators.settings import Settings
+from tests.gpu.virtual_ranks import rank_ordered_sum, same_bits
+from tests.multigpu.harness import Rank, Ranks
+
+pytestmark = pytest.mark.multigpu
+
+if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+    pytest.skip("fewer than two CUDA GPUs", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SIZES = (1, 8, 333, 4096, 65536, 262145, 1 << 20, (3 << 20) + 5, 12 << 20)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    made = Ranks(2)
+    made.run(_open, timeout_s=120)
+    yield made
+    made.run(_close)
+    made.close()
+
+
+def _open(me: Rank) -> None:
+    me.kept["comm"] = CustomAllreduce(me.group, me.device)
+    assert not me.kept["comm"].disabled, me.kept["comm"].refusal
+    me.kept["comm"].set_timeout(10)
+
+
+def _close(me: Rank) -> None:
+    comm = me.kept.pop("comm")
+    comm.close()
+    comm.close()
+    with pytest.raises(RefusedError, match="was closed"):
+        comm.all_reduce(torch.ones(4, device=me.device))
+
+
+def _inputs(me: Rank, count: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """Every rank's input, the same on all ranks."""
+    made = []
+    for rank in range(me.world_size):
+        generator = torch.Generator(me.device).manual_seed(seed * 100 + rank)
+        made.append(torch.randn(count, generator=generator, device=me.device).to(dtype))
+    return made
+
+
+def _sums(me: Rank, algorithm: int) -> None:
+    comm = me.kept["comm"]
+    comm.tune("algorithm", algorithm)
+    for number, count in enumerate(SIZES):
+        for dtype in DTYPES:
+            inputs = _inputs(me, count, dtype, number)
+            expected = rank_ordered_sum(inputs)
+            mine = inputs[me.rank]
+            before = mine.clone()
+            for _ in range(3):
+                out = torch.full_like(mine, float("nan"))
+                comm.all_reduce(mine, out=out)
+                comm.synchronize()
+                assert torch.equal(out, expected), (count, dtype)
+            assert torch.equal(mine, before)
+            assert comm.all_reduce(mine, out=mine) is mine
+            comm.synchronize()
+            assert torch.equal(mine, expected), (count, dtype, "in place")
+    comm.tune("algorithm", 0)
+
+
+@pytest.mark.parametrize("algorithm", range(5))
+def test_sums(ranks: Ranks, algorithm: int) -> None:
+    ranks.run(_sums, algorithm, timeout_s=120)
+
+
+def _special(me: Rank, algorithm: int) -> None:
+    comm = me.kept["comm"]
+    comm.tune("algorithm", algorithm)
+    for dtype in DTYPES:
+        integers = torch.int32 if dtype == torch.float32 else torch.int16
+        generator = torch.Generator(me.device).manual_seed(5)
+        bits = torch.randint(-(2**31), 2**31 - 1, (2, 1 << 20), generator=generator,
+                             device=me.device).to(integers)  # fmt: skip
+        bits[:, ::7] = -1
+        inputs = list(bits.view(dtype))
+        out = comm.all_reduce(inputs[me.rank])
+        comm.synchronize()
+        assert same_bits(out, rank_ordered_sum(inputs)), dtype
+        checksum = out.view(integers).long().sum().item()
+        assert len(set(me.group.gather_objects("bits", checksum))) == 1
+    comm.tune("algorithm", 0)
+
+
+@pytest.mark.parametrize("algorithm", range(5))
+def test_every_bit_pattern(ranks: Ranks, algorithm: int) -> None:
+    ranks.run(_special, algorithm)
+
+
+def _gather_and_scatter(me: Rank) -> None:
+    comm = me.kept["comm"]
+    for number, count in enumerate(SIZES):
+        inputs = _inputs(me, count * 2, torch.bfloat16, number)
+        got = comm.reduce_scatter(inputs[me.rank])
+        gathered = comm.all_gather(inputs[me.rank])
+        comm.synchronize()
+        assert torch.equal(got, rank_ordered_sum(inputs).view(2, -1)[me.rank]), count
+        assert torch.equal(gathered, torch.cat(inputs)), count
+
+
+def test_gather_and_scatter(ranks: Ranks) -> None:
+    ranks.run(_gather_and_scatter)
+
+
+def _graph(me: Rank, algorithm: int, count: int) -> None:
+    comm = me.kept["comm"]
+    comm.tune("algorithm", algorithm)
+    x = torch.zeros(count, device=me.device, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    comm.all_reduce(x)
+    with comm.capture(), torch.cuda.graph(graph):
+        first = comm.all_reduce(x)
+        second = comm.all_reduce(first * 0.5)
+    for turn in range(5):
+        inputs = _inputs(me, count, torch.bfloat16, turn)
+        x.copy_(inputs[me.rank])
+        if turn % 2:
+            eager = comm.all_reduce(x)
+        graph.replay()
+        comm.synchronize()
+        expected = rank_ordered_sum(inputs)
+        assert torch.equal(first, expected), turn
+        assert torch.equal(second, rank_ordered_sum([expected * 0.5] * 2)), turn
+        if turn % 2:
+            assert torch.equal(eager, expected)
+    comm.tune("algorithm", 0)
+
+
+@pytest.mark.parametrize("algorithm", range(5))
+@pytest.mark.parametrize("count", (512, 100_000, 9 << 20))
+def test_graph_replays_between_eager_calls(ranks: Ranks, algorithm: int, count: int) -> None:
+    ranks.run(_graph, algorithm, count)
+
+
+def _skewed(me: Rank) -> None:
+    """Ranks drift apart by a few hundred calls and by milliseconds of other work."""
+    comm = me.kept["comm"]
+    inputs = _inputs(me, 20_000, torch.bfloat16, 9)
+    expected = rank_ordered_sum(inputs)
+    outputs = []
+    for turn in range(300):
+        if turn % 50 == me.rank * 25:
+            torch.cuda._sleep(2_000_000)
+        outputs.append(comm.all_reduce(inputs[me.rank]))
+    comm.synchronize()
+    assert all(torch.equal(out, expected) for out in outputs)
+
+
+def test_skewed_ranks(ranks: Ranks) -> None:
+    ranks.run(_skewed)
+
+
+def _bad_input(me: Rank) -> None:
+    comm = me.kept["comm"]
+    x = torch.ones(64, device=me.device)
+    with pytest.raises(InvalidArgumentError, match="it sums bfloat16, float16, float32"):
+        comm.all_reduce(x.long())
+    with pytest.raises(InvalidArgumentError, match="is bound to cuda"):
+        comm.all_reduce(torch.ones(64))
+    with pytest.raises(InvalidArgumentError, match="is bound to cuda"):
+        comm.all_reduce(torch.ones(64, device=f"cuda:{1 - me.device.index}"))
+    with pytest.raises(InvalidArgumentError, match="64 elements and the output 32"):
+        comm.all_reduce(x, out=x[:32].clone())
+    with pytest.raises(InvalidArgumentError, match="must be contiguous"):
+        comm.run("all_reduce", x, torch.ones(128, device=me.device)[::2])
+    assert not comm.should_custom_ar(x.long())
+    assert comm.custom_all_reduce(x.long()) is None
+    assert comm.all_reduce(x[:0]).numel() == 0
+    strided = torch.arange(128.0, device=me.device)[::2]
+    unaligned = torch.arange(65.0, device=me.device)[1:]
+    assert torch.equal(comm.all_reduce(strided), strided * 2)
+    assert torch.equal(comm.all_reduce(unaligned), unaligned * 2)
+    comm.synchronize()
+
+
+def test_bad_input(ranks: Ranks) -> None:
+    ranks.run(_bad_input)
+
+
+def _compiled(me: Rank) -> None:
+    comm = me.kept["comm"]
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return comm.all_reduce(x * 2) + 1
+
+    x = torch.arange(4096.0, device=me.device)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(x), x * 4 + 1)
+    out = torch.empty_like(x)
+    arguments = (comm._handle, x, out)
+    torch.library.opcheck(
+        torch.ops.communicators.custom_ar_all_reduce.default, arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_compile(ranks: Ranks) -> None:
+    ranks.run(_compiled, timeout_s=120)
+
+
+def _expandable(me: Rank) -> None:
+    comm = me.kept["comm"]
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    try:
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            inputs = _inputs(me, 1 << 20, torch.bfloat16, 77)
+        assert torch.equal(comm.all_reduce(inputs[me.rank]), rank_ordered_sum(inputs))
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
+def test_expandable_segments_need_nothing(ranks: Ranks) -> None:
+    ranks.run(_expandable)
+
+
+# Faults: each on ranks of its own, since it leaves a communicator unusable.
+
+
+@pytest.fixture
+def doomed() -> Iterator[Ranks]:
+    made = Ranks(2)
+    made.run(_open, timeout_s=120)
+    yield made
+    made.close()
+
+
+def _mismatch(me: Rank) -> str:
+    comm = me.kept["comm"]
+    comm.set_timeout(0.5)
+    with pytest.raises(CommTimeoutError) as caught:
+        comm.all_reduce(torch.ones(100_000 if me.rank == 0 else 1000, device=me.device))
+        comm.synchronize()
+        comm.all_reduce(torch.ones(1000, device=me.device))
+        comm.synchronize()
+    with pytest.raises(CommTimeoutError):
+        comm.all_reduce(torch.ones(1000, device=me.device))
+    assert torch.ones(8, device=me.device).sum().item() == 8  # the context is not poisoned
+    comm.close()
+    return str(caught.value)
+
+
+def test_different_sizes_meet_the_deadline(doomed: Ranks) -> None:
+    for rank, message in enumerate(doomed.run(_mismatch)):
+        assert f"on rank {rank} of 2" in message
+        assert f"for rank {1 - rank}" in message
+
+
+def _debug(me: Rank) -> None:
+    comm = CustomAllreduce(me.group, me.device, settings=Settings(debug=True))
+    with pytest.raises(CommMismatchError, match=r"of (8|16) .* all_reduce of (16|8) "):
+        comm.all_reduce(torch.ones(8 * (me.rank + 1), device=me.device))
+    comm.close()
+
+
+def test_different_sizes_in_debug_mode(doomed: Ranks) -> None:
+    doomed.run(_debug)
+
+
+def _uneven_capture(me: Rank) -> None:
+    comm = me.kept["comm"]
+    x = torch.ones(64, device=me.device)
+    graph = torch.cuda.CUDAGraph()
+    uneven = pytest.raises(CommMismatchError, match="rank 0: 1, rank 1: 2")
+    with uneven, comm.capture(), torch.cuda.graph(graph):
+        for _ in range(me.rank + 1):
+            comm.all_reduce(x)
+
+
+def test_uneven_captures(doomed: Ranks) -> None:
+    doomed.run(_uneven_capture)
+
+
+def _failed_capture(me: Rank) -> None:
+    comm = me.kept["comm"]
+    if me.rank == 0:
+        with pytest.raises(ZeroDivisionError), comm.capture():
+            raise ZeroDivisionError  # no exchange follows, or rank 1 would be missed
+
+
+def test_a_failed_capture_exchanges_nothing(doomed: Ranks) -> None:
+    doomed.run(_failed_capture)
+
+
+def _replay_after_close(me: Rank) -> None:
+    comm = me.kept["comm"]
+    x = torch.ones(64, device=me.device)
+    graph = torch.cuda.CUDAGraph()
+    with comm.capture(), torch.cuda.graph(graph):
+        comm.all_reduce(x)
+    me.group.barrier()
+    comm.close()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.ones(8, device=me.device).sum().item() == 8
+
+
+def test_replay_after_close_does_not_fault(doomed: Ranks) -> None:
+    doomed.run(_replay_after_close)
+
+
+def _two_streams(me: Rank) -> None:
+    comm = me.kept["comm"]
+    x = torch.ones(64, device=me.device)
+    if me.rank == 1:
+        time.sleep(1)  # rank 0's first call is in flight meanwhile
+    else:
+        out = torch.empty_like(x)  # taken now: an allocation may wait for the device
+        other = torch.cuda.Stream()
+        comm.all_reduce(x, out=out)
+        with torch.cuda.stream(other):
+            comm.all_reduce(x, out=out)
+        with pytest.raises(CommunicatorError, match="another call in flight"):
+            comm.synchronize()
+
+
+def test_two_streams_at_once(doomed: Ranks) -> None:
+    doomed.run(_two_streams)
+
+
+def _with_a_dying_peer(me: Rank, when: str) -> Any:
+    comm = me.kept["comm"]
+    comm.set_timeout(1.0)
+    x = torch.ones(3 << 20, device=me.device)
+    if when != "before":
+        comm.all_reduce(x)
+        comm.synchronize()
+    if me.rank == 1:
+        if when == "during":
+            comm.all_reduce(x)
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    if when == "during":
+        time.sleep(0.2)
+    with pytest.raises(CommTimeoutError, match="for rank 1"):
+        for _ in range(3):
+            comm.all_reduce(x)
+            comm.synchronize()
+    elapsed = time.monotonic() - started
+    assert torch.ones(8, device=me.device).sum().item() == 8
+    comm.close()
+    return elapsed
+
+
+@pytest.mark.parametrize("when", ("before", "during", "after"))
+def test_a_peer_dies(doomed: Ranks, when: str) -> None:
+    survivor, victim = doomed.attempt(_with_a_dying_peer, when)
+    assert victim[0] == "died"
+    assert survivor[0] == "ok", survivor[1]
+    assert survivor[1] < 10
+
+
+def _cycles(me: Rank, cycles: int) -> int:
+    before = 0
+    for cycle in range(cycles):
+        comm = CustomAllreduce(me.group, me.device)
+        x = torch.ones(1000, device=me.device)
+        assert torch.equal(comm.all_reduce(x), x * 2)
+        comm.close()
+        if cycle == 9:
+            me.group.barrier()
+            before = torch.cuda.mem_get_info(me.device)[0]
+    me.group.barrier()
+    return before - torch.cuda.mem_get_info(me.device)[0]
+
+
+def test_open_and_close_leak_nothing(doomed: Ranks) -> None:
+    assert all(lost < 32 << 20 for lost in doomed.run(_cycles, 200, timeout_s=120))
