@@ -1,6 +1,6 @@
 """The two ends of the shared-memory ring: waits with deadlines, and processes that are gone.
 
-The protocol is in native/shm/ring.h, with its state table; the memory is shm_ring.py's.
+The protocol is in native/shm/ring.h, with its state table; the memory is that of ring.py.
 """
 
 from __future__ import annotations

@@ -114,6 +114,8 @@ class Model:
                 yield s._replace(pc="publish" if b.publish_before_fill else begin)
             else:
                 yield s._replace(pc="announce", rung=False)
+            if any(r.pc == "asleep" for r in s.readers):
+                yield self.wake_readers(s)  # nudge(): before there is anything to read
         elif s.pc == "fill":
             message = s.sent - self.slots
             for r in s.readers:
