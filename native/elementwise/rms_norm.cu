@@ -88,12 +88,21 @@ __global__ void __launch_bounds__(kMaxThreads)
       sum += sum_of(first, kept[0], add[0]);
     }
   }
+  gpu::Vec<T, kN> scale[kKept];  // the weights, on their way while the block sums
+  if constexpr (kHeld > 0) {
+    if (w != nullptr) {
+#pragma unroll
+      for (int h = 0; h < kHeld; ++h) {
+        const int first = threadIdx.x * kN + h * stride;
+        if (first < hidden) gpu::load<kAligned>(scale[h], w + first, min(hidden - first, kN));
+      }
+    }
+  }
   const float factor = rsqrtf(block_sum(sum) / static_cast<float>(hidden) + a.epsilon);
 
-  auto finish = [&](int first, const gpu::Vec<T, kN>& v) {
+  auto finish = [&](int first, const gpu::Vec<T, kN>& v, const gpu::Vec<T, kN>& scale) {
     const int n = min(hidden - first, kN);
-    gpu::Vec<T, kN> scale, result;
-    if (w != nullptr) gpu::load<kAligned>(scale, w + first, n);
+    gpu::Vec<T, kN> result;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float normed = gpu::to_float(v.at[j]) * factor;
@@ -106,13 +115,14 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
       const int first = threadIdx.x * kN + h * stride;
-      if (first < hidden) finish(first, kept[h]);
+      if (first < hidden) finish(first, kept[h], scale[h]);
     }
   } else {
     for (int first = threadIdx.x * kN; first < hidden; first += stride) {
       gpu::Vec<T, kN> v;
       gpu::load<kAligned>(v, (kFused ? z : x) + first, min(hidden - first, kN));
-      finish(first, v);
+      if (w != nullptr) gpu::load<kAligned>(scale[0], w + first, min(hidden - first, kN));
+      finish(first, v, scale[0]);
     }
   }
 }
@@ -127,9 +137,10 @@ void launch(const FusedAddRmsNormArgs& a, const void* input, void* out, gpu::Str
         a.input_stride1 * kItem, a.input_stride2 * kItem, a.residual_stride0 * kItem,
         a.residual_stride1 * kItem, a.residual_stride2 * kItem, a.weight_stride * kItem);
     const int64_t vecs = gpu::ceil_div(a.hidden, gpu::kVec<T>);
-    // 256 threads until they would hold more than 4 vectors each.
-    int threads = vecs <= 1024 ? 256 : kMaxThreads;
-    if (vecs < 256) threads = static_cast<int>(gpu::ceil_div(vecs, 32) * 32);
+    // Two vectors a thread, up to the most threads; short rows one.
+    int threads = vecs <= 256   ? static_cast<int>(gpu::ceil_div(vecs, 32) * 32)
+                  : vecs <= 512 ? 256
+                                : kMaxThreads;
     const int64_t held = gpu::ceil_div(vecs, threads);
     const unsigned rows = static_cast<unsigned>(a.n0 * a.n1 * a.n2);
     gpu::with_bool(all, [&](auto is_aligned) {
