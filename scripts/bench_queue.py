@@ -320,8 +320,8 @@ def main() -> None:
         soak(arguments.soak)
         return
     where = (
-        f"{os.cpu_count()} cores, Linux {os.uname().release}, Python {sys.version.split()[0]}, torch "
-        f"{torch.__version__}, pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})"
+        f"{os.cpu_count()} cores, Linux {os.uname().release}, Python {sys.version.split()[0]}, "
+        f"torch {torch.__version__}, pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})"
     )
     print(f"{where}, load {os.getloadavg()[0]:.1f}")
     results = {n: run(n, arguments.repeat, arguments.only) for n in arguments.readers}
