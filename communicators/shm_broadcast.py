@@ -152,7 +152,7 @@ class MessageQueue(QueueEnd):
             self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
             if remote_writer is None:
                 self._inline_bytes = min(handle.max_chunk_bytes, RENEW_BYTES)
-        self._try_write, self._take = api().try_write, api().take
+        self._try_write, self._take, self._nudge = api().try_write, api().take, api().nudge
 
     def _forget(self) -> None:
         self._ring = ctypes.c_void_p()
@@ -255,7 +255,7 @@ class MessageQueue(QueueEnd):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
             if self._sleepers[0]:
-                api().nudge(self._ring)
+                self._nudge(self._ring)
             try:
                 self._dump(obj)
             except Exception as error:
