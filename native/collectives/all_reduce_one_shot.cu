@@ -18,7 +18,8 @@ constexpr int kMaxThreads = 512;
 template <typename T, int W, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads)
     one_shot_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T, kWhole> inp,
-                    const gpu::SpanOf<T, kWhole> out, uint32_t vectors) {
+                    const gpu::SpanOf<T, kWhole> out, uint32_t vectors, uint32_t delay,
+                    uint32_t gap) {
   // Everything that comes from the parameters is ready before the predecessor ends.
   Call call(ws);
   const uint32_t step = gridDim.x * blockDim.x;
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (!settled) call.settle();
     if (i < vectors) {
       uint4 peers[W - 1];
-      receive_from_peers<W>(peers, ours + place, ws.slot_stride, ws, spin, call.epoch, i);
+      gpu::pause_cycles(delay);
+      receive_from_peers<W>(peers, ours + place, ws.slot_stride, ws, spin, call.epoch, i, gap);
       out.store(i, rank_ordered_sum<T, W>(own, peers, ws.rank));
 #pragma unroll
       for (int k = 0; k < W - 1; ++k) {
@@ -81,7 +83,8 @@ void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void
         gpu::launch<one_shot_kernel<T, decltype(world)::value, kWhole>>(
             {blocks, threads, stream, shape.overlap}, "all_reduce_one_shot", ws,
             gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes),
-            static_cast<uint32_t>(vectors));
+            static_cast<uint32_t>(vectors), static_cast<uint32_t>(shape.poll_delay),
+            static_cast<uint32_t>(shape.poll_gap));
       };
       const gpu::SpanOf<T> from(inp, bytes);
       const gpu::SpanOf<T> to(out, bytes);

@@ -22,6 +22,8 @@ struct Shape {
   int threads = 0;
   int unroll = 0;         // vectors a thread has in flight
   uint64_t piece = 0;     // bytes a piece
+  int poll_delay = 0;     // cycles before the first look for a vector that was not seen yet
+  int poll_gap = 0;       // cycles between two looks
   bool overlap = true;    // programmatic dependent launch
 };
 

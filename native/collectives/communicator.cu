@@ -238,6 +238,10 @@ void Communicator::tune(const std::string& name, int64_t value) {
     tuning_.shape.threads = number;
   } else if (name == "unroll" && (number == 0 || number == 1 || number == 2 || number == 4)) {
     tuning_.shape.unroll = number;
+  } else if (name == "poll_delay") {
+    tuning_.shape.poll_delay = number;
+  } else if (name == "poll_gap") {
+    tuning_.shape.poll_gap = number;
   } else if (name == "piece") {
     tuning_.shape.piece = size;
   } else if (name == "overlap") {

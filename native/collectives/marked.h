@@ -37,13 +37,19 @@ template <int W>
 __device__ __forceinline__ void receive_from_peers(uint4 (&values)[W - 1], const char* first,
                                                    uint64_t stride, const Workspace& ws,
                                                    gpu::Spin& spin, uint64_t epoch,
-                                                   uint64_t position) {
+                                                   uint64_t position, uint32_t gap = 0) {
   const auto slot = [&](int k) { return reinterpret_cast<const uint4*>(first + k * stride); };
 #pragma unroll
   for (int k = 0; k < W - 1; ++k) values[k] = gpu::ld_relaxed_sys(slot(k));
   spin.begin();
   for (;;) {
     int late = -1;
+    if (gap > 0) {
+      bool missing = false;
+#pragma unroll
+      for (int k = 0; k < W - 1; ++k) missing |= gpu::is_empty(values[k]);
+      if (missing) gpu::pause_cycles(gap);
+    }
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
       if (gpu::is_empty(values[k])) {
