@@ -102,13 +102,6 @@ __device__ __forceinline__ uint64_t clock_ns() {
   return now;
 }
 
-// Does nothing for so many cycles of the multiprocessor's clock.
-__device__ __forceinline__ void pause_cycles(uint32_t cycles) {
-  const uint32_t start = static_cast<uint32_t>(clock());
-  while (static_cast<uint32_t>(clock()) - start < cycles) {
-  }
-}
-
 // Programmatic dependent launch (sm_90 on; nothing before): a kernel launched with it may start
 // while its predecessor in the stream still runs. dependency_wait() returns when the predecessor
 // has ended and its writes are visible; launch_dependents() lets the successor start.
