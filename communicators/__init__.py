@@ -21,6 +21,15 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .backends.npu import (
         NpuCommunicator as NpuCommunicator,
     )
+    from .backends.pymscclpp import (
+        PyMscclppCommunicator as PyMscclppCommunicator,
+    )
+    from .backends.pynccl import (
+        PyNcclCommunicator as PyNcclCommunicator,
+    )
+    from .backends.quick_all_reduce import (
+        QuickAllReduce as QuickAllReduce,
+    )
     from .backends.xpu import (
         XpuCommunicator as XpuCommunicator,
     )
@@ -35,6 +44,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     )
     from .base import (
         Request as Request,
+    )
+    from .bindings.pynccl_allocator import (
+        use_symmetric_memory as use_symmetric_memory,
     )
     from .errors import (
         CommMismatchError as CommMismatchError,
@@ -108,6 +120,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .settings import (
         Settings as Settings,
     )
+    from .stateless import (
+        StatelessProcessGroup as StatelessProcessGroup,
+    )
 
 _HOMES = {
     "base": ("Capability", "Communicator", "Refusal", "Request"),
@@ -128,7 +143,12 @@ _HOMES = {
     "backends.cpu": ("CpuCommunicator",),
     "backends.hpu": ("HpuCommunicator",),
     "backends.npu": ("NpuCommunicator",),
+    "backends.pynccl": ("PyNcclCommunicator",),
+    "backends.pymscclpp": ("PyMscclppCommunicator",),
+    "backends.quick_all_reduce": ("QuickAllReduce",),
     "backends.xpu": ("XpuCommunicator",),
+    "stateless": ("StatelessProcessGroup",),
+    "bindings.pynccl_allocator": ("use_symmetric_memory",),
     "parallel_state": (
         "destroy_distributed_environment",
         "destroy_model_parallel",

@@ -2,10 +2,11 @@
 
     from communicators.allreduce import *      # in place of: from sgl_kernel.allreduce import *
 
-A handle `fa` is an integer. The functions map to the same kernels as `CustomAllreduce`, which is the
-easier way in; what differs from the originals is said in each docstring. Tensors that are reduced
-need no registration here: every rank reads only its own input, so the `register_*` functions accept
-what they are given, and `_reg`, `_unreg` and `deterministic_*` are one and the same exact sum.
+A handle `fa` is an integer. The functions map to the same kernels as `CustomAllreduce`, which is
+the easier way in; what differs from the originals is said in each docstring. Tensors that are
+reduced need no registration here: every rank reads only its own input, so the `register_*`
+functions accept what they are given, and `_reg`, `_unreg` and `deterministic_*` are one and the
+same exact sum.
 """
 
 from __future__ import annotations

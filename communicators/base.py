@@ -79,6 +79,7 @@ class Capability:
     dtypes: frozenset[torch.dtype] | None = None  # of the reductions; None: any
     modes: frozenset[str] = frozenset({"eager"})
     max_bytes: int | None = None
+    min_bytes: int = 0
     multiple: int = 1  # the byte count must be a multiple of this
     deterministic: bool = True  # rank-ordered fp32 sums: the same bits on every rank, always
 
@@ -94,6 +95,8 @@ class Capability:
             return Refusal(f"it sums {names}, not {dtype_name(request.dtype)}")
         if self.max_bytes is not None and request.nbytes > self.max_bytes:
             return Refusal(f"{request.nbytes} bytes are more than its {self.max_bytes}")
+        if request.nbytes < self.min_bytes:
+            return Refusal(f"{request.nbytes} bytes are fewer than its {self.min_bytes}")
         if request.nbytes % self.multiple:
             return Refusal(f"{request.nbytes} bytes are not a multiple of {self.multiple}")
         return None

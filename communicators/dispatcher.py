@@ -50,6 +50,7 @@ class Dispatcher:
         }
         self._plans: dict[tuple[str, torch.dtype, int, bool], Communicator] = {}
         self._on_cuda = device.type == "cuda"
+        self._debug = group.settings.debug
         facts = (table.digest, [c.name for c in self.live])
         for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
             if theirs != facts:
@@ -74,12 +75,23 @@ class Dispatcher:
         """
         smaller = out if inp is None or op == "reduce_scatter" else inp
         assert smaller is not None
+        if self._debug and op not in ("send", "recv"):
+            self._compare(op, smaller, root)
         capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
         key = (op, smaller.dtype, smaller.nbytes, capturing)
         communicator = self._plans.get(key)
         if communicator is None:
             communicator = self._plan(key, smaller)
         communicator.run(op, out, inp, root)
+
+    def _compare(self, op: str, tensor: torch.Tensor, root: int) -> None:
+        """COMMUNICATORS_DEBUG: the ranks compare their calls on the host before they make them."""
+        call = f"{op} of {list(tensor.shape)} {dtype_name(tensor.dtype)}, root {root}"
+        for rank, theirs in enumerate(self.group.gather_objects("debug", call)):
+            if theirs != call:
+                raise CommMismatchError(
+                    f"rank {self.group.rank} calls {call} and rank {rank} calls {theirs}"
+                )
 
     def _plan(self, key: tuple[str, torch.dtype, int, bool], tensor: torch.Tensor) -> Communicator:
         if tensor.device.type != self.device.type:
@@ -136,7 +148,9 @@ class Dispatcher:
         self, op: str, dtype: torch.dtype, mode: str
     ) -> list[tuple[int, int | None, Choice]]:
         """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
-        bounds = {c.capabilities.max_bytes for c in self.live if c.capabilities is not None}
+        open_to = [c.capabilities for c in self.live if c.capabilities is not None]
+        bounds = {capability.max_bytes for capability in open_to}
+        bounds |= {capability.min_bytes - 1 for capability in open_to if capability.min_bytes > 1}
         bounds |= {
             row.up_to_bytes
             for row in self.table.rows

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from . import backends
 from .arguments import check_dim, check_peer, check_root, check_sizes
+from .backends.pynccl import PyNcclCommunicator
 from .dispatcher import Dispatcher
 from .errors import CommunicatorError, InvalidArgumentError, TopologyError
 from .group import Group
@@ -105,6 +106,13 @@ class GroupCoordinator:
     def last_rank(self) -> int:
         """Global rank of the last member."""
         return self.ranks[-1]
+
+    @property
+    def pynccl_comm(self) -> PyNcclCommunicator | None:
+        """NCCL's communicator on the GPUs, for `use_symmetric_memory`; None where none is live."""
+        dispatcher = self._dispatchers.get("cuda")
+        live = () if dispatcher is None else dispatcher.live
+        return next((one for one in live if isinstance(one, PyNcclCommunicator)), None)
 
     @property
     def is_first_rank(self) -> bool:

@@ -77,20 +77,32 @@ class _Workers:
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.reports: dict[Connection, str] = {}  # where each role's reports arrive
+        try:
+            for role, (give, take, devices) in ends.items():
+                self._start(role, (give, take), devices, options)
+        except OSError:
+            self.stop()
+            raise
+        finally:
+            for end in (*handles, *acknowledgements):
+                os.close(end)
+
+    def _start(
+        self, role: str, pipes: tuple[int, int], devices: Sequence[int], options: Sequence[str]
+    ) -> None:
         # The parent's import path, and not its __main__: a job's script is not run again.
         code = f"import sys; sys.path[:] = {sys.path!r}; from communicators.p2p_worker import main"
-        for role, (give, take, devices) in ends.items():
-            read, write = os.pipe()
-            command = [sys.executable, "-c", f"{code}; main(sys.argv[1:])", role]
-            command += ["--devices", ",".join(map(str, devices))]
-            command += ["--pipes", f"{give},{take},{write}", *options]
+        read, write = os.pipe()
+        self.reports[Connection(read, writable=False)] = role
+        command = [sys.executable, "-c", f"{code}; main(sys.argv[1:])", role]
+        command += ["--devices", ",".join(map(str, devices))]
+        command += ["--pipes", f"{pipes[0]},{pipes[1]},{write}", *options]
+        try:
             self._processes[role] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(give, take, write)
+                command, stdin=subprocess.DEVNULL, pass_fds=(*pipes, write)
             )
-            self.reports[Connection(read, writable=False)] = role
+        finally:
             os.close(write)
-        for end in (*handles, *acknowledgements):
-            os.close(end)
 
     def end_of(self, role: str) -> str:
         """How a process that closed its pipe has ended."""

@@ -30,6 +30,13 @@ _FORMAT = 2
 _log = logging.getLogger(__name__)
 
 
+def _default_folder() -> Path:
+    try:
+        return Path.home() / ".cache" / "communicators"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"communicators-{os.getuid()}"
+
+
 @dataclass(frozen=True)
 class PairResult:
     """What is known of an ordered pair: None or why it failed, and what was measured, by name."""
@@ -42,12 +49,12 @@ class P2PCache:
     """The proofs of one host since its last boot, under one driver, by the GPUs' UUIDs.
 
     Args:
-        directory: where the file is; "" for ~/.cache/communicators.
+        directory: where the file is; "" for ~/.cache/communicators, or under /tmp without a home.
         driver: version of the driver.
     """
 
     def __init__(self, directory: str, host: HostFacts, driver: str) -> None:
-        folder = Path(directory) if directory else Path.home() / ".cache" / "communicators"
+        folder = Path(directory) if directory else _default_folder()
         self.host, self.driver = host, driver
         label = re.sub(r"[^\w.-]", "_", f"p2p-{host.boot_id}-{driver}.json")
         self.path = folder / label
@@ -76,7 +83,7 @@ class P2PCache:
         Where the file cannot be written a warning is logged, and the next job tries the pairs anew.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(self.path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self._replace({**self.read(), **results}, gpus)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib
+import logging
 import os
 import queue
 import random
@@ -24,13 +26,20 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from .bindings.cuda_wrapper import CudaError, CudaRTLibrary, cudaIpcMemHandle_t
-from .errors import CommunicatorError
+from .bindings.cuda_wrapper import (
+    CudaError,
+    CudaRTLibrary,
+    cudaIpcMemHandle_t,
+    find_loaded_library,
+)
+from .errors import CommunicatorError, NativeLibraryError
+
+_log = logging.getLogger(__name__)
 
 PROOF_BYTES = 1 << 20
 MEASURED_BYTES = 256 << 20
 _COPIES = 20  # of the large copies that are timed, after one that is not
-_SMALL_BYTES, _SMALL_COPIES = 16, 200
+_CHAIN_BYTES, _HOPS = 1 << 20, 4096  # of the dependent loads whose latency is measured
 
 # cudaError_t of a GPU that has no room, or no place for another process, at the moment.
 _BUSY = {2: "cudaErrorMemoryAllocation", 46: "cudaErrorDevicesUnavailable"}
@@ -163,7 +172,7 @@ def consumer(
 ) -> None:
     """Reaches from each GPU of `batch_tgt` for the producer's memory; arguments as there.
 
-    With `size` above PROOF_BYTES the bandwidth and the latency of copies are measured too.
+    With `size` above PROOF_BYTES bandwidth and latency are measured too.
     """
     if cuda_visible_devices is not None:
         update_environment_variables({"CUDA_VISIBLE_DEVICES": cuda_visible_devices})
@@ -212,7 +221,10 @@ def _exchange(
 def _measure(
     cuda: CudaRTLibrary, local: ctypes.c_void_p, theirs: ctypes.c_void_p, size: int
 ) -> dict[str, float]:
-    """Copies by the copy engine, one direction at a time: read and write GB/s, latency in us."""
+    """Copies by the copy engine, one direction at a time, and dependent loads by a kernel.
+
+    GB/s of reading and writing, and the microseconds of one load, where the native library is.
+    """
 
     def milliseconds(to: ctypes.c_void_p, source: ctypes.c_void_p, nbytes: int, n: int) -> float:
         start, end = cuda.cudaEventCreate(), cuda.cudaEventCreate()
@@ -227,11 +239,35 @@ def _measure(
         cuda.cudaEventDestroy(end)
         return max(elapsed, 1e-9)
 
-    return {
+    measured = {
         "read_gbps": size / milliseconds(local, theirs, size, _COPIES) / 1e6,
         "write_gbps": size / milliseconds(theirs, local, size, _COPIES) / 1e6,
-        "latency_us": milliseconds(theirs, local, _SMALL_BYTES, _SMALL_COPIES) * 1e3,
     }
+    loads = _native_loads(cuda.path)
+    if loads is not None:
+        measured["latency_us"] = loads(theirs.value, _CHAIN_BYTES, _HOPS)
+    return measured
+
+
+@functools.cache
+def _native_loads(runtime: str) -> Callable[..., float] | None:
+    """The operator that times loads; None where the native library is absent.
+
+    None too where that library runs on another CUDA runtime than the one in use here.
+    """
+    import torch  # a probe that measures nothing does without
+
+    from . import native
+
+    try:
+        native.load("cuda")
+    except NativeLibraryError as error:
+        _log.info("latency is not measured: %s", error)
+        return None
+    if find_loaded_library("libcudart") != runtime and "amdhip" not in runtime:
+        return None
+    operator: Callable[..., float] = torch.ops.communicators.load_latency_us
+    return operator
 
 
 class _Pipe:
@@ -276,6 +312,8 @@ def main(arguments: Sequence[str]) -> None:
         if given.cudart is None:
             importlib.import_module("torch")  # brings a CUDA runtime into the process
         cuda = CudaRTLibrary(given.cudart)
+        if given.size > PROOF_BYTES and not is_producer:
+            _native_loads(cuda.path)  # before the pairs' time runs
     except (CommunicatorError, ImportError) as error:
         result_queue.put(Report(given.role, -1, str(error), transient=True))
         return

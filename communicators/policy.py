@@ -40,7 +40,10 @@ def choose(request: Request, live: Sequence[tuple[str, Capability]], table: Tabl
     chosen = admitted[0]
     reason = "the first in order of preference that takes it"
     row = table.find(request)
-    if row is not None and row.communicator in admitted:
+    # A row says nothing of a communicator that was not measured: where that is the preferred one
+    # (the user has allowed it since), the order stands.
+    measured = row is not None and chosen in {row.communicator, *row.us}
+    if row is not None and measured and row.communicator in admitted:
         chosen = row.communicator
         reason = f"measured fastest, {row.us[chosen]:g} us ({table.describe()})"
     for name in admitted:

@@ -38,6 +38,15 @@ def _size(text: str) -> int:
     return int(digits) * units[text.lower().rstrip("ib")[len(digits) :]]
 
 
+def _one_of(*accepted: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.upper() not in accepted:
+            raise ValueError
+        return text.upper()
+
+    return parse
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -117,6 +126,16 @@ class Settings:
 
     cuda_device_order: str = _setting("", "CUDA_DEVICE_ORDER", str, "FASTEST_FIRST or PCI_BUS_ID")
     """CUDA's own variable: the order of the GPUs that indices count."""
+
+    quick_codec: str = _setting(
+        "", "COMMUNICATORS_QUICK_CODEC", _one_of("", "FP", "Q8", "Q6", "Q4"), "FP, Q8, Q6 or Q4"
+    )
+    """Allows the quantized all-reduce, with 16 (FP), 8, 6 or 4 bits a value. Unset: not used."""
+
+    quick_least_bytes: int = _setting(
+        4 << 20, "COMMUNICATORS_QUICK_LEAST_BYTES", _size, "bytes, or a number with K, M or G"
+    )
+    """Smallest tensor that the quantized all-reduce takes."""
 
     debug: bool = _setting(False, "COMMUNICATORS_DEBUG", _flag, "0 or 1")
     """Extra checks before each collective (shapes compared across ranks on the host)."""

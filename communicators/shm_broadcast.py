@@ -1,9 +1,9 @@
 """MessageQueue: one writer sends objects to every reader, on this host and on others.
 
-Readers on the writer's host share a ring in memory with it (shm_ring.py, native/shm/ring.h);
-readers on other hosts are served over ZeroMQ (remote_queue.py). Every reader gets every message, in
-order, once. A small message is copied into a slot of the ring; large buffers (numpy arrays, CPU
-tensors) and long pickles go into a block of the ring's arena, one for each message, where
+Readers on the writer's host share a ring in memory with it (native/shm/ring.h); readers on other
+hosts are served over ZeroMQ (message_queue/wire.py). Every reader gets every message, in order,
+once. A small message is copied into a slot of the ring; large buffers (numpy arrays, CPU tensors)
+and long pickles go into a block of the ring's arena, one for each message, where
 `dequeue(copy=False)` lets a reader use them in place.
 
 Every blocking call takes `timeout`, in seconds; None is COMMUNICATORS_TIMEOUT_S, `math.inf` waits
@@ -15,52 +15,36 @@ queue.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import threading
-import weakref
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .bindings.ring_api import api
-from .errors import CommTimeoutError, InvalidArgumentError, QueueClosedError, RefusedError
-from .process import Process, pid_space, start_time
-from .queue_blocks import read_block, write_block
-from .queue_codec import Encoder, decode
+from .errors import InvalidArgumentError, RefusedError
+from .message_queue.blocks import read_block, write_block
+from .message_queue.codec import Encoder, cannot_pickle, decode
+from .message_queue.deadline import Deadline
+from .message_queue.ends import RingReader, RingWriter
+from .message_queue.handle import VERSION, Handle, join_ring
+from .message_queue.lifetime import QueueEnd
+from .message_queue.native_ring import BLOCK, INLINE, RAW, api
+from .message_queue.process import pid_space, start_time
+from .message_queue.ring import ShmRingBuffer
 from .settings import Settings
-from .shm_ring import BLOCK, INLINE, RAW, Deadline, RingReader, RingWriter, ShmRingBuffer
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from .group import Group
-    from .remote_queue import RemoteReader, RemoteWriter
+    from .message_queue.remote_reader import RemoteReader
+    from .message_queue.remote_writer import RemoteWriter
 
 __all__ = ["Handle", "MessageQueue", "ShmRingBuffer"]
 
-_VERSION = 1  # of Handle and of what it leads to
-_CLOSE_S = 1.0  # how long close() waits for a thread that is inside a call
 
-
-@dataclass(frozen=True)
-class Handle:
-    """What a reader needs to join a queue. Give it to readers only: it holds the remote keys."""
-
-    version: int
-    n_reader: int
-    local_reader_ranks: tuple[int, ...]
-    max_chunk_bytes: int
-    max_chunks: int
-    writer_pid: int
-    writer_started: int
-    pid_space: str
-    ring: str | None  # ShmRingBuffer.name
-    remote_address: str | None
-    remote_key: bytes = field(repr=False, default=b"")
-
-
-class MessageQueue:
+class MessageQueue(QueueEnd):
     """A broadcast queue. The constructor makes the writing end; readers use create_from_handle.
 
     Args:
@@ -104,13 +88,13 @@ class MessageQueue:
             buffer = ShmRingBuffer(n_local_reader, max_chunk_bytes, max_chunks)
             writer = RingWriter(buffer, list(ranks), settings)
         if n_reader > n_local_reader:
-            from .remote_queue import RemoteWriter  # needs pyzmq, so only here
+            from .message_queue.remote_writer import RemoteWriter  # needs pyzmq, so only here
 
             remote = RemoteWriter(n_reader - n_local_reader, max_chunks, connect_ip, settings)
         if writer is not None and remote is not None:
             writer.others_left, remote.others_left = remote.any_left, writer.any_left
         handle = Handle(
-            version=_VERSION,
+            version=VERSION,
             n_reader=n_reader,
             local_reader_ranks=tuple(ranks),
             max_chunk_bytes=max_chunk_bytes,
@@ -140,27 +124,42 @@ class MessageQueue:
         self._remote_writer = remote_writer
         self._reader = reader
         self._remote_reader = remote_reader
-        self._ends = [e for e in (writer, remote_writer, reader, remote_reader) if e is not None]
         self._encoder = Encoder() if writer or remote_writer else None
-        self._ready: deque[memoryview] = deque()  # read from the ring, and not yet dequeued
-        self._closed = False
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._parts: list[Any] = []
+        self._buffers: list[memoryview] = []
+        self._dump: Callable[[Any], None] = _not_a_writer
+        if self._encoder is not None:
+            self._parts, self._buffers = self._encoder.parts, self._encoder.buffers
+            self._dump, self._clear_memo = self._encoder.dump, self._encoder.clear_memo
+        # Read from the ring and not dequeued yet: decoded ones first, then those that are not.
+        self._objects: deque[Any] = deque()
+        self._ready: deque[memoryview] = deque()
+        self._next = self._objects.popleft
+        self._open([e for e in (writer, remote_writer, reader, remote_reader) if e is not None])
+        self._sleepers = memoryview(bytes(8)).cast("Q")
         # What the short path of enqueue and dequeue needs, one look-up away. While it must not be
-        # taken (closed, forked, remote readers), _ring is 0 and _inline_bytes -1.
-        self._ring = 0
+        # taken (closed, forked, remote readers), _ring is null and _inline_bytes -1.
+        self._ring = ctypes.c_void_p()
         self._inline_bytes = -1
         if reader is not None:
-            self._ring = reader.handle
+            self._ring = ctypes.c_void_p(reader.handle)
             self._batch = memoryview(reader.taken.bytes).cast("B")
             self._ends_of = reader.taken.ends
         elif writer is not None:
-            self._ring = writer.handle
+            self._ring = ctypes.c_void_p(writer.handle)
+            # A plain look at a word that readers change: a hint, which costs less than a call.
+            begin = api().sleepers_offset()
+            self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
             if remote_writer is None:
                 self._inline_bytes = handle.max_chunk_bytes
         self._try_write, self._take = api().try_write, api().take
-        self._finalizer = weakref.finalize(self, _shut, self._ends, self._lock, self._pid)
-        _queues.add(self)
+
+    def _forget(self) -> None:
+        self._ring = ctypes.c_void_p()
+        self._inline_bytes = -1
+        self._sleepers = memoryview(bytes(8)).cast("Q")
+        self._objects.clear()
+        self._ready.clear()
 
     # --- joining --------------------------------------------------------------------------------
 
@@ -183,22 +182,22 @@ class MessageQueue:
                 f"create_from_handle(handle): what export_handle() returned is expected, got a "
                 f"{type(handle).__name__}"
             )
-        if handle.version != _VERSION:
+        if handle.version != VERSION:
             raise RefusedError(
                 f"create_from_handle(handle): the handle is of version {handle.version}, this "
-                f"library reads version {_VERSION}; writer and readers need the same release"
+                f"library reads version {VERSION}; writer and readers need the same release"
             )
         settings = settings if settings is not None else Settings.from_environment()
         queue = MessageQueue.__new__(MessageQueue)
         if rank in handle.local_reader_ranks:
-            queue._set_up(handle, settings, reader=_join_ring(handle, rank, settings))
+            queue._set_up(handle, settings, reader=join_ring(handle, rank, settings))
             return queue
         if handle.remote_address is None:
             raise InvalidArgumentError(
                 f"create_from_handle(handle, rank={rank}): the queue has local readers only, of "
                 f"ranks {', '.join(map(str, handle.local_reader_ranks))}"
             )
-        from .remote_queue import RemoteReader  # needs pyzmq, so only here
+        from .message_queue.remote_reader import RemoteReader  # needs pyzmq, so only here
 
         remote = RemoteReader(
             handle.remote_address, handle.remote_key, rank, handle.max_chunks, settings
@@ -222,7 +221,7 @@ class MessageQueue:
         writer's address on the way to the group's store). Ready when it returns. If one rank cannot
         join, all raise RefusedError with its reason.
         """
-        from .queue_group import create_for_group
+        from .message_queue.for_group import create_for_group
 
         return create_for_group(
             pg, max_chunk_bytes, max_chunks, writer_rank, connect_ip=connect_ip, timeout=timeout
@@ -252,38 +251,51 @@ class MessageQueue:
         CommTimeoutError naming the reader whose unread messages leave no room: then no reader gets
         the message, and the queue can be used on.
         """
-        if not self._lock.acquire(False):
+        if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
-        encoder = self._encoder
         try:
-            if encoder is None:
-                raise InvalidArgumentError("enqueue(obj): this is a reader's end of the queue")
-            encoder.encode(obj)
-            parts = encoder.parts
-            if len(parts) == 1 and not encoder.buffers:
-                size = len(parts[0])
-                if size <= self._inline_bytes and self._try_write(self._ring, parts[0], size):
+            if self._sleepers[0]:
+                api().nudge(self._ring)
+            try:
+                self._dump(obj)
+            except Exception as error:
+                raise self._cannot_dump(obj, error) from error
+            self._clear_memo()
+            parts = self._parts
+            part = parts.pop()
+            if not parts and not self._buffers:
+                size = len(part)
+                if size <= self._inline_bytes and self._try_write(self._ring, part, size):
                     return
-            self._send(encoder, Deadline(timeout, self._settings))
+            parts.append(part)
+            self._send(Deadline(timeout, self._settings))
         finally:
-            if encoder is not None:
-                encoder.clear()
-            self._lock.release()
+            self._release()
 
-    def _send(self, encoder: Encoder, deadline: Deadline) -> None:
+    def _cannot_dump(self, obj: Any, error: Exception) -> Exception:
+        if self._encoder is None:
+            return error
+        self._encoder.clear()
+        return cannot_pickle(obj, error)
+
+    def _send(self, deadline: Deadline) -> None:
         """The long way: waits for room everywhere first, so that all readers get it or none."""
-        self._check_usable()
-        parts, buffers = encoder.parts, encoder.buffers
-        if self._remote_writer is not None:
-            self._remote_writer.wait_for_room(deadline)
-        if self._writer is not None and self._writer.wait_for_slot(deadline):
-            size = sum(memoryview(part).nbytes for part in parts)
-            if not buffers and size <= self._handle.max_chunk_bytes:
-                self._try_write(self._ring, b"".join(parts), size)
-            else:
-                write_block(self._writer, parts, buffers, deadline)
-        if self._remote_writer is not None:
-            self._remote_writer.send(INLINE, parts, buffers)
+        assert self._encoder is not None
+        parts, buffers = self._parts, self._buffers
+        try:
+            self._check_usable()
+            if self._remote_writer is not None:
+                self._remote_writer.wait_for_room(deadline)
+            if self._writer is not None and self._writer.wait_for_slot(deadline):
+                size = sum(memoryview(part).nbytes for part in parts)
+                if not buffers and size <= self._handle.max_chunk_bytes:
+                    self._try_write(self._ring, b"".join(parts), size)
+                else:
+                    write_block(self._writer, parts, buffers, deadline)
+            if self._remote_writer is not None:
+                self._remote_writer.send(INLINE, parts, buffers)
+        finally:
+            self._encoder.clear()
 
     def dequeue(self, timeout: float | None = None, copy: bool = True) -> Any:
         """The next object.
@@ -295,13 +307,19 @@ class MessageQueue:
         Raises CommTimeoutError when no message arrived; QueueClosedError or PeerDiedError when the
         writer has closed the queue or died, after everything that it sent was read.
         """
-        if not self._lock.acquire(False):
+        if self._objects:  # that came together, and were decoded then
+            try:
+                return self._next()
+            except IndexError:
+                pass  # another thread was quicker
+        if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
-            ready = self._ready
-            if ready:
-                return decode(ready.popleft())
-            if not self._ring or self._reader is None:
+            if self._objects:  # another thread has brought some
+                return self._next()
+            if self._ready:
+                return decode(self._ready.popleft())
+            if self._reader is None or not self._ring:
                 return self._receive(Deadline(timeout, self._settings))
             taken = self._take(self._ring)
             if taken == 0:
@@ -311,12 +329,25 @@ class MessageQueue:
                     taken = self._take(self._ring)
             if taken == 1:
                 return decode(self._batch)  # a pickle says itself where it ends
-            if taken > 1:
-                self._keep(taken)
-                return decode(ready.popleft())
-            return self._read_in_place(copy)
+            if taken < 0:
+                return self._read_in_place(copy)
+            self._keep(taken)
+            self._decode_ahead()
+            return self._next() if self._objects else decode(self._ready.popleft())
         finally:
-            self._lock.release()
+            self._release()
+
+    def _decode_ahead(self) -> None:
+        """Decodes what came together: most of the cost of a call is paid once.
+
+        One that cannot be decoded, and those behind it, wait for their turn: it may have to do
+        with what the program does with the messages before.
+        """
+        ready, add, loads = self._ready, self._objects.append, pickle.loads
+        with contextlib.suppress(Exception):
+            while ready:
+                add(loads(ready[0]))
+                ready.popleft()
 
     def _read_in_place(self, copy: bool) -> Any:
         reader = self._reader
@@ -391,12 +422,13 @@ class MessageQueue:
             reader = self._reader
             if reader is None:
                 raise InvalidArgumentError("acquire_read(): this is the writer's end of the queue")
-            while not self._ready and (taken := self._take(self._ring)) >= 0:
-                if taken:
-                    self._keep(taken)
-                else:
-                    reader.wait(deadline)
-            if self._ready or reader.taken.kind != RAW:
+            if self._objects or self._ready:
+                raise InvalidArgumentError(_NOT_RAW)
+            while (taken := self._take(self._ring)) == 0:
+                reader.wait(deadline)
+            if taken > 0:
+                self._keep(taken)
+            if taken > 0 or reader.taken.kind != RAW:
                 raise InvalidArgumentError(_NOT_RAW)
             begin = reader.taken.offset
             try:
@@ -412,112 +444,10 @@ class MessageQueue:
             self._ready.append(self._batch[begin:end])
             begin = end
 
-    # --- the end --------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Leaves the queue and wakes whoever waits for this end. Idempotent, from any thread.
-
-        Readers still get what was sent before, then QueueClosedError. A writer goes on without a
-        reader that left.
-        """
-        if self._closed or self._pid != os.getpid():
-            return
-        self._closed = True
-        self._finalizer.detach()
-        _shut(self._ends, self._lock, self._pid, self._forget)
-
-    def _forget(self) -> None:
-        self._ring = 0
-        self._inline_bytes = -1
-        self._ready.clear()
-
-    def __enter__(self) -> MessageQueue:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _locked(self, deadline: Deadline) -> Iterator[Deadline]:
-        if not self._lock.acquire(False):
-            self._wait_for_lock(deadline)
-        try:
-            self._check_usable()
-            yield deadline
-        finally:
-            self._lock.release()
-
-    def _wait_for_lock(self, deadline: Deadline) -> None:
-        if not self._lock.acquire(timeout=min(deadline.left(), threading.TIMEOUT_MAX)):
-            raise CommTimeoutError(
-                f"message queue: another thread of this process has been in this end for "
-                f"{deadline.seconds:g} s; threads take turns"
-            )
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise QueueClosedError("message queue: this end was closed")
-        if self._pid != os.getpid():
-            raise RefusedError(
-                f"message queue: this end belongs to process {self._pid}, and this is its child "
-                f"{os.getpid()}; a child joins with export_handle() and create_from_handle()"
-            )
-
-    def _after_fork(self) -> None:
-        """In the child: the parent's lock may be held for ever, and its ring is not ours."""
-        self._lock = threading.Lock()
-        self._forget()
-
-
-def _join_ring(handle: Handle, rank: int, settings: Settings) -> RingReader:
-    if handle.pid_space != pid_space():
-        raise RefusedError(
-            f"create_from_handle(handle, rank={rank}): rank {rank} is listed as local to the "
-            "writer, and runs on another host or in another pid namespace; list it as remote"
-        )
-    assert handle.ring is not None
-    writer = Process(handle.writer_pid, handle.writer_started)
-    try:
-        n_local = len(handle.local_reader_ranks)
-        buffer = ShmRingBuffer(n_local, handle.max_chunk_bytes, handle.max_chunks, handle.ring)
-        return RingReader(buffer, handle.local_reader_ranks.index(rank), rank, writer, settings)
-    except BaseException:
-        writer.close()
-        raise
-
-
-def _shut(
-    ends: list[Any], lock: threading.Lock, pid: int, forget: Callable[[], None] | None = None
-) -> None:
-    """Closes the ends, once no thread is inside. Also runs when the queue is collected, at exit."""
-    if os.getpid() != pid:
-        return
-    for end in ends:
-        end.cancel()
-    if not lock.acquire(timeout=_CLOSE_S):
-        # A thread is busy in there (or this is its signal handler): the other side is told, and
-        # the memory stays until the process ends.
-        for end in ends:
-            end.announce_close()
-        return
-    try:
-        if forget is not None:
-            forget()
-        for end in ends:
-            end.close()
-    finally:
-        lock.release()
+def _not_a_writer(obj: Any) -> None:
+    raise InvalidArgumentError("enqueue(obj): this is a reader's end of the queue")
 
 
 _RAW = "dequeue(): the next message was written by acquire_write(); acquire_read() reads it"
 _NOT_RAW = "acquire_read(): the next message was written by enqueue(); dequeue() reads it"
-
-_queues: weakref.WeakSet[MessageQueue] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for queue in list(_queues):
-        queue._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

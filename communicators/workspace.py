@@ -13,7 +13,6 @@ import torch
 from . import native
 from .errors import CommunicatorError, InvalidArgumentError
 
-
 #: Bytes of a slot, of a region for tagged packets and of a bulk region. A workspace has two of each
 #: and 64 KB of control words (native/collectives/workspace.h): 50 MB.
 LAYOUT = (16 << 20, 1 << 20, 8 << 20)

@@ -41,7 +41,7 @@ _OPS = frozenset(
     }
 )
 # Ops whose kernels have landed, by device; the others still run kvcache_ops.reference.
-_NATIVE: dict[str, frozenset[str]] = {"cpu": _OPS, "cuda": frozenset()}
+_NATIVE: dict[str, frozenset[str]] = {"cpu": _OPS, "cuda": _OPS}
 _loaded: set[str] = set()
 _check_slots = False
 
@@ -78,6 +78,14 @@ def op(name: str, where: Tensor) -> Callable[..., None]:
     if device_type not in _loaded:
         _load(device_type)
     packet: Callable[..., None] = getattr(torch.ops.kvcache_ops, name).default
+    return packet
+
+
+def gpu_batch_copy() -> Callable[..., None]:
+    """swap_blocks_batch on the current stream: its tensors are the host's, so it is not in op()."""
+    if "cuda" not in _loaded:
+        _load("cuda")
+    packet: Callable[..., None] = torch.ops.kvcache_ops.swap_blocks_batch_cuda.default
     return packet
 
 

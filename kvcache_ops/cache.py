@@ -12,9 +12,10 @@ kv_cache_dtype: ``auto``, ``float16`` and ``bfloat16`` copy (the cache has the d
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kvcache_ops._native import op, slot_op
+from kvcache_ops._native import gpu_batch_copy, op, slot_op
 
 
 def _slots(cache: Tensor) -> int:
@@ -57,7 +58,8 @@ def swap_blocks_batch(
         is_src_access_order_any: the sources may be read at any time from the call on, not in
             stream order; only safe when nothing on the GPU is writing them.
 
-    The addresses are the caller's word: they cannot be checked.
+    In a process that uses a GPU they are queued on the current stream of the current device. The
+    addresses are the caller's word: they cannot be checked.
 
     Raises:
         RuntimeError: the vectors differ in length, dtype or device, or a size is negative.
@@ -69,7 +71,10 @@ def swap_blocks_batch(
         >>> b
         tensor([0, 1, 0, 0], dtype=torch.uint8)
     """
-    op("swap_blocks_batch", src_ptrs)(src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
+    copy = op("swap_blocks_batch", src_ptrs)
+    if torch.cuda.is_initialized():  # some of the addresses may be a GPU's
+        copy = gpu_batch_copy()
+    copy(src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
 
 
 def reshape_and_cache(

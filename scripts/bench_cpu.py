@@ -16,194 +16,13 @@ import importlib.util
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIZES = [
-    8,
-    64,
-    1 << 10,
-    4 << 10,
-    16 << 10,
-    64 << 10,
-    256 << 10,
-    1 << 20,
-    4 << 20,
-    16 << 20,
-    64 << 20,
-]
-OTHER_SIZES = [1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
 OPS = ("all_reduce", "all_gather", "gather", "reduce_scatter")
-ROUNDS = 21
-ROUND_S = 0.01  # of one system in one round, about
 OURS = "communicators"
-
-
-# --- a rank ---------------------------------------------------------------------------------------
-
-
-class Systems:
-    """The calls to compare: system -> function of no arguments, for one op and tensors."""
-
-    def __init__(self, with_mpi: bool) -> None:
-        import torch
-        import torch.distributed as dist
-
-        from communicators import CpuCommunicator, Group, Settings
-
-        torch.set_num_threads(1)
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.dist = dist
-        store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size)
-        group = Group(store, self.rank, self.world_size, settings=Settings())
-        self.ours = CpuCommunicator(group, torch.device("cpu"))
-        if self.ours.refusal is not None:
-            raise SystemExit(f"the library refuses: {self.ours.refusal}")
-        self.mpi: Any = None
-        if with_mpi:
-            from mpi4py import MPI
-
-            self.mpi = MPI
-
-    def calls(self, op: str, x: Any, out: Any) -> dict[str, Callable[[], Any]]:
-        ours, dist, root = self.ours, self.dist, self.rank == 0
-        if op == "all_reduce":
-            calls = {OURS: lambda: ours.all_reduce_(x), "gloo": lambda: dist.all_reduce(x)}
-        elif op == "all_gather":
-            gathered = out
-            gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            calls = {
-                OURS: lambda: ours.run("all_gather", gathered, x),
-                "gloo": lambda: gather_into(gathered, x),
-            }
-        elif op == "gather":
-            parts = list(out.view(self.world_size, -1).unbind(0)) if root else None
-            target = out if root else None
-            calls = {
-                OURS: lambda: ours.run("gather", target, x, 0),
-                "gloo": lambda: dist.gather(x, parts, dst=0),
-            }
-        else:
-            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            calls = {
-                OURS: lambda: ours.run("reduce_scatter", out, x),
-                "gloo": lambda: scatter(out, x),
-            }
-        mpi_call = self._mpi_call(op, x, out)
-        if mpi_call is not None:
-            calls["Open MPI"] = mpi_call
-        return calls
-
-    def _mpi_call(self, op: str, x: Any, out: Any) -> Callable[[], Any] | None:
-        import torch
-
-        if self.mpi is None or x.dtype != torch.float32:  # MPI has no bfloat16
-            return None
-        mpi, comm = self.mpi, self.mpi.COMM_WORLD
-        a, b = x.numpy(), out.numpy()
-        if op == "all_reduce":
-            return lambda: comm.Allreduce(mpi.IN_PLACE, a)
-        if op == "all_gather":
-            return lambda: comm.Allgather(a, b)
-        if op == "gather":
-            target = b if self.rank == 0 else None
-            return lambda: comm.Gather(a, target, 0)
-        return lambda: comm.Reduce_scatter_block(a, b)
-
-
-def tensors(op: str, dtype: Any, nbytes: int, rank: int, world_size: int) -> tuple[Any, Any]:
-    """(x, out): `nbytes` of one rank's contribution in ordinary memory, and room for results."""
-    import torch
-
-    n = max(nbytes // torch.empty((), dtype=dtype).element_size(), 1)
-    many = n * world_size
-    x = torch.empty(many if op == "reduce_scatter" else n, dtype=dtype).fill_(float(rank + 1))
-    out = torch.empty(many if op in ("all_gather", "gather") else n, dtype=dtype).fill_(-1.0)
-    return x, out
-
-
-def expected(op: str, x: Any, out: Any, rank: int, world_size: int) -> Any:
-    import torch
-
-    total = float(world_size * (world_size + 1) // 2)
-    if op == "all_reduce":
-        return torch.full_like(x, total)
-    if op == "reduce_scatter":
-        return torch.full_like(out, total)
-    if op == "gather" and rank != 0:
-        return torch.full_like(out, -1.0)
-    return torch.arange(1.0, world_size + 1).repeat_interleave(x.numel()).to(x.dtype)
-
-
-def measure(systems: Systems, op: str, dtype: Any, nbytes: int) -> dict[str, list[float]]:
-    """Microseconds a call, for each system and round, of this rank."""
-    rank, world_size = systems.rank, systems.world_size
-    barrier = systems.ours.barrier
-    counts: dict[str, int] = {}
-    x, out = tensors(op, dtype, nbytes, rank, world_size)
-    calls = systems.calls(op, x, out)
-    for name, call in calls.items():
-        x.fill_(float(rank + 1))
-        out.fill_(-1.0)
-        call()
-        result = x if op == "all_reduce" else out
-        if not result.equal(expected(op, x, out, rank, world_size)):
-            raise SystemExit(f"{name}: {op} of {nbytes} bytes of {dtype} is wrong on rank {rank}")
-    x.zero_()  # sums of zeros stay finite however often they are made
-    for name, call in calls.items():
-        barrier()
-        started = time.perf_counter()
-        for _ in range(3):
-            call()
-        one = (time.perf_counter() - started) / 3
-        counts[name] = int(max(2, min(2000, ROUND_S / one)))
-    chosen = systems.ours.group.gather_objects("counts", counts)[0]  # the same on all ranks
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            barrier()
-            started = time.perf_counter()
-            for _ in range(chosen[name]):
-                call()
-            times[name].append((time.perf_counter() - started) / chosen[name] * 1e6)
-    return times
-
-
-def rank_main(options: argparse.Namespace) -> None:
-    import torch
-
-    systems = Systems(options.with_mpi)
-    group = systems.ours.group
-    for op in options.ops:
-        for dtype_name in options.dtypes if op == "all_reduce" else options.dtypes[:1]:
-            for nbytes in options.sizes or (SIZES if op == "all_reduce" else OTHER_SIZES):
-                mine = measure(systems, op, getattr(torch, dtype_name), nbytes)
-                every = group.gather_objects("times", mine)
-                row = {
-                    "op": op,
-                    "dtype": dtype_name,
-                    "ranks": systems.world_size,
-                    "bytes": nbytes,
-                    "us": {
-                        name: statistics.median(
-                            max(r) for r in zip(*(t[name] for t in every), strict=True)
-                        )
-                        for name in mine
-                    },
-                }
-                if systems.rank == 0:
-                    print(json.dumps(row), flush=True)
-    systems.ours.close()
-    systems.dist.destroy_process_group()
-
-
-# --- the launcher ---------------------------------------------------------------------------------
 
 
 def mpi_missing() -> str:
@@ -220,7 +39,8 @@ def run_ranks(world_size: int, with_mpi: bool, options: argparse.Namespace) -> l
     from torch._C._distributed_c10d import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    me = [sys.executable, __file__, "--rank", "--ops", *options.ops, "--dtypes", *options.dtypes]
+    script = str(Path(__file__).with_name("bench_cpu_rank.py"))
+    me = [sys.executable, script, "--ops", *options.ops, "--dtypes", *options.dtypes]
     me += ["--with-mpi"] if with_mpi else []
     me += ["--sizes", *map(str, options.sizes)] if options.sizes else []
     environment = dict(os.environ, MASTER_PORT=str(store.port), WORLD_SIZE=str(world_size))
@@ -322,12 +142,13 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(facts: dict[str, Any], rows: list[dict[str, Any]], plot: str) -> str:
+    busy = "; other work was running, compare within a row" if facts["load_average"] > 0.5 else ""
     lines = [
         "# CPU shared memory beside gloo and Open MPI",
         "",
         f"Written by `{facts['command'].strip()}` on {facts['date']}, commit {facts['commit']}: "
         f"{facts['cpus']} CPUs of {facts['cpu']}, torch {facts['torch']}, {facts['mpi']}. "
-        f"Load average when it started: {facts['load_average']:.1f}.",
+        f"Load average when it started: {facts['load_average']:.1f}{busy}.",
         "",
         (__doc__ or "").split("\n\n", 1)[1].strip(),
         "",
@@ -375,12 +196,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows and the machine's facts here")
     parser.add_argument("--markdown", help="write the table here")
     parser.add_argument("--plot", help="write a PNG here (needs matplotlib: the extra `plot`)")
-    parser.add_argument("--rank", dest="is_rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--with-mpi", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.is_rank:
-        rank_main(options)
-        return
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     facts = machine()

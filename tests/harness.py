@@ -199,7 +199,7 @@ class Ranks:
         for rank in ranks:
             if self.processes[rank].is_alive():
                 os.kill(self.pid(rank), signal.SIGUSR1)
-        time.sleep(0.5)
+        time.sleep(1.0)
         texts = []
         for rank in ranks:
             with open(f"{self._stacks.name}/{rank}") as stacks:

@@ -57,6 +57,13 @@ def candidates(
         from .cpu import CpuCommunicator
 
         return [CpuCommunicator]
+    if device_type == "cuda":
+        from .custom_all_reduce import CustomAllreduce
+        from .pynccl import PyNcclCommunicator
+        from .quick_all_reduce import QuickAllReduce
+
+        # QuickAllReduce refuses unless the user has allowed it, and then he wants it used.
+        return [QuickAllReduce, CustomAllreduce, PyNcclCommunicator]
     if device_type in ("hpu", "npu", "xpu"):
         from .hpu import HpuCommunicator
         from .npu import NpuCommunicator

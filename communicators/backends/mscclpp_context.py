@@ -108,7 +108,7 @@ def load_package() -> Any:
     except (ImportError, OSError) as error:
         return Refusal(
             f"the Python package mscclpp cannot be imported ({error}); it is built from its "
-            "repository, see the README"
+            "repository, see docs/mscclpp.md"
         )
     for name in ("TcpBootstrap", "Communicator", "RawGpuBuffer", "AlgorithmCollection", "DataType"):
         if not hasattr(package, name):

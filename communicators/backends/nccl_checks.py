@@ -10,15 +10,17 @@ import torch
 from ..bindings.pynccl_wrapper import format_version
 from ..errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from ..group import Group
+from .peer_watch import ProcessId
 
 
 @dataclass(frozen=True)
 class NcclHandle:
-    """What one rank tells the others: its NCCL, its GPU, and from rank 0 the id to meet by."""
+    """What one rank tells the others: its NCCL, GPU and process, and rank 0 the id to meet by."""
 
     version: int
     gpu: str
     unique_id: bytes
+    process: ProcessId
 
 
 def check_handles(handles: Sequence[NcclHandle]) -> None:

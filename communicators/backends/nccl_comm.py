@@ -2,7 +2,9 @@
 
 NCCL's blocking calls know no deadline, and its non-blocking mode starts every operation on a thread
 of its own, which is slow and cannot be captured. So the communicator is a blocking one, and the
-calls that wait for peers run on a helper thread that can be given up.
+calls that wait for peers run on a helper thread that can be given up. Once open, a thread watches
+the peers (peer_watch.py) and aborts the communicator when one is gone, so that nobody waits for
+ever; operations and that abort exclude each other by a lock.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +30,15 @@ from ..errors import (
     CommunicatorError,
     InvalidArgumentError,
     NativeLibraryError,
+    PeerDiedError,
     RefusedError,
 )
+from .peer_watch import PeerWatch
 
 _log = logging.getLogger(__name__)
 
+_STUCK_S = 5.0  # after which an operation is taken to hang
+_GRAPH_S = 1.0  # for ncclCommDestroy, where graphs may keep it from returning
 _SUM = int(ncclRedOpTypeEnum.ncclSum)
 _BYTE = int(ncclDataTypeEnum.ncclUint8)  # data that is only moved has no other type
 
@@ -84,6 +90,10 @@ class NcclComm:
         self.rank, self.world_size = rank, world_size
         self.device = device
         self.broken = ""
+        self.lost_peer = False  # it is broken because a peer's process is gone
+        self._watch: PeerWatch | None = None
+        self._lock = threading.RLock()  # between operations and an abort by the watch
+        self.captured = False  # graphs may hold operations of it
         self.windows: dict[int, Any] = {}
         meeting = nccl.unique_id_from_bytes(unique_id)
 
@@ -96,17 +106,55 @@ class NcclComm:
         self.handle: Any = bounded(init, limit_s, f"ncclCommInitRank on rank {rank}")
 
     def require_usable(self) -> None:
-        """RefusedError once it has failed or ended."""
+        """RefusedError once it has failed or ended, PeerDiedError when a peer's end was why."""
         if self.handle is None or self.broken:
-            raise RefusedError(
-                f"NCCL on rank {self.rank} is unusable: {self.broken or 'it was destroyed'}"
-            )
+            kind = PeerDiedError if self.lost_peer else RefusedError
+            raise kind(f"NCCL on rank {self.rank} is unusable: {self.broken or 'it was destroyed'}")
+
+    def watch(self, pids: Mapping[int, int]) -> None:
+        """From now on aborts when a peer (rank -> pid) ends or NCCL reports a failure."""
+
+        def trouble(reason: str, died: bool) -> None:
+            _log.error("NCCL on rank %d is aborted: %s", self.rank, reason)
+            self.lost_peer = died
+            self.broken = self.broken or reason
+            # An operation that is stuck on that peer would keep the lock for ever.
+            locked = self._lock.acquire(timeout=_STUCK_S)
+            try:
+                self.abort(reason)
+            finally:
+                if locked:
+                    self._lock.release()
+
+        self._watch = PeerWatch(pids, trouble, lambda: str(self._background_failure() or ""))
+
+    def _background_failure(self) -> NcclError | None:
+        if not self.nccl.has("ncclCommGetAsyncError"):
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None  # an operation is being started; it reports for itself
+        try:
+            if self.handle is not None:
+                state = self.nccl.ncclCommGetAsyncError(self.handle)
+                self.nccl.NCCL_CHECK(state, f"NCCL on rank {self.rank}")
+        except NcclError as error:
+            return error
+        finally:
+            self._lock.release()
+        return None
 
     @contextlib.contextmanager
-    def failures(self, op: str) -> Iterator[None]:
-        """Within: an NCCL error gets the op and the rank, and ends the communicator."""
+    def operation(self, op: str) -> Iterator[Any]:
+        """Within: the handle, which is not aborted meanwhile.
+
+        An NCCL error gets the op and the rank, and ends the communicator.
+        """
+        if not self.captured and self.device.type == "cuda":
+            self.captured = torch.cuda.is_current_stream_capturing()
         try:
-            yield
+            with self._lock:
+                self.require_usable()
+                yield self.handle
         except NcclError as error:
             self.broken = f"{op} failed: {error}"
             raise NcclError(f"{op} on rank {self.rank}: {error}", error.code) from error
@@ -130,10 +178,10 @@ class NcclComm:
         reduction: int = _SUM,
     ) -> None:
         """One collective of base.OPS on contiguous tensors of fitting sizes, on a raw stream."""
-        nccl, comm = self.nccl, self.handle
+        nccl = self.nccl
         source, sent = (0, 0) if inp is None else (inp.data_ptr(), inp.nbytes)
         target, received = (0, 0) if out is None else (out.data_ptr(), out.nbytes)
-        with self.failures(op):
+        with self.operation(op) as comm:
             if op == "all_reduce" and inp is not None:
                 dtype = ncclDataTypeEnum.from_torch(inp.dtype)
                 nccl.ncclAllReduce(source, target, inp.numel(), dtype, reduction, comm, stream)
@@ -161,8 +209,8 @@ class NcclComm:
         self, parts: Sequence[torch.Tensor], inp: torch.Tensor, stream: Any
     ) -> None:
         """Rank r's `inp` into `parts[r]` of every rank: a broadcast from each."""
-        nccl, comm, source = self.nccl, self.handle, inp.data_ptr()
-        with self.failures("all_gather"), self.grouped():
+        nccl, source = self.nccl, inp.data_ptr()
+        with self.operation("all_gather") as comm, self.grouped():
             for root, part in enumerate(parts):
                 nccl.ncclBroadcast(source, part.data_ptr(), part.nbytes, _BYTE, root, comm, stream)
 
@@ -170,9 +218,9 @@ class NcclComm:
         self, out: torch.Tensor, parts: Sequence[torch.Tensor], stream: Any, reduction: int
     ) -> None:
         """The sum of the ranks' `parts[r]` into rank r's `out`: a reduction to each."""
-        nccl, comm, target = self.nccl, self.handle, out.data_ptr()
+        nccl, target = self.nccl, out.data_ptr()
         dtype = ncclDataTypeEnum.from_torch(out.dtype)
-        with self.failures("reduce_scatter"), self.grouped():
+        with self.operation("reduce_scatter") as comm, self.grouped():
             for root, part in enumerate(parts):
                 nccl.ncclReduce(
                     part.data_ptr(), target, part.numel(), dtype, reduction, root, comm, stream
@@ -180,14 +228,10 @@ class NcclComm:
 
     def check(self) -> None:
         """NcclError, after an abort, when NCCL has found a failure in the background."""
-        if self.handle is None or not self.nccl.has("ncclCommGetAsyncError"):
-            return
-        try:
-            state = self.nccl.ncclCommGetAsyncError(self.handle)
-            self.nccl.NCCL_CHECK(state, f"NCCL on rank {self.rank}")
-        except NcclError as error:
-            self.abort(str(error))
-            raise
+        failure = self._background_failure()
+        if failure is not None:
+            self.abort(str(failure))
+            raise failure
 
     def wait(self, limit_s: float) -> None:
         """Waits for what is enqueued on the current stream; aborts past `limit_s` seconds.
@@ -198,8 +242,10 @@ class NcclComm:
             return
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
+        self.require_usable()
         deadline = time.monotonic() + limit_s
         while not event.query():
+            self.require_usable()  # the watch may have been faster
             self.check()
             if time.monotonic() > deadline:
                 self.abort(f"a peer did not take part within {limit_s:g} s")
@@ -208,24 +254,27 @@ class NcclComm:
                     "peers, and was aborted"
                 )
             time.sleep(0.0005)
+        self.require_usable()  # an abort ends the work too
 
     def register(self, address: int, nbytes: int) -> Any:
         """A window over memory of ncclMemAlloc; collective, with as many bytes on every rank."""
-        self.require_usable()
-        if address not in self.windows:
-            self.windows[address] = self.nccl.ncclCommWindowRegister(self.handle, address, nbytes)
-        return self.windows[address]
+        with self.operation("register_comm_window") as comm:
+            if address not in self.windows:
+                self.windows[address] = self.nccl.ncclCommWindowRegister(comm, address, nbytes)
+            return self.windows[address]
 
     def deregister(self, window: Any) -> None:
         """Ends a window; the memory stays."""
-        self.require_usable()
-        self.nccl.ncclCommWindowDeregister(self.handle, window)
+        with self.operation("deregister_comm_window") as comm:
+            self.nccl.ncclCommWindowDeregister(comm, window)
         self.windows = {ptr: one for ptr, one in self.windows.items() if one is not window}
 
     def abort(self, reason: str, limit_s: float = 30.0) -> None:
         """Ends what is running, also when peers are gone, and frees the communicator."""
         handle, self.handle = self.handle, None
         self.broken = self.broken or reason
+        if self._watch is not None:
+            self._watch.stop()
         self.windows.clear()  # they end with the communicator
         if handle is None:
             return
@@ -235,9 +284,15 @@ class NcclComm:
             _log.warning("NCCL on rank %d could not be aborted: %s", self.rank, error)
 
     def destroy(self, limit_s: float) -> None:
-        """Waits up to `limit_s` for this rank's work, then destroys; aborts what does not end."""
+        """Waits up to `limit_s` for this rank's work, then destroys; aborts what does not end.
+
+        NCCL keeps a communicator while a CUDA graph holds operations of it. Then this returns, and
+        the communicator goes, on a thread of its own, with the last such graph.
+        """
         if self.handle is None:
             return
+        if self._watch is not None:
+            self._watch.stop()  # from here on peers end, as they should
         if self.broken:
             self.abort(self.broken)
             return
@@ -247,8 +302,18 @@ class NcclComm:
                 bounded(lambda: torch.cuda.synchronize(self.device), limit_s, "the last work")
             for window in list(self.windows.values()):
                 self.deregister(window)
-            bounded(lambda: self.nccl.ncclCommDestroy(handle), limit_s, "ncclCommDestroy")
-            self.handle = None
         except (CommunicatorError, RuntimeError) as error:  # RuntimeError: torch's CUDA errors
             _log.warning("NCCL on rank %d is aborted at its end: %s", self.rank, error)
             self.abort(f"it did not end by itself: {error}")
+            return
+        self.handle = None
+        patience = min(limit_s, _GRAPH_S) if self.captured else limit_s
+        try:
+            bounded(lambda: self.nccl.ncclCommDestroy(handle), patience, "ncclCommDestroy")
+        except CommTimeoutError:
+            if self.captured:
+                return
+            self.handle = handle
+            self.abort("ncclCommDestroy did not return")
+        except NcclError as error:
+            _log.warning("NCCL on rank %d was not destroyed: %s", self.rank, error)

@@ -1,8 +1,8 @@
 """PyMscclppCommunicator: all-reduce and all-gather of Microsoft's `mscclpp` Python package.
 
-The package is not on a registry: it is built from its repository (see the README). Its sums are in
-an order of its own, different on each rank, and in the tensor's dtype, so `deterministic` is false.
-Algorithms that use NVLink multicast ("nvls") are never candidates.
+The package is not on a registry: it is built from its repository (see docs/mscclpp.md). Its sums
+are in an order of its own, different on each rank, and in the tensor's dtype, so `deterministic`
+is false. Algorithms that use NVLink multicast ("nvls") are never candidates.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from ..group import Group
 from ..settings import Settings
 from .nccl_checks import NcclHandle, check_handles, check_parts, check_ragged, check_same
 from .nccl_comm import NcclComm
+from .peer_watch import own_process, watchable
 
 _DTYPES = frozenset(
     {
@@ -111,7 +112,7 @@ class PyNcclCommunicator(Communicator):
         gpu = ""
         if self.device.type == "cuda":
             gpu = str(torch.cuda.get_device_properties(self.device).uuid)
-        return NcclHandle(self.nccl_version, gpu, unique_id)
+        return NcclHandle(self.nccl_version, gpu, unique_id, own_process())
 
     def rendezvous(self, handles: Sequence[NcclHandle]) -> None:
         check_handles(handles)
@@ -129,6 +130,7 @@ class PyNcclCommunicator(Communicator):
         ones = torch.ones(1, dtype=torch.float32, device=self.device)
         self.run("all_reduce", ones, ones)
         self._comm.wait(limit)
+        self._comm.watch(watchable({rank: one.process for rank, one in enumerate(handles)}))
         if ones.item() != self.group.world_size:
             raise CommunicatorError(
                 f"NCCL added {self.group.world_size} ones to {ones.item()} on rank "
@@ -151,6 +153,21 @@ class PyNcclCommunicator(Communicator):
         return {} if self._comm is None else self._comm.windows
 
     # State
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.group.world_size
+
+    @property
+    def available(self) -> bool:
+        """Whether NCCL opened, on every rank."""
+        return self.refusal is None
 
     @property
     def disabled(self) -> bool:
@@ -288,7 +305,7 @@ class PyNcclCommunicator(Communicator):
     def group_end(self) -> None:
         """Starts the operations since `group_start`."""
         comm = self._require("group_end")
-        with comm.failures("group_end"):
+        with comm.operation("group_end"):
             comm.nccl.ncclGroupEnd()
 
     def register_comm_window_raw(self, ptr: int, size: int) -> Any:

@@ -91,6 +91,7 @@ class CudaRTLibrary:
                 "this process has loaded neither libcudart nor libamdhip64; import a torch with "
                 "CUDA first, or give CudaRTLibrary the path of the library"
             )
+        self.path = so_file
         hip = "amdhip" in so_file
         self._library = SharedLibrary(
             so_file, _FUNCTIONS, (lambda name: name.replace("cuda", "hip", 1)) if hip else str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is imported when the command runs, not when its options are listed
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         text = f"{len(gpus)} GPU is visible; peer access needs two"
         print(json.dumps({"error": text}) if args.json else f"p2p-check: {text}")
         return 0
+    pairs = len(gpus) * (len(gpus) - 1)
+    print(f"trying {pairs} pairs of GPUs, at most {args.deadline:g} s", file=sys.stderr)
     results = survey(gpus, settings, refresh=args.refresh, measure=not args.no_measure)
     proofs = {p: one.failure for p, one in results.items() if not isinstance(one.failure, Unknown)}
     ranks = [RankFacts(i, probe_host(), VisibleGpu(gpu)) for i, gpu in enumerate(gpus)]

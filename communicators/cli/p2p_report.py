@@ -16,7 +16,7 @@ Results = Mapping[tuple[str, str], PairResult]
 
 #: Measured numbers: name in the JSON -> title, format.
 _MEASURED = {
-    "latency_us": ("latency of a 16-byte copy, us", ".2f"),
+    "latency_us": ("latency of a load, round trip, us", ".2f"),
     "read_gbps": ("read by the copy engine, GB/s", ".1f"),
     "write_gbps": ("write by the copy engine, GB/s", ".1f"),
 }
@@ -142,11 +142,13 @@ def plot(gpus: Sequence[GpuFacts], results: Results, path: str) -> None:
             ]
             for a in gpus
         ]
-        image = axes.imshow(table, cmap="viridis_r" if name == "latency_us" else "viridis")
+        # From zero, so that noise does not look like structure.
+        highest = max((value for row in table for value in row if value == value), default=1.0)
+        image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1.3 * highest)
         for y, row in enumerate(table):
             for x, value in enumerate(row):
                 text = "" if value != value else format(value, form)
-                axes.text(x, y, text, ha="center", va="center", color="white", fontsize=8)
+                axes.text(x, y, text, ha="center", va="center", fontsize=9)
         axes.set_xticks(range(len(names)), names)
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("memory of")

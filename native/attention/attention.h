@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "prim/dtype.h"
+#include "prim/host_device.h"
 
 namespace attention {
 
@@ -13,10 +14,7 @@ struct BlockSparse {
 };
 
 // Whether query head h attends to token t of a sequence of n.
-#if defined(__CUDACC__) || defined(__HIPCC__)
-__host__ __device__
-#endif
-    inline bool attends(const BlockSparse& b, int64_t h, int64_t heads, int64_t group, int64_t t,
+HOST_DEVICE bool attends(const BlockSparse& b, int64_t h, int64_t heads, int64_t group, int64_t t,
                         int64_t n) {
   if (b.vert_stride <= 1) return true;
   const int64_t off = b.head_sliding_step >= 0
@@ -52,6 +50,7 @@ struct PagedAttentionArgs {
   void* tmp_out;
   float *max_logits, *exp_sums;
   int64_t partitions;  // of the three tensors
+  void* scratch;       // paged_attention_scratch bytes, aligned to 16
 };
 void paged_attention(const PagedAttentionArgs& args, Stream stream);
 

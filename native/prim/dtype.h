@@ -5,6 +5,13 @@
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kByte };
 
+// Marks a function that device code calls too.
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define ON_BOTH_SIDES __host__ __device__
+#else
+#define ON_BOTH_SIDES
+#endif
+
 // How a cache entry is stored: a copy, or OCP 8-bit codes.
 enum class KvFormat : int32_t { kCopy, kE4M3, kE5M2 };
 

@@ -16,8 +16,6 @@
 namespace shm {
 namespace {
 
-constexpr size_t kAlignElements = 64;  // parts start on cache lines, whatever the element size
-
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 struct AllReduce {
@@ -72,7 +70,7 @@ struct AllReduce {
   Chunk chunk(size_t index) const {
     const size_t start = index * chunk_elements;
     const size_t length = std::min(chunk_elements, elements - start);
-    return {start, length, round_up((length + w - 1) / w, kAlignElements)};
+    return {start, length, round_up((length + w - 1) / w, kPartAlign)};
   }
   // Where in p's slot the contribution to the part of q lies: p's own part is left out.
   size_t offset(const Chunk& c, int p, int q) const { return (q - (q > p)) * c.part * size; }
@@ -115,9 +113,9 @@ struct AllReduce {
 
   void two_shot() {
     const size_t slot = std::min(team.tuning().chunk_bytes, team.layout().slot_bytes);
-    const size_t most = slot / size / (w - 1) / kAlignElements * kAlignElements * w;
+    const size_t most = std::max(slot / size / (w - 1) / kPartAlign, size_t{1}) * kPartAlign * w;
     const size_t chunks = (elements + most - 1) / most;
-    chunk_elements = round_up((elements + chunks - 1) / chunks, kAlignElements * w);
+    chunk_elements = round_up((elements + chunks - 1) / chunks, kPartAlign * w);
     const size_t count = (elements + chunk_elements - 1) / chunk_elements;
 
     uint32_t contributed = team.next_step();
@@ -149,9 +147,11 @@ struct AllReduce {
   void run() {
     const size_t bytes = elements * size;
     if (bytes <= kPayloadBytes) return in_line();
-    if (bytes <= std::min(team.tuning().one_shot_bytes, team.layout().slot_bytes)) {
-      return one_shot();
-    }
+    size_t limit = std::min(team.tuning().one_shot_bytes, team.layout().slot_bytes);
+    // Every rank adds everything in one-shot; where adding is slower than copying, less is too
+    // much.
+    if (dtype == DType::kBF16 || dtype == DType::kF16) limit /= 4;
+    if (bytes <= limit) return one_shot();
     two_shot();
   }
 };

@@ -11,10 +11,9 @@ namespace {
 constexpr size_t kPage = 4096;
 // All ranks of a group together take no more than this: containers often have 64 MB of /dev/shm.
 constexpr size_t kGroupBytes = size_t{32} << 20;
-constexpr size_t kMaxSlot = size_t{256} << 10;  // more would not stay in a core's cache
+constexpr size_t kMaxSlot = size_t{512} << 10;  // more would not stay in a core's cache
 constexpr size_t kMaxRing = size_t{256} << 10;
 constexpr size_t kMinRing = 1024;
-constexpr size_t kMinSlot = kPage;
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -29,10 +28,16 @@ Layout::Layout(int ranks, size_t shm_bytes) : world_size(ranks) {
   const size_t budget = std::min(shm_bytes, kGroupBytes / w);
   channels = round_up(sizeof(Control), kPage);
   rings = round_up(channels + w * sizeof(Channel), kPage);
-  ring_bytes = std::clamp(std::bit_floor(budget / 4 / w), kMinRing, kMaxRing);
-  slots = round_up(rings + w * ring_bytes, kPage);
-  const size_t least = slots + kSlots * kMinSlot;
-  if (budget < least) {
+  // A two-shot all_reduce needs room for a line-aligned part of each other rank.
+  const size_t min_slot = round_up(kPartAlign * sizeof(double) * (w - 1), kPage);
+  const auto with_ring = [&](size_t ring) {
+    ring_bytes = ring;
+    slots = round_up(rings + w * ring, kPage);
+    return slots + kSlots * min_slot;
+  };
+  size_t ring = std::clamp(std::bit_floor(budget / 4 / w), kMinRing, kMaxRing);
+  while (with_ring(ring) > budget && ring > kMinRing) ring /= 2;
+  if (const size_t least = with_ring(ring); budget < least) {
     throw std::runtime_error(
         "InvalidArgumentError: CPU shared memory: " + std::to_string(shm_bytes) +
         " bytes a rank (COMMUNICATORS_SHM_BYTES) are too few; " + std::to_string(least) +

@@ -38,6 +38,8 @@ inline constexpr uint32_t kSlots = 8;
 inline constexpr uint32_t kReadLag = 3;
 inline constexpr int kMaxRanks = 64;
 inline constexpr size_t kPayloadBytes = 48;
+// Elements: the parts of a chunk start on cache lines, whatever the element size.
+inline constexpr size_t kPartAlign = 64;
 
 // One line: a tiny message travels with its flag in one transfer between cores.
 struct alignas(prim::kFalseSharingBytes) Step {

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "prim/cpu_dispatch.h"
+#include "prim/cpu_half.h"
 #include "prim/cpu_vec.h"
 
 namespace shm {
@@ -24,14 +25,12 @@ inline uint32_t to_acc(uint32_t x) { return x; }
 inline uint64_t to_acc(uint64_t x) { return x; }
 inline float to_acc(float x) { return x; }
 inline float to_acc(BFloat16 x) { return prim::to_float(x); }
-inline float to_acc(Float16 x) { return prim::to_float(x); }
 
 template <typename T>
 inline void from_acc(T x, T& out) {
   out = x;
 }
 inline void from_acc(float x, BFloat16& out) { prim::from_float(x, out); }
-inline void from_acc(float x, Float16& out) { prim::from_float(x, out); }
 
 // For one dtype the three loops a sum is made of: both ends of a chain of additions, and all of it
 // for two sources. Macros, since the compiler clones functions for instruction sets, not templates.
@@ -68,13 +67,38 @@ inline void from_acc(float x, Float16& out) { prim::from_float(x, out); }
 
 LOOPS(f32, float, float)
 LOOPS(f64, double, double)
-LOOPS(f16, Float16, float)
 LOOPS(bf16, BFloat16, float)
 LOOPS(i8, uint8_t, uint8_t)
 LOOPS(i16, uint16_t, uint16_t)
 LOOPS(i32, uint32_t, uint32_t)
 LOOPS(i64, uint64_t, uint64_t)
 #undef LOOPS
+
+// fp16 has instructions for arrays, not loops that the compiler would turn into them.
+struct Loops_f16 {
+  using Element = Float16;
+  using Accumulator = float;
+  static void first(float* acc, const Float16* a, const Float16* b, size_t n) {
+    prim::to_float(a, acc, n);
+    middle(acc, b, n);
+  }
+  static void middle(float* acc, const Float16* a, size_t n) {
+    float wide[kBlock];
+    prim::to_float(a, wide, n);
+    middle_f32(acc, wide, n);
+  }
+  static void last(Float16* out, const float* acc, const Float16* a, size_t n) {
+    float wide[kBlock];
+    prim::to_float(a, wide, n);
+    pair_f32(wide, acc, wide, n);
+    prim::from_float(wide, out, n);
+  }
+  static void pair(Float16* out, const Float16* a, const Float16* b, size_t n) {
+    float acc[kBlock];
+    prim::to_float(a, acc, n);
+    last(out, acc, b, n);
+  }
+};
 
 template <typename Loops>
 void sum_of(void* out, void* copy, const void* const* sources, int count, size_t elements) {

@@ -17,8 +17,10 @@
 //   consumed[r]       reader r     +2 a message (release), after it was read     = published
 //   state[r]          reader r     ABSENT -> JOINED -> LEFT                      JOINED
 //                     writer       -> DEAD, once r's process is gone (not if LEFT)
-//   sleepers          reader r     sets bit r before it sleeps on `published`    0
-//                     writer       exchanges for 0 and wakes all who sleep
+//   sleepers          reader r     sets bit r before it sleeps on `published`,   0
+//                                  clears it after; the writer only looks, and
+//                                  wakes: after it has published, and before,
+//                                  for a reader to be up by then (nudge)
 //   awaited           writer       0 -> (reader + 1, count) before it sleeps     0
 //                     that reader  -> 0 by compare-and-swap once consumed has
 //                                  reached count; then bell + 1, and wakes
@@ -48,6 +50,10 @@ namespace shm {
 inline constexpr uint32_t kRingVersion = 1;
 inline constexpr uint32_t kMaxReaders = 64;
 inline constexpr uint32_t kClosedBit = 1;
+// A sleeping reader looks this often whether the writer lives: so long may its death go unnoticed.
+inline constexpr int64_t kLivenessNs = 50'000'000;
+// In place of a pidfd: the process had ended before it could be opened; or watch nobody.
+inline constexpr int kGone = -1, kNobody = -2;
 
 enum class SlotKind : uint32_t {
   kInline = 1,  // a message of enqueue(), whole in the slot
@@ -122,7 +128,12 @@ enum class WaitResult {
   kClosed,       // the writer has closed, and everything it wrote was read
   kInterrupted,  // a signal arrived: let its handler run, then wait on
   kCancelled,    // cancel() was called from another thread
+  kNudged,       // the writer is about to publish: warm up, then wait on
+  kPeerGone,     // the process at the other end has ended
 };
+
+// How a wait begins: with a spin, or where the last wait for the same thing ended.
+enum class WaitMode { kFirst, kAgain, kNudged };
 
 // How long to spin before sleeping: twice the usual wait if that is short enough to be worth it,
 // else just long enough to catch a message that is on its way.
@@ -150,7 +161,7 @@ class RingEnd {
   }
   // Spins while `reached()` is false, within the budget; whether it became true.
   template <typename Reached>
-  bool spin(const Reached& reached);
+  bool spin(const Reached& reached, int64_t budget_ns);
   bool cancelled() const { return prim::load_relaxed(cancelled_) != 0; }
 
   std::byte* base_;
@@ -180,9 +191,13 @@ class RingWriter : public RingEnd {
   int64_t allocate_block(uint64_t bytes);
   void free_block(uint64_t block) { arena_.free(block); }
 
-  // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`. A wait that goes on
-  // where the last call ended has `again`: it does not spin.
-  WaitResult wait(int64_t timeout_ns, bool again);
+  // has_slot(), after a spin of some microseconds: for a caller who would rather not wait.
+  bool has_slot_soon();
+  // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`.
+  WaitResult wait(int64_t timeout_ns, WaitMode mode);
+  // Wakes readers that sleep, ahead of a message that is being made: their wake-up takes as long
+  // as pickling does after a silence.
+  void nudge();
 
   bool counts(uint32_t reader) const;  // not left, not dead
   // `reader`'s process is gone: what it has not read or not released is nobody's.
@@ -230,11 +245,13 @@ class RingReader : public RingEnd {
     alignas(prim::kLineBytes) std::byte bytes[kBatchBytes];
   };
   bool take();
+  // take(), after a spin of some microseconds if there is nothing yet.
+  bool take_soon();
   const Taken* taken() const { return &taken_; }
   void done();
 
-  // Waits for a message, at most `timeout_ns`; `again` as in RingWriter::wait.
-  WaitResult wait(int64_t timeout_ns, bool again);
+  // Waits for a message, at most `timeout_ns`. `writer`: its pidfd, looked at every kLivenessNs.
+  WaitResult wait(int64_t timeout_ns, WaitMode mode, int writer);
   uint64_t received() const { return received_; }
   const prim::AtomicU32& wait_word() const { return header_->published; }
 

@@ -1,6 +1,7 @@
 #include "shm/team.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -19,9 +20,9 @@ namespace {
 
 // A sleeper looks after its peers this often. It bounds how late a death is noticed.
 constexpr int64_t kSliceNs = 20'000'000;
-// Where there are more ranks than cores a spin only keeps the peer from running.
-constexpr int64_t kOversubscribedSpinNs = 1'000;
-constexpr int kPausesBetweenClocks = 16;
+// Where there are more ranks than cores a longer spin only keeps the peers from running.
+constexpr int64_t kOversubscribedSpinNs = 5'000;
+constexpr int kPausesBetweenYields = 16;
 
 const char* error_name(Code code) {
   switch (code) {
@@ -65,7 +66,9 @@ Team::Team(int rank, int world_size, const Options& options)
 }
 
 Team::~Team() {
-  if (joined_) leave(Code::kClosed, rank_, "rank " + std::to_string(rank_) + " closed it");
+  // A forked child that exits has a copy of this object, and the memory is still the parent's.
+  if (joined_ && ::getpid() == pids_[rank_])
+    leave(Code::kClosed, rank_, "rank " + std::to_string(rank_) + " closed it");
 }
 
 void Team::join(const std::string& name) {
@@ -135,10 +138,13 @@ void Team::wait_word(const prim::AtomicU32& word, prim::AtomicU32& sleepers, uin
   const int64_t spin =
       spins_ ? options_.spin_ns : std::min(options_.spin_ns, kOversubscribedSpinNs);
   do {
-    for (int i = 0; i < kPausesBetweenClocks; ++i) {
+    for (int i = 0; i < kPausesBetweenYields; ++i) {
       if (prim::reached(prim::load_acquire(word), expected)) return;
       prim::cpu_pause();
     }
+    // The peer may be waiting for this very core: other work on the machine can put two ranks on
+    // one. With nobody waiting this costs a fraction of a microsecond.
+    ::sched_yield();
   } while (prim::monotonic_ns() - begun < spin);
 
   struct Sleeping {

@@ -128,9 +128,16 @@ attention::PagedAttentionArgs check_attention(
   return a;
 }
 
-void launch_attention(const attention::PagedAttentionArgs& a, const Arg& query) {
+void launch_attention(attention::PagedAttentionArgs& a, const Arg& query,
+                      const Tensor& query_tensor) {
   if (a.sequences == 0 || a.heads == 0) return;
   const Launch launch(query);
+  const int64_t bytes = attention::paged_attention_scratch(a);
+  std::optional<Tensor> scratch;  // from torch's allocator, which orders its reuse by stream
+  if (bytes > 0) {
+    scratch = torch::stable::new_empty(query_tensor, {bytes}, ScalarType::Byte);
+    a.scratch = scratch->mutable_data_ptr();
+  }
   attention::paged_attention(a, launch.stream);
 }
 
@@ -153,7 +160,7 @@ void paged_attention(const Tensor& out_tensor, const Tensor& query_tensor, const
     a.lse = static_cast<float*>(lse.data);
     a.lse_head_stride = lse.stride(0), a.lse_sequence_stride = lse.stride(1);
   }
-  launch_attention(a, query);
+  launch_attention(a, query, query_tensor);
 }
 
 // What v1 and v2 say besides: the packed layout, sizes given again, block-sparse attention.
@@ -198,7 +205,7 @@ void paged_attention_v1(const Tensor& out_tensor, const Tensor& query_tensor,
   check_versioned(checks, a, num_kv_heads, block_size, max_seq_len, tp_rank,
                   blocksparse_local_blocks, blocksparse_vert_stride, blocksparse_block_size,
                   blocksparse_head_sliding_step);
-  launch_attention(a, query);
+  launch_attention(a, query, query_tensor);
 }
 
 void paged_attention_v2(const Tensor& out_tensor, const Tensor& exp_sums_tensor,
@@ -242,7 +249,7 @@ void paged_attention_v2(const Tensor& out_tensor, const Tensor& exp_sums_tensor,
   a.exp_sums = static_cast<float*>(exp_sums.data);
   // A length beyond what the partitions hold must not be written past them.
   a.longest = std::min(a.longest, a.partitions * 512);
-  launch_attention(a, query);
+  launch_attention(a, query, query_tensor);
 }
 
 void check_state(const Checks& checks, const Arg& x, const Arg& out) {

@@ -94,6 +94,9 @@ inline int64_t item_bytes(const Arg& a) { return a.item; }
 // pinned memory, and an error for any other. Defined once a library.
 const uint8_t* host_pointer(const Checks& checks, const Arg& host);
 
+// The current stream of the current device (null on the CPU). Defined once a library.
+Stream current_stream();
+
 // Makes the tensors' device current and names the stream to launch on (null on the CPU). Defined
 // once a library.
 class Launch {

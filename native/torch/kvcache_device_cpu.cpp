@@ -9,6 +9,8 @@ namespace kvcache_glue {
 Launch::Launch(const Arg& /*where*/) {}
 Launch::~Launch() = default;
 
+Stream current_stream() { return nullptr; }
+
 const uint8_t* host_pointer(const Checks& /*checks*/, const Arg& host) {
   return static_cast<const uint8_t*>(host.data);
 }

@@ -10,6 +10,12 @@ Launch::Launch(const Arg& where)
 
 Launch::~Launch() { delete static_cast<gpu::DeviceGuard*>(guard_); }
 
+Stream current_stream() {
+  int device = 0;
+  GPU_CHECK(GPU_NAME(GetDevice)(&device));
+  return torch_glue::current_stream(device);
+}
+
 const uint8_t* host_pointer(const Checks& checks, const Arg& host) {
   if (host.numel() == 0) return static_cast<const uint8_t*>(host.data);
   void* device = nullptr;

@@ -135,13 +135,14 @@ void shm_join(int64_t handle, std::string name) { teams().get(handle)->join(name
 
 void shm_close(int64_t handle) { teams().remove(handle); }
 
-// For measurements and tests: the same values on all ranks, between the same calls.
-void shm_set_tuning(int64_t handle, int64_t one_shot_bytes, int64_t chunk_bytes) {
+// For measurements and tests: the same bytes on all ranks, between the same calls.
+void shm_set_tuning(int64_t handle, int64_t one_shot_bytes, int64_t chunk_bytes, int64_t threads) {
   if (one_shot_bytes < 0 || chunk_bytes < 16384) {
     reject("shm_set_tuning", "one_shot_bytes >= 0 and chunk_bytes >= 16384 are expected");
   }
-  teams().get(handle)->set_tuning(
-      {static_cast<size_t>(one_shot_bytes), static_cast<size_t>(chunk_bytes)});
+  const TeamPtr team = teams().get(handle);
+  team->set_tuning({static_cast<size_t>(one_shot_bytes), static_cast<size_t>(chunk_bytes)});
+  team->set_parallel(static_cast<int>(threads), run_parallel);
 }
 
 void shm_barrier(int64_t handle) { barrier(*teams().get(handle)); }
@@ -235,7 +236,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
       "int");
   m.def("shm_join(int handle, str name) -> ()");
   m.def("shm_close(int handle) -> ()");
-  m.def("shm_set_tuning(int handle, int one_shot_bytes, int chunk_bytes) -> ()");
+  m.def("shm_set_tuning(int handle, int one_shot_bytes, int chunk_bytes, int threads) -> ()");
   m.def("shm_barrier(int handle) -> ()");
   m.def("shm_all_reduce_(Tensor(a!) x, int handle) -> ()");
   m.def("shm_all_reduce_out(Tensor(a!) out, Tensor inp, int handle) -> ()");

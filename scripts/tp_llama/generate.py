@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 
+from .decode_step import DecodeStep
 from .errors import JobError
 from .kv_cache import BlockAllocator, BlockTables, PagedKVCache, Sequence
 from .model import DecodeInputs, LlamaModel
@@ -16,27 +18,37 @@ from .sampling import Sampler, Sampling
 
 @dataclass
 class Phase:
-    """How long one phase took on this rank: tokens, seconds, and seconds in collectives."""
+    """How long one phase took on this rank: tokens, seconds, and seconds in collectives.
+
+    With ``graph`` the collectives inside the CUDA graph are not in ``communication_seconds``.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     communication_seconds: float = 0.0
+    graph: bool = False
 
     def summary(self) -> str:
         if self.tokens == 0:
             return "nothing to do"
+        share = f"{self.communication_seconds / self.seconds:.1%} of it in"
         return (
             f"{self.tokens} tokens in {self.seconds:.3f} s, {self.tokens / self.seconds:.1f} "
-            f"tokens/s, {self.communication_seconds / self.seconds:.1%} of it in communication"
+            f"tokens/s, {share} communication"
+            + (" outside the CUDA graph (inside it is not timed)" if self.graph else "")
         )
 
 
 @dataclass
 class Generation:
-    """New tokens of each prompt (an end-of-text token included), and the times."""
+    """New tokens of each prompt (an end-of-text token included), and the times.
+
+    ``capture_seconds`` is None where decode ran without a CUDA graph.
+    """
 
     tokens: list[list[int]]
     prefill: Phase = field(default_factory=Phase)
+    capture_seconds: float | None = None
     decode: Phase = field(default_factory=Phase)
 
 
@@ -69,7 +81,10 @@ def check_lengths(prompts: list[list[int]], limits: Limits, context: int) -> Non
 
 
 class DecodeBuffers:
-    """Owns the fixed tensors of a decode step and fills them from the host's bookkeeping."""
+    """Owns the fixed tensors of a decode step and fills them from the host's bookkeeping.
+
+    Until then they describe sequences that have ended: a step may run and touches no cache.
+    """
 
     def __init__(self, sequences: int, blocks: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -78,7 +93,7 @@ class DecodeBuffers:
         self.inputs = DecodeInputs(
             tokens=zeros(sequences),
             positions=zeros(sequences),
-            slots=zeros(sequences),
+            slots=zeros(sequences).fill_(-1),
             block_tables=zeros(sequences, blocks, dtype=torch.int32),
             seq_lens=zeros(sequences, dtype=torch.int32),
         )
@@ -103,7 +118,8 @@ class DecodeBuffers:
 class Generator:
     """Runs one batch on every rank of the model's group; all ranks return the same tokens.
 
-    Rank 0 chooses the tokens and broadcasts them, so the ranks cannot drift apart.
+    Rank 0 chooses the tokens and broadcasts them, so the ranks cannot drift apart. With ``graph``,
+    on a GPU, the decode step is captured once for the batch and replayed; choosing stays outside.
     """
 
     def __init__(
@@ -112,12 +128,14 @@ class Generator:
         dtype: torch.dtype,
         block_size: int = 16,
         kv_cache_dtype: str = "auto",
+        graph: bool = True,
     ) -> None:
         if block_size not in (8, 16, 32):
             raise JobError(f"the block size must be 8, 16 or 32; got {block_size}")
         self.model, self.tp = model, model.tp
         self.dtype, self.block_size, self.kv_cache_dtype = dtype, block_size, kv_cache_dtype
         self.device = model.tp.device
+        self.graph = graph and self.device.type == "cuda"
 
     @torch.inference_mode()
     def __call__(
@@ -137,17 +155,23 @@ class Generator:
         result = Generation([[] for _ in prompts])
         result.prefill = self._phase(sum(map(len, prompts)), began)
 
-        began, decoded = time.perf_counter(), 0
-        while batch.record(tokens, result.tokens, on_token):
-            decoded += len(batch.ended) - sum(batch.ended)
-            tokens = batch.decode(tokens)
-        result.decode = self._phase(decoded, began)
+        with closing(batch.step):
+            if self.graph and limits.max_new_tokens > 1:
+                began = time.perf_counter()
+                batch.step.capture()
+                result.capture_seconds = self._phase(0, began).seconds
+
+            began, decoded = time.perf_counter(), 0
+            while batch.record(tokens, result.tokens, on_token):
+                decoded += len(batch.ended) - sum(batch.ended)
+                tokens = batch.decode(tokens)
+            result.decode = self._phase(decoded, began, batch.step.captured)
         return result
 
-    def _phase(self, tokens: int, began: float) -> Phase:
+    def _phase(self, tokens: int, began: float, graph: bool = False) -> Phase:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return Phase(tokens, time.perf_counter() - began, self.tp.take_seconds())
+        return Phase(tokens, time.perf_counter() - began, self.tp.take_seconds(), graph)
 
 
 class _Batch:
@@ -175,6 +199,7 @@ class _Batch:
         self.sequences = [Sequence() for _ in prompts]
         self.ended = [False] * len(prompts)
         self.buffers = DecodeBuffers(len(prompts), max(blocks), self.device)
+        self.step = DecodeStep(owner.model, self.buffers.inputs, self.cache)
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
         """The first new token of each prompt, int64 ``[S]``."""
@@ -198,7 +223,7 @@ class _Batch:
             for sequence, ended in zip(self.sequences, self.ended, strict=True)
         ]
         self.buffers.fill(tokens, self.sequences, slots, self.ended)
-        return self._choose(self.model.decode(self.buffers.inputs, self.cache))
+        return self._choose(self.step())
 
     def record(self, tokens: torch.Tensor, into: list[list[int]], on_token: OnToken) -> bool:
         """Note the new tokens of the live sequences; False when all have ended."""

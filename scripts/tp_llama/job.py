@@ -106,7 +106,7 @@ def run_in_group(options: argparse.Namespace, group: Any, sampling: Sampling) ->
             say(group.explain())
     length = max(map(len, request.prompts)) + options.max_new_tokens
     model = LlamaModel(config, part, weights, tp, length)
-    generator = Generator(model, dtype, options.block_size, options.kv_cache_dtype)
+    generator = Generator(model, dtype, options.block_size, options.kv_cache_dtype, options.graph)
     if not leads or tokenizer is None:
         generator(request.prompts, request.limits, sampling)
         return
@@ -117,6 +117,8 @@ def run_in_group(options: argparse.Namespace, group: Any, sampling: Sampling) ->
 
 def report(result: Generation, options: argparse.Namespace) -> None:
     say(f"prefill: {result.prefill.summary()}")
+    if result.capture_seconds is not None:
+        say(f"graph:   the decode step captured in {result.capture_seconds:.3f} s")
     say(f"decode:  {result.decode.summary()}")
     if options.tokens_file:
         options.tokens_file.write_text(json.dumps(result.tokens) + "\n")

@@ -26,6 +26,8 @@ def environment(ranks: int) -> Iterator[None]:
     """What the ranks inherit: where this package lies, and a fair share of the cores."""
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
+    # OpenMP threads that spin between two ops take the core from the other ranks.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [before.get("PYTHONPATH")])]
     )
@@ -36,8 +38,8 @@ def environment(ranks: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def launch(ranks: int, arguments: list[str]) -> int:
-    """Run this module on ``ranks`` ranks and wait; the exit code of the first that failed, or 0.
+def launch(ranks: int, arguments: list[str], module: str = MODULE) -> int:
+    """Run ``module`` on ``ranks`` ranks and wait; the exit code of the first that failed, or 0.
 
     The ranks say what went wrong themselves, so the launcher's own report is left out.
     """
@@ -48,13 +50,14 @@ def launch(ranks: int, arguments: list[str]) -> int:
         run_id="tp_llama",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # the host's own name need not resolve
         max_restarts=0,
         monitor_interval=0.1,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         with environment(ranks):
-            elastic_launch(config, sys.executable)("-u", "-m", MODULE, *arguments)
+            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode < 0:

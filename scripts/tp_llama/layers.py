@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,10 +50,10 @@ class VocabParallelEmbedding:
     def __call__(self, tokens: Tensor) -> Tensor:
         rows = self.weight.size(0)
         local = tokens - self.tp.rank_in_group * rows
-        mine = (local >= 0) & (local < rows)
-        found = F.embedding(torch.where(mine, local, 0), self.weight)
+        elsewhere = (local < 0) | (local >= rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         # One rank's row plus zeros: the sum is exact in every dtype.
-        return self.tp.all_reduce_(found.masked_fill_(~mine[:, None], 0.0))
+        return self.tp.all_reduce_(found.masked_fill_(elsewhere[:, None], 0.0))
 
 
 @dataclass(frozen=True)

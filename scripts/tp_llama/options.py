@@ -18,7 +18,7 @@ DTYPES = {
 }
 SHIPPED = Path(__file__).parent / "checkpoint"
 REPEATABLE = "may be given several times: a batch"
-DEFAULT_PROMPT = "def main("
+DEFAULT_PROMPT = 'def read_file(path):\n    """'
 VERIFY_PROMPTS = ("def main(", "import os\nimport ", "class Reader:\n    def __init__(self", "for ")
 
 
@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--block-size", type=int, default=16, choices=(8, 16, 32))
     p.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
+    p.add_argument("--no-graph", dest="graph", action="store_false",
+                   help="on GPUs: run the decode step as it is, not as a captured CUDA graph")
     p.add_argument("--verify", action="store_true",
                    help="run at tp 1, 2 and 4 and compare the greedy tokens")
     p.add_argument("--explain", action="store_true", help="print which communicators are used")

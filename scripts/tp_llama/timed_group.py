@@ -15,10 +15,11 @@ class TimedGroup:
 
     On a CPU the time of a call counts, the wait for later ranks included. On a GPU it is the time
     between two events on the stream. Only rank-local clocks are read: timing adds no collective.
+    Calls that a CUDA graph captures are passed on untimed, and with ``timed=False`` all are.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, group: Any, timed: bool = True) -> None:
+        self.group, self.timed = group, timed
         self.rank_in_group: int = group.rank_in_group
         self.world_size: int = group.world_size
         self.device = torch.device(group.device)
@@ -53,7 +54,10 @@ class TimedGroup:
 
     def _timed(self, call: Callable[..., Any], *args: object) -> Any:
         self.calls += 1
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if not self.timed or (on_gpu and torch.cuda.is_current_stream_capturing()):
+            return call(*args)
+        if on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             result = call(*args)

@@ -49,6 +49,7 @@ def tokens_at(size: int, options: argparse.Namespace, texts: list[str]) -> list[
             ("kv-cache-dtype", options.kv_cache_dtype),
         ):
             command += [f"--{name}={value}"]
+        command += [] if options.graph else ["--no-graph"]
         with environment(size):
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

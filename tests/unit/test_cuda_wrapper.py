@@ -63,14 +63,18 @@ def test_find_loaded_library(
     assert find_loaded_library("libcudart") == found
 
 
-def test_the_library_that_the_process_has_loaded_is_used(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+def test_a_library_that_the_process_has_loaded_is_found_and_used(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = compile_fake("cudart", tmp_path_factory.mktemp("loaded") / "libcudart.so.99")
+    path = compile_fake("cudart", tmp_path_factory.mktemp("loaded") / "libfakeruntime.so.99")
     loaded = ctypes.CDLL(path)  # really mapped: /proc/self/maps shows it
-    assert find_loaded_library("libcudart") == path
-    assert CudaRTLibrary().cudaGetErrorString(2) == "out of memory"
+    assert find_loaded_library("libfakeruntime") == path
     del loaded
+    named = tmp_path / "libcudart.so.99"
+    named.symlink_to(path)
+    maps(tmp_path, monkeypatch, str(named))
+    assert CudaRTLibrary().path == str(named)
+    assert CudaRTLibrary().cudaGetErrorString(2) == "out of memory"
 
 
 def test_no_library_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

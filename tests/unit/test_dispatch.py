@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from communicators import Capability, CommMismatchError, CommunicatorError, Refusal, Request
+from communicators import (
+    Capability,
+    CommMismatchError,
+    CommunicatorError,
+    Refusal,
+    Request,
+    Settings,
+)
 from communicators.base import Communicator
 from communicators.dispatcher import Dispatcher
 from communicators.errors import InvalidArgumentError, SettingsError
@@ -64,6 +71,16 @@ def test_admission_comes_before_measurement():
     choice = choose(request(2048), LIVE, table)
     assert choice.communicator == "all"
     assert "2048 bytes are more than its 1024" in str(choice.refused["small"])
+
+
+def test_a_row_does_not_speak_of_what_it_did_not_measure():
+    table = parse(table_text(), "toy.json")
+    allowed = [("quick", Capability(frozenset({"all_reduce"}), min_bytes=128)), *LIVE]
+    assert choose(request(64), allowed, table).communicator == "all"
+    choice = choose(request(128), allowed, table)
+    assert choice.communicator == "quick"
+    assert str(choice.refused["small"]) == "takes it, and comes after quick"
+    assert "64 bytes are fewer than its 128" in str(choose(request(64), allowed, table).refused)
 
 
 def test_nobody_takes_it():
@@ -169,3 +186,21 @@ def test_different_tables_raise_on_all_ranks():
     assert "table 0" in str(results[0])
     same = run_ranks(2, lambda group: dispatcher(group, parse(table_text(), "same")))
     assert all(isinstance(result, Dispatcher) for result in same)
+
+
+def test_debug_compares_the_calls_before_they_are_made():
+    def body(group):
+        group.settings = Settings(debug=True)
+        d = dispatcher(group)
+        same = torch.zeros(4)
+        d.run("all_reduce", same, same)
+        other = torch.zeros(4 + group.rank)
+        try:
+            d.run("all_reduce", other, other)
+        except CommMismatchError as error:
+            return str(error), d.live[0].calls
+
+    for text, calls in run_ranks(2, body):
+        assert "all_reduce of [4] float32" in text
+        assert "all_reduce of [5] float32" in text
+        assert len(calls) == 1, "the call that differs was not made"

@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -83,11 +84,11 @@ def test_a_wedged_driver_gives_an_answer_and_the_next_pair_gets_new_processes(
     cudart: str, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CUDART_FAULTS", "0>1:wedge")
-    monkeypatch.setattr(p2p, "_PAIR_S", 2.0)
+    monkeypatch.setattr(p2p, "_PAIR_S", 4.0)
     started = time.monotonic()
     first, second = p2p.try_pairs([(0, 1), (1, 0)], cudart=cudart, timeout_s=40)
     assert time.monotonic() - started < 40
-    assert "the producer and the consumer did not answer within 2 s" in first[0].reason
+    assert "the producer and the consumer did not answer within 4 s" in first[0].reason
     assert not first[0].transient and reasons(second) == ("", "")
 
 
@@ -129,7 +130,7 @@ def test_copies_are_measured_when_the_size_asks_for_it(cudart: str) -> None:
     (attempt,) = p2p.try_pairs([(0, 1)], cudart=cudart, size=4 * PROOF_BYTES)
     assert reasons(attempt) == ("", "") and MEASURED_BYTES > PROOF_BYTES
     measured = attempt[1].measured
-    assert set(measured) == {"read_gbps", "write_gbps", "latency_us"}
+    assert {"read_gbps", "write_gbps"} <= set(measured) <= {"read_gbps", "write_gbps", "latency_us"}
     assert all(value > 0 for value in measured.values())
 
 
@@ -250,6 +251,34 @@ def test_an_unwritable_cache_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "file").write_text("")
     P2PCache(str(tmp_path / "file" / "below"), HOST, "580.1").add({PAIR: PairResult(None)}, [])
     assert "proofs of peer access are not remembered" in caplog.text
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert P2PCache("", HOST, "580.1").path.parent.name == f"communicators-{os.getuid()}"
+
+
+def test_processes_that_cannot_be_started_leave_nothing_open(
+    cudart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real: Any = subprocess.Popen
+    started: list[Any] = []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        if started:
+            raise OSError("no more processes")
+        started.append(real(*args, **options))
+        return started[0]
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    with pytest.raises(OSError, match="no more processes"):
+        p2p.try_pairs([(0, 1)], cudart=cudart)
+    assert started[0].poll() is not None
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def four_ranks(monkeypatch: pytest.MonkeyPatch, gpus: list[GpuFacts], mine: Settings) -> list[Any]:

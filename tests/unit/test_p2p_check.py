@@ -62,7 +62,7 @@ def test_a_disproven_claim_is_an_exit_status_and_refresh_heals(
     content = json.loads(capsys.readouterr().out)
     first, second = content["pairs"]
     assert (first["accessor"], first["owner"], first["proven"]) == (0, 1, True)
-    assert first["write_gbps"] > 0 and first["nvlinks"] == 18 and first["latency_us"] > 0
+    assert first["write_gbps"] > 0 and first["nvlinks"] == 18 and "latency_us" in first
     assert second["claimed_read"] is True and second["proven"] is False
     assert "of what it read" in second["reason"] and second["write_gbps"] is None
     assert "does not reach the memory of GPU 0" in content["refusal"]
@@ -78,10 +78,10 @@ def test_a_wedged_driver_is_answered_within_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FAKE_CUDART_FAULTS", "0>1:wedge")
-    monkeypatch.setattr(p2p, "_PAIR_S", 1.0)
+    monkeypatch.setattr(p2p, "_PAIR_S", 3.0)
     assert cli.main(["p2p-check", "--deadline", "30", "--no-measure"]) == 1
     text = capsys.readouterr().out
-    assert "yes/NO" in text and "yes/yes" in text and "did not answer within 1 s" in text
+    assert "yes/NO" in text and "yes/yes" in text and "did not answer within 3 s" in text
 
 
 def test_what_could_not_be_tried_is_a_question_mark(

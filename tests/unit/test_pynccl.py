@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch.distributed import ReduceOp
 from communicators import Group
 from communicators.backends import nccl_comm
 from communicators.backends.nccl_checks import NcclHandle, check_handles
+from communicators.backends.peer_watch import own_process
 from communicators.backends.pynccl import PyNcclCommunicator
 from communicators.base import Capability, Request
 from communicators.bindings.pynccl_wrapper import NcclError
@@ -25,6 +27,7 @@ from communicators.errors import (
     CommTimeoutError,
     CommunicatorError,
     InvalidArgumentError,
+    PeerDiedError,
     RefusedError,
 )
 from tests.threads import run_ranks
@@ -285,12 +288,48 @@ def test_close_and_abort_are_idempotent(fake: str, calls: Callable[[], list[str]
 
 def test_a_failure_in_the_background_is_found_by_check(fake: str) -> None:
     def body(comm: HostNccl, rank: int) -> None:
-        assert comm._comm is not None and comm.nccl is not None
+        assert comm._comm is not None and comm.nccl is not None and comm._comm._watch is not None
+        comm._comm._watch.stop()
         comm._comm.check()
         comm.nccl.ncclCommDestroy(comm.comm)  # the fake answers "remote process exited" from now
         with pytest.raises(NcclError, match="remote process exited"):
             comm._comm.check()
         assert comm.disabled
+
+    on_ranks(fake, 1, body)
+
+
+def test_a_dead_peer_ends_the_communicator_at_once(
+    fake: str, calls: Callable[[], list[str]]
+) -> None:
+    def body(comm: HostNccl, rank: int) -> None:
+        assert comm._comm is not None and comm._comm._watch is not None
+        comm._comm._watch.stop()
+        with subprocess.Popen(["sleep", "60"]) as peer:
+            comm._comm.watch({1: peer.pid})
+            comm.all_reduce(torch.ones(1))
+            peer.kill()
+        until = time.monotonic() + 5
+        while not comm.disabled and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(
+            PeerDiedError, match="rank 0 is unusable: the process of rank 1 is gone"
+        ):
+            comm.all_reduce(torch.ones(1))
+
+    on_ranks(fake, 1, body)
+    assert calls().count("ncclCommAbort") == 1 and "ncclCommDestroy" not in calls()
+
+
+def test_what_nccl_reports_by_itself_ends_the_communicator(fake: str) -> None:
+    def body(comm: HostNccl, rank: int) -> None:
+        assert comm.nccl is not None
+        comm.nccl.ncclCommDestroy(comm.comm)  # the fake reports "remote process exited" from now
+        until = time.monotonic() + 5
+        while not comm.disabled and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(RefusedError, match="remote process exited"):
+            comm.all_reduce(torch.ones(1))
 
     on_ranks(fake, 1, body)
 
@@ -318,10 +357,11 @@ def test_the_setting_names_the_library(fake: str) -> None:
 
 
 def test_handles_that_contradict_each_other() -> None:
+    own = own_process()
     with pytest.raises(CommMismatchError, match=r"rank 0 has NCCL 2\.28\.9 and rank 1 has NCCL 2"):
-        check_handles([NcclHandle(22809, "a", b""), NcclHandle(22703, "b", b"")])
+        check_handles([NcclHandle(22809, "a", b"", own), NcclHandle(22703, "b", b"", own)])
     with pytest.raises(CommunicatorError, match="rank 0 and 2 are both on GPU-a"):
-        check_handles([NcclHandle(1, gpu, b"") for gpu in "aba"])
+        check_handles([NcclHandle(1, gpu, b"", own) for gpu in "aba"])
 
 
 def test_a_call_that_blocks_is_given_up() -> None:

@@ -3,13 +3,17 @@ rounded once."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import os
+import re
+import time
 
 import pytest
 import torch
 
-from communicators import CpuCommunicator
+from communicators import CpuCommunicator, Settings
 from tests.harness import Rank, pool
 
 WORLDS = (2, 3, 4, 5, 8)
@@ -82,16 +86,25 @@ def test_all_reduce(world: int, dtype: torch.dtype) -> None:
 
 def check_every_algorithm(rank: Rank, dtype: torch.dtype) -> None:
     cpu = communicator(rank)
+    torch.set_num_threads(2)
     tune = torch.ops.communicators.shm_set_tuning
     try:
-        for size in (8, 100, 5000, 40_000, 100_001):
+        for size in (8, 100, 5000, 40_000, 200_001):
             parts = inputs(rank.world_size, size, dtype, seed=size)
             expected = reference_sum(parts)
-            for one_shot, chunk in ((0, 16384), (0, 65536), (0, 1 << 20), (1 << 20, 16384)):
+            for one_shot, chunk, threads in (
+                (0, 16384, 1),
+                (0, 65536, 1),
+                (0, 1 << 20, 1),
+                (1 << 20, 16384, 1),
+                (0, 1 << 20, 2),  # torch's pool shares the work
+                (1 << 20, 16384, 2),
+            ):
                 cpu.barrier()
-                tune(cpu._handle, one_shot, chunk)
+                tune(cpu._handle, one_shot, chunk, threads)
                 assert torch.equal(cpu.all_reduce(parts[rank.rank]), expected), (size, one_shot)
     finally:
+        torch.set_num_threads(1)
         cpu.close()
         del rank.cache["cpu"]
 
@@ -251,6 +264,47 @@ def check_two_groups(rank: Rank) -> None:
 
 def test_several_groups_at_once() -> None:
     pool(3).run(check_two_groups)
+
+
+def check_least_memory(rank: Rank) -> None:
+    device = torch.device("cpu")
+    refusal = CpuCommunicator(rank.group("none"), device, Settings(shm_bytes=0)).refusal
+    needed = re.search(r"(\d+) are needed", str(refusal))
+    assert needed is not None, refusal
+    small = Settings(shm_bytes=int(needed[1]), timeout_s=30.0)
+    cpu = CpuCommunicator(rank.group("least"), device, small)
+    for size in (1, 100, 5001):
+        parts = inputs(rank.world_size, size * rank.world_size, torch.float64, seed=size)
+        expected = reference_sum(parts)
+        assert torch.equal(cpu.all_reduce(parts[rank.rank]), expected)
+        assert torch.equal(
+            cpu.reduce_scatter(parts[rank.rank]), expected.chunk(rank.world_size)[rank.rank]
+        )
+        assert torch.equal(cpu.all_gather(parts[rank.rank]), torch.cat(parts))
+    if rank.rank == 0:
+        cpu.send_tensor_list(parts, 1)
+    elif rank.rank == 1:
+        assert all(map(torch.equal, cpu.recv_tensor_list(0), parts))
+    cpu.close()
+
+
+@pytest.mark.parametrize("world", (2, 3, 16))
+def test_the_least_memory_that_is_accepted_works(world: int) -> None:
+    pool(world).run(check_least_memory)
+
+
+def check_forked_child(rank: Rank) -> None:
+    cpu = communicator(rank)
+    child = os.fork()
+    if child == 0:
+        ctypes.CDLL(None).exit(0)  # with destructors, as a program that ends
+    os.waitpid(child, 0)
+    time.sleep(0.1 * rank.rank)  # so that one rank waits for the other
+    assert torch.equal(cpu.all_reduce(torch.ones(5)), torch.full((5,), 2.0))
+
+
+def test_a_forked_child_that_exits_does_not_close_the_group() -> None:
+    pool(2).run(check_forked_child)
 
 
 def check_many_ranks(rank: Rank) -> None:

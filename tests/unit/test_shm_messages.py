@@ -68,7 +68,7 @@ def exchange_list(rank: Rank, tensors: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("world", (2, 3, 8))
 def test_lists_of_tensors(world: int) -> None:
     every = [tensor(dtype, [5, 3], seed) for seed, dtype in enumerate(DTYPES)]
-    shapes = ([], [0], [3, 0, 2], [1], [100_001], [700, 700])
+    shapes: tuple[list[int], ...] = ([], [0], [3, 0, 2], [1], [100_001], [700, 700])
     odd = [tensor(torch.float32, list(shape), seed) for seed, shape in enumerate(shapes)]
     transposed = [tensor(torch.float32, [30, 40], 1).t()]
     ranks = pool(world)

@@ -151,7 +151,7 @@ def dispatched(group, vendor):
 @VENDORS
 def test_a_dispatcher_runs_it(pool, vendor):
     for text in pool.run(3, dispatched, vendor, backend=BACKENDS[vendor]):
-        assert f"all_reduce, bfloat16, eager, any size: {vendor.name}" in text
+        assert f"any size: {vendor.name}" in text
 
 
 def marks(group):

@@ -20,7 +20,7 @@ from scripts.tp_llama.errors import JobError
 from scripts.tp_llama.generate import Generator, Limits
 from scripts.tp_llama.loader import load
 from scripts.tp_llama.model import LlamaModel
-from scripts.tp_llama.options import SHIPPED, parser
+from scripts.tp_llama.options import DEFAULT_PROMPT, SHIPPED, parser
 from scripts.tp_llama.timed_group import TimedGroup
 from scripts.tp_llama.tokenizer import load_tokenizer
 from scripts.tp_llama.train_model import DenseLlama, Shape
@@ -52,8 +52,8 @@ def shipped_dense_model() -> DenseLlama:
 def test_one_command_writes_python_on_two_ranks() -> None:
     done = job("--tp", "2", "--max-new-tokens", "40")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def main(")
-    assert len(done.stdout) > len("def main(")
+    assert done.stdout.startswith(DEFAULT_PROMPT)
+    assert len(done.stdout) > len(DEFAULT_PROMPT)
     assert "tp 2 on cpu, float32" in done.stderr
     for phase in ("prefill", "decode"):
         assert re.search(PHASE.format(phase), done.stderr), done.stderr

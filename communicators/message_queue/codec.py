@@ -7,6 +7,7 @@ a dtype and a shape here.
 
 from __future__ import annotations
 
+import copyreg
 import math
 import pickle
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import CommunicatorError, InvalidArgumentError
+from ..errors import CommunicatorError, InvalidArgumentError
 
 #: Buffers below this many bytes go into the stream: one more copy costs less than a block.
 OUT_OF_BAND_BYTES = 4096
@@ -27,7 +28,9 @@ def address_of(buffer: Any) -> int:
     return address
 
 
-def _reduce_tensor(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
+    if not _is_plain(tensor):
+        return tensor.__reduce_ex__(5)
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return _rebuild_tensor, (
         pickle.PickleBuffer(flat.numpy().data),
@@ -60,11 +63,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is torch.Tensor and _is_plain(obj):
-            return _reduce_tensor(obj)
-        return NotImplemented
+class _Reducers(dict[type, Callable[[Any], Any]]):
+    """Ours for tensors, and those of copyreg, which may still be added to."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        return copyreg.dispatch_table[kind]
 
 
 class _Sink:
@@ -83,9 +86,12 @@ class Encoder:
     def __init__(self) -> None:
         self.parts: list[Any] = []
         self.buffers: list[memoryview] = []
-        self._pickler = _Pickler(
+        self._pickler = pickle.Pickler(
             _Sink(self.parts.append), protocol=5, buffer_callback=self._out_of_band
         )
+        self._pickler.dispatch_table = _Reducers({torch.Tensor: _reduce_tensor})
+        # dump(obj) fills `parts` and `buffers`; after it comes clear_memo(), always.
+        self.dump, self.clear_memo = self._pickler.dump, self._pickler.clear_memo
 
     def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -94,22 +100,19 @@ class Encoder:
         self.buffers.append(raw)
         return False
 
-    def encode(self, obj: Any) -> None:
-        """Fills `parts` and `buffers`. InvalidArgumentError if `obj` cannot be pickled."""
-        try:
-            self._pickler.dump(obj)
-        except Exception as error:
-            raise InvalidArgumentError(
-                f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be "
-                f"pickled was given: {error}"
-            ) from error
-        finally:
-            self._pickler.clear_memo()
-
     def clear(self) -> None:
-        """Lets go of the object's memory."""
+        """Lets go of the object, and of what a dump() that failed has left."""
+        self.clear_memo()
         self.parts.clear()
         self.buffers.clear()
+
+
+def cannot_pickle(obj: Any, error: Exception) -> InvalidArgumentError:
+    """What enqueue() raises."""
+    return InvalidArgumentError(
+        f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be pickled was "
+        f"given: {error}"
+    )
 
 
 def decode(stream: Any, buffers: Iterable[Any] = ()) -> Any:

@@ -43,6 +43,11 @@ class Process:
         self._poll.register(self._fd, select.POLLIN)
 
     @property
+    def fd(self) -> int:
+        """The pidfd, for poll(2): readable once the process has ended. -1: it had ended before."""
+        return -1 if self._fd is None else self._fd
+
+    @property
     def gone(self) -> bool:
         """Whether the process has ended. A system call, about 1 us."""
         return self._fd is None or bool(self._poll.poll(0))

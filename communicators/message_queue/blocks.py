@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from .bindings.ring_api import api
-from .queue_codec import address_of, decode
-from .shm_ring import BLOCK, BLOCK_HEADER_BYTES, Deadline, RingReader, RingWriter
+from .codec import address_of, decode
+from .deadline import Deadline
+from .ends import RingReader, RingWriter
+from .native_ring import BLOCK, BLOCK_HEADER_BYTES, api
 
 _ALIGN = 64
 _COUNT = struct.Struct("=Q")

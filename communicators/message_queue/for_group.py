@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommunicatorError, InvalidArgumentError, RefusedError
-from .group import Group
+from ..errors import CommunicatorError, InvalidArgumentError, RefusedError
+from ..group import Group
+from ..shm_broadcast import MessageQueue
 from .process import pid_space
-from .shm_broadcast import MessageQueue
 
 if TYPE_CHECKING:
     import torch.distributed as dist

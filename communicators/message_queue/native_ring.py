@@ -9,6 +9,15 @@ from typing import Any
 
 from .. import native
 
+# The enumerations of native/shm/ring.h.
+INLINE, RAW, BLOCK = 1, 2, 3  # SlotKind
+ABSENT, JOINED, LEFT, DEAD = range(4)  # ReaderState
+READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, NUDGED, PEER_GONE = range(7)  # WaitResult
+FIRST, AGAIN, AFTER_NUDGE = range(3)  # WaitMode
+MUST_WAIT, NO_ROOM, NO_MEMORY = -1, -2, -3  # allocate_block
+BLOCK_HEADER_BYTES = 64
+PUBLISHED, JOINED_COUNT, READY_FLAG = range(3)  # of communicators_ring_word
+
 
 class Taken(ctypes.Structure):
     """RingReader::Taken of native/shm/ring.h."""
@@ -41,7 +50,6 @@ _QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_ready": (None, (_P,)),
     "writer_open": (_P, (_P, _I, _U64, _I64, _I64)),
     "writer_free": (None, (_P,)),
-    "try_write": (_I, (_P, ctypes.c_char_p, _U64)),
     "has_slot": (_I, (_P,)),
     "slot_offset": (_U64, (_P, _U64)),
     "slot_payload": (_P, (_P,)),
@@ -56,10 +64,11 @@ _QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "join": (_I, (_P, _U32, _U64)),
     "leave": (None, (_P,)),
     "taken": (_P, (_P,)),
-    "take": (_I, (_P,)),
     "done": (None, (_P,)),
     "release_block": (None, (_P, _U32, _U64)),
     "received": (_U64, (_P,)),
+    "nudge": (None, (_P,)),
+    "sleepers_offset": (_U64, ()),
     "cancel_writer": (None, (_P,)),
     "cancel_reader": (None, (_P,)),
 }
@@ -68,7 +77,7 @@ _SLOW: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "copy": (None, (_P, _P, _U64)),
     "allocate_block": (_I64, (_P, _U64)),
     "writer_wait": (_I, (_P, _I64, _I)),
-    "reader_wait": (_I, (_P, _I64, _I)),
+    "reader_wait": (_I, (_P, _I64, _I, _I)),
 }
 
 
@@ -82,6 +91,11 @@ class _Api:
                 function = getattr(library, f"communicators_ring_{name}")
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name, function)
+        # The two of the short path, without a prototype, which makes a call 0.1 us shorter: they
+        # take a c_void_p, bytes and a C int, and return a C int.
+        quick = ctypes.PyDLL(path)
+        self.try_write = quick.communicators_ring_try_write
+        self.take = quick.communicators_ring_take
 
     def __getattr__(self, name: str) -> Callable[..., Any]:  # for type checkers; all are set above
         raise AttributeError(name)

@@ -1,0 +1,113 @@
+// Between floats and 8-bit codes on the GPU: 16 elements a step.
+#include "kvcache/cache.h"
+#include "kvcache/runs.cuh"
+
+namespace kvcache {
+namespace {
+
+constexpr int kThreads = 256, kStep = 16, kUnroll = 2;
+
+// 16 floats as one object of 16-byte parts.
+template <class T>
+struct Floats {
+  static constexpr int kN = gpu::kVec<T>, kParts = kStep / kN;
+  gpu::Vec<T, kN> part[kParts];
+};
+
+template <class T, KvFormat kFormat, bool kToFp8, bool kAligned>
+__global__ void __launch_bounds__(kThreads) convert_all(ConvertFp8Args a) {
+  using F = Floats<T>;
+  const int64_t base =
+      (static_cast<int64_t>(blockIdx.x) * kUnroll * kThreads + threadIdx.x) * kStep;
+  F floats[kUnroll];
+  gpu::Vec<uint8_t, kStep> codes[kUnroll];
+  const T* in = static_cast<const T*>(a.in);
+  auto part = [](int64_t left, int p) {
+    const int64_t n = left - p * F::kN;
+    return n < 0 ? 0 : n < F::kN ? static_cast<int>(n) : F::kN;
+  };
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t i = base + u * kThreads * kStep, left = a.n - i;
+    if (left <= 0) break;
+    if constexpr (kToFp8) {
+      if (left >= kStep) {
+#pragma unroll
+        for (int p = 0; p < F::kParts; ++p) {
+          gpu::load<kAligned>(floats[u].part[p], in + i + p * F::kN);
+        }
+      } else {
+#pragma unroll
+        for (int p = 0; p < F::kParts; ++p) {
+          gpu::load<false>(floats[u].part[p], in + i + p * F::kN, part(left, p));
+        }
+      }
+    } else {
+      const uint8_t* from = static_cast<const uint8_t*>(a.in) + i;
+      if (left >= kStep) {
+        gpu::load<kAligned>(codes[u], from);
+      } else {
+        gpu::load<false>(codes[u], from, static_cast<int>(left));
+      }
+    }
+  }
+  const gpu::Divisor divisor(a.scale);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t i = base + u * kThreads * kStep, left = a.n - i;
+    if (left <= 0) break;
+    if constexpr (kToFp8) {
+      float x[kStep];
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) {
+        x[j] = gpu::to_float(floats[u].part[j / F::kN].at[j % F::kN]);
+      }
+      gpu::quantize<kFormat>(codes[u], x, divisor);
+      uint8_t* out = static_cast<uint8_t*>(a.out) + i;
+      if (left >= kStep) {
+        gpu::store<kAligned>(out, codes[u]);
+      } else {
+        gpu::store<false>(out, codes[u], static_cast<int>(left));
+      }
+    } else {
+      gpu::Vec<T, kStep> values;
+      gpu::dequantize<kFormat>(values, codes[u], a.scale);
+      T* out = static_cast<T*>(a.out) + i;
+#pragma unroll
+      for (int p = 0; p < F::kParts; ++p) {
+        gpu::Vec<T, F::kN> v;
+#pragma unroll
+        for (int j = 0; j < F::kN; ++j) v.at[j] = values.at[p * F::kN + j];
+        if (left >= kStep) {
+          gpu::store<kAligned>(out + p * F::kN, v);
+        } else {
+          gpu::store<false>(out + p * F::kN, v, part(left, p));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void convert_fp8(const ConvertFp8Args& a, Stream stream) {
+  const auto blocks =
+      static_cast<unsigned>(gpu::ceil_div(a.n, int64_t{kThreads} * kStep * kUnroll));
+  gpu::with_float(a.dtype, [&](auto type) {
+    gpu::with_bool(a.to_fp8, [&](auto to_fp8) {
+      gpu::with_bool(gpu::aligned(16, a.in, a.out), [&](auto is_aligned) {
+        using T = decltype(type);
+        constexpr bool kTo = decltype(to_fp8)::value, kAligned = decltype(is_aligned)::value;
+        const gpu::Stream s = gpu::stream_of(stream);
+        if (a.format == KvFormat::kE5M2) {
+          convert_all<T, KvFormat::kE5M2, kTo, kAligned><<<blocks, kThreads, 0, s>>>(a);
+        } else {
+          convert_all<T, KvFormat::kE4M3, kTo, kAligned><<<blocks, kThreads, 0, s>>>(a);
+        }
+      });
+    });
+  });
+  GPU_CHECK_LAUNCH("convert_fp8");
+}
+
+}  // namespace kvcache

@@ -1,0 +1,110 @@
+// The codecs of the quantized all-reduce on the host, for tests and for measuring their error:
+// the same functions that the kernels use (collectives/quick_codec.h).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "collectives/quick_codec.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <int B, quick::Half H>
+void encode_block(const float* x, uint16_t* extreme, quick::Codes* codes) {
+  quick::Extreme found;
+  float values[quick::kThreadsPerBlock][quick::kPerThread];
+  for (int t = 0; t < quick::kThreadsPerBlock; ++t) {
+    for (int i = 0; i < quick::kPerThread; ++i) values[t][i] = x[t * quick::kPerThread + i];
+    found = quick::merge(found, quick::extreme_of(values[t]));
+  }
+  *extreme = quick::away_from_zero<H>(quick::signed_extreme(found));
+  const float m = quick::widen<H>(*extreme);
+  for (int t = 0; t < quick::kThreadsPerBlock; ++t) {
+    codes[t] = quick::encode_thread<B>(values[t], m);
+  }
+}
+
+template <int B, quick::Half H>
+void decode_block(uint16_t extreme, const quick::Codes* codes, float* x) {
+  float values[quick::kPerThread];
+  for (int t = 0; t < quick::kThreadsPerBlock; ++t) {
+    quick::decode_thread<B>(codes[t], quick::widen<H>(extreme), values);
+    for (int i = 0; i < quick::kPerThread; ++i) x[t * quick::kPerThread + i] = values[i];
+  }
+}
+
+template <typename Body>
+void by_codec(int64_t bits, bool bfloat16, const char* op, Body body) {
+  const auto with = [&](auto b) {
+    constexpr int B = decltype(b)::value;
+    if (bfloat16) {
+      body.template operator()<B, quick::Half::kBFloat16>();
+    } else {
+      body.template operator()<B, quick::Half::kFloat16>();
+    }
+  };
+  if (bits == 8) return with(std::integral_constant<int, 8>{});
+  if (bits == 6) return with(std::integral_constant<int, 6>{});
+  if (bits == 4) return with(std::integral_constant<int, 4>{});
+  STD_TORCH_CHECK(false, op, ": bits must be 8, 6 or 4, got ", bits);
+}
+
+// fp32 x [N, 32] -> m as int16 [N], codes as int32 [N, 4, 3] (low, low, high of each thread).
+std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
+  constexpr const char* op = "quick_encode(x, bits, bfloat16)";
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
+                      x.dim() == 2 && x.size(1) == quick::kBlock,
+                  op, ": x must be a contiguous float32 CPU tensor [N, 32]");
+  const auto cpu = torch::stable::Device(torch::headeronly::DeviceType::CPU, 0);
+  const int64_t blocks = x.size(0);
+  Tensor extremes = torch::stable::empty({blocks}, ScalarType::Short, std::nullopt, cpu);
+  Tensor codes = torch::stable::empty({blocks, quick::kThreadsPerBlock, 3}, ScalarType::Int,
+                                      std::nullopt, cpu);
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  auto* m = static_cast<uint16_t*>(extremes.mutable_data_ptr());
+  auto* to = static_cast<quick::Codes*>(codes.mutable_data_ptr());
+  by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
+    for (int64_t n = 0; n < blocks; ++n) {
+      encode_block<B, H>(from + n * quick::kBlock, m + n, to + n * quick::kThreadsPerBlock);
+    }
+  });
+  return {extremes, codes};
+}
+
+// The inverse: fp32 [N, 32].
+Tensor quick_decode(Tensor extremes, Tensor codes, int64_t bits, bool bfloat16) {
+  constexpr const char* op = "quick_decode(extremes, codes, bits, bfloat16)";
+  STD_TORCH_CHECK(extremes.is_cpu() && extremes.scalar_type() == ScalarType::Short &&
+                      extremes.is_contiguous() && codes.is_cpu() &&
+                      codes.scalar_type() == ScalarType::Int && codes.is_contiguous() &&
+                      codes.numel() == extremes.numel() * quick::kThreadsPerBlock * 3,
+                  op, ": extremes must be int16 [N] and codes int32 [N, 4, 3], both on the CPU");
+  const int64_t blocks = extremes.numel();
+  Tensor x = torch::stable::empty({blocks, quick::kBlock}, ScalarType::Float, std::nullopt,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
+  const auto* m = static_cast<const uint16_t*>(extremes.const_data_ptr());
+  const auto* from = static_cast<const quick::Codes*>(codes.const_data_ptr());
+  auto* to = static_cast<float*>(x.mutable_data_ptr());
+  by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
+    for (int64_t n = 0; n < blocks; ++n) {
+      decode_block<B, H>(m[n], from + n * quick::kThreadsPerBlock, to + n * quick::kBlock);
+    }
+  });
+  return x;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
+  m.def("quick_encode(Tensor x, int bits, bool bfloat16) -> (Tensor, Tensor)");
+  m.def("quick_decode(Tensor extremes, Tensor codes, int bits, bool bfloat16) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(communicators, CPU, m) {
+  m.impl("quick_encode", TORCH_BOX(&quick_encode));
+  m.impl("quick_decode", TORCH_BOX(&quick_decode));
+}

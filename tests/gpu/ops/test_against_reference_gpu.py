@@ -1,0 +1,134 @@
+"""Every op on a GPU against its reference, captured in CUDA graphs, and against torch's formats."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_cases import all_cases, sample
+from ops_checks import assert_same_memory, check
+from ops_maker import FLOATS, Args, Case, storage
+
+import kvcache_ops
+from kvcache_ops import reference
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_against_reference(case: Case) -> None:
+    check(case, "cuda")
+
+
+def tensors(args: Args) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in args.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("case", [c for c in sample(6) if c.op != "swap_blocks"], ids=str)
+def test_graph_replay_with_changed_contents(case: Case) -> None:
+    """A captured call, replayed after its inputs have changed, computes the new result."""
+    args = case.args("cuda")
+    saved = {k: storage(v).clone() for k, v in tensors(args).items()}
+    op = getattr(kvcache_ops, case.op)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        op(**args)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(**args)
+    changed = Case(case.op, case.name, case.build, case.seed + 1000, case.ulps, case.atol)
+    for fresh in (changed.args("cuda"), None):
+        if fresh is None:  # and back to the first contents
+            for name, value in tensors(args).items():
+                storage(value).copy_(saved[name])
+            expected = case.args("cuda")
+        else:
+            if any(storage(v).numel() != saved[k].numel() for k, v in tensors(fresh).items()):
+                continue
+            for name, value in tensors(args).items():
+                storage(value).copy_(storage(fresh[name]))
+            expected = fresh
+        graph.replay()
+        getattr(reference, case.op)(**expected)
+        for name, value in tensors(args).items():
+            assert_same_memory(case, name, value, expected[name])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_silu_has_the_bits_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(512, 2 * 1024, device="cuda") * 4).to(dtype)
+    out = torch.empty(512, 1024, device="cuda", dtype=dtype)
+    kvcache_ops.silu_and_mul(out, x)
+    assert torch.equal(out, F.silu(x[:, :1024]) * x[:, 1024:])
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "fmt"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)]
+)
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0123, 3.7, 1e-6, 1e30])
+def test_fp8_of_random_bits(kv_dtype: str, fmt: torch.dtype, scale: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    bits = torch.randint(-(2**31), 2**31, (2_000_003,), generator=generator).to(torch.int32)
+    x = bits.view(torch.float32)
+    x = x[~x.isnan()].cuda()
+    largest, s = torch.finfo(fmt).max, torch.tensor(scale, device="cuda")
+    expected = (x / s).clamp(-largest, largest).to(fmt).view(torch.uint8)
+    out = torch.empty(x.numel(), dtype=torch.uint8, device="cuda")
+    kvcache_ops.convert_fp8(out, x, scale, kv_dtype)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp8_of_every_16_bit_value(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).cuda()
+    for kv, scale in itertools.product(("fp8", "fp8_e5m2"), (1.0, 0.7, 1.3e-3, 448.0)):
+        got = torch.empty(x.numel(), dtype=torch.uint8, device="cuda")
+        want = torch.empty_like(got)
+        kvcache_ops.convert_fp8(got, x, scale, kv)
+        reference.convert_fp8(want, x, scale, kv)
+        assert torch.equal(got, want)
+
+
+def test_cpu_and_gpu_agree_on_devices() -> None:
+    """A tensor on the wrong device is named."""
+    x = torch.randn(2, 64, device="cuda")
+    with pytest.raises(RuntimeError, match=r"rms_norm\(weight\).*on cpu was given.*on cuda:0"):
+        kvcache_ops.rms_norm(torch.empty_like(x), x, torch.randn(64), 1e-5)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_swap_blocks_between_host_and_gpu(pinned: bool) -> None:
+    host = torch.randint(0, 255, (9, 4096), dtype=torch.uint8)
+    host = host.pin_memory() if pinned else host
+    gpu = torch.zeros(9, 4096, dtype=torch.uint8, device="cuda")
+    pairs = torch.tensor([[0, 3], [8, 0], [4, 8]])
+    kvcache_ops.swap_blocks(host, gpu, 4096, pairs)
+    torch.cuda.synchronize()
+    assert torch.equal(gpu.cpu()[pairs[:, 1]], host[pairs[:, 0]])
+    back = torch.zeros_like(host)
+    back = back.pin_memory() if pinned else back
+    kvcache_ops.swap_blocks(gpu, back, 4096, pairs.flip(1))
+    torch.cuda.synchronize()
+    assert torch.equal(back[pairs[:, 0]], host[pairs[:, 0]])
+
+
+@pytest.mark.parametrize("own_stream", [True, False])
+def test_swap_blocks_batch(own_stream: bool) -> None:
+    host = torch.randint(0, 255, (5, 1000), dtype=torch.uint8).pin_memory()
+    gpu = torch.zeros(5, 1000, dtype=torch.uint8, device="cuda")
+    src = torch.tensor([host[i].data_ptr() for i in range(5)])
+    dst = torch.tensor([gpu[4 - i].data_ptr() for i in range(5)])
+    sizes = torch.tensor([1000, 0, 1000, 10, 1000])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        kvcache_ops.swap_blocks_batch(src, dst, sizes)
+    torch.cuda.synchronize()
+    expected = torch.zeros(5, 1000, dtype=torch.uint8)
+    for i, n in enumerate(sizes.tolist()):
+        expected[4 - i, :n] = host[i, :n]
+    assert torch.equal(gpu.cpu(), expected)
