@@ -1,6 +1,6 @@
-// Launches with programmatic dependent launch where the GPU has it; recorded in CUDA graphs as well.
-// They go to the driver directly: the runtime's own launch looks the kernel up every time, which
-// costs 0.7 us of a small collective.
+// Launches with programmatic dependent launch where the GPU has it; recorded in CUDA graphs as
+// well. They go to the driver directly: the runtime's own launch looks the kernel up every time,
+// which costs 0.7 us of a small collective.
 #pragma once
 
 #include <cuda.h>
@@ -25,8 +25,8 @@ inline DriverLaunch driver_launch() {
   static const DriverLaunch found = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
-    GPU_CHECK(cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000,
-                                               cudaEnableDefault, &result));
+    GPU_CHECK(cudaGetDriverEntryPointByVersion("cuLaunchKernelEx", &entry, 12000, cudaEnableDefault,
+                                               &result));
     return reinterpret_cast<DriverLaunch>(entry);
   }();
   return found;

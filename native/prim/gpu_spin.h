@@ -1,6 +1,6 @@
-// Waiting on another GPU, never for ever: each wait has a deadline, and the first one that misses it
-// leaves a report where the host reads it without a CUDA call. The kernel then ends normally, so the
-// CUDA context stays usable.
+// Waiting on another GPU, never for ever: each wait has a deadline, and the first one that misses
+// it leaves a report where the host reads it without a CUDA call. The kernel then ends normally, so
+// the CUDA context stays usable.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,10 @@ struct SpinReport {
 
 // What every wait of one kernel launch needs.
 struct SpinContext {
-  uint32_t* aborted;     // in this rank's device memory; 0 at rest, 1 once anything failed
-  ulonglong2* copies;    // whose second halves are set then too, for kernels that start later
+  uint32_t* aborted;   // in this rank's device memory; 0 at rest, 1 once anything failed
+  ulonglong2* copies;  // whose second halves are set then too, for kernels that start later
   uint32_t copies_count;
-  SpinReport* report;    // device address of pinned host memory
+  SpinReport* report;  // device address of pinned host memory
   uint64_t timeout_ns;
   uint32_t op;
   uint32_t rank;

@@ -22,10 +22,11 @@ template <>
 struct Floats<float> {
   float x[4];
   __device__ __forceinline__ explicit Floats(uint4 v)
-      : x{std::bit_cast<float>(v.x), std::bit_cast<float>(v.y), std::bit_cast<float>(v.z), std::bit_cast<float>(v.w)} {}
+      : x{std::bit_cast<float>(v.x), std::bit_cast<float>(v.y), std::bit_cast<float>(v.z),
+          std::bit_cast<float>(v.w)} {}
   __device__ __forceinline__ uint4 rounded() const {
-    return make_uint4(std::bit_cast<uint32_t>(x[0]), std::bit_cast<uint32_t>(x[1]), std::bit_cast<uint32_t>(x[2]),
-                      std::bit_cast<uint32_t>(x[3]));
+    return make_uint4(std::bit_cast<uint32_t>(x[0]), std::bit_cast<uint32_t>(x[1]),
+                      std::bit_cast<uint32_t>(x[2]), std::bit_cast<uint32_t>(x[3]));
   }
 };
 
@@ -128,8 +129,8 @@ struct Span {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(kVectorBytes / sizeof(Element)); ++i) {
       if (vector * kVectorBytes + i * sizeof(Element) < bytes) {
-        reinterpret_cast<Element*>(at)[i] = static_cast<Element>(
-            words[i * sizeof(Element) / 4] >> (i * sizeof(Element) % 4 * 8));
+        reinterpret_cast<Element*>(at)[i] =
+            static_cast<Element>(words[i * sizeof(Element) / 4] >> (i * sizeof(Element) % 4 * 8));
       }
     }
   }
