@@ -1,4 +1,4 @@
-"""Many messages of all sizes, with checksums; scripts/bench_queue --soak runs any number of them."""
+"""Many messages of all sizes with checksums; for more, scripts/bench_queue --soak."""
 
 import os
 import zlib
