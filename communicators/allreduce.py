@@ -21,6 +21,14 @@ from .backends.mscclpp_functions import (
     mscclpp_generate_unique_id,
     mscclpp_init_context,
 )
+from .backends.quick_functions import (
+    init_custom_qr,
+    qr_all_reduce,
+    qr_destroy,
+    qr_get_handle,
+    qr_max_size,
+    qr_open_handles,
+)
 from .bindings import custom_ar
 from .errors import InvalidArgumentError
 from .workspace import LAYOUT, SharedBuffer
@@ -38,11 +46,17 @@ __all__ = [
     "get_graph_buffer_ipc_meta",
     "get_meta_buffer_ipc_handle",
     "init_custom_ar",
+    "init_custom_qr",
     "meta_size",
     "mscclpp_allreduce",
     "mscclpp_generate_unique_id",
     "mscclpp_init_context",
     "open_mem_handle",
+    "qr_all_reduce",
+    "qr_destroy",
+    "qr_get_handle",
+    "qr_max_size",
+    "qr_open_handles",
     "register_buffer",
     "register_graph_buffers",
 ]

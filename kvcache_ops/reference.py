@@ -153,6 +153,11 @@ def _power_of_two_at_least(x: Tensor) -> Tensor:
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
+def _over_448(x: Tensor) -> Tensor:
+    """x / 448, truly divided: by a plain number, torch multiplies with the reciprocal on CUDA."""
+    return x / torch.full_like(x, 448.0)
+
+
 def _amax(groups: Tensor) -> Tensor:
     """Largest magnitude of the last dim; a NaN among the values is passed over."""
     return torch.nan_to_num(groups.abs(), nan=0.0, posinf=math.inf).amax(-1)
@@ -160,7 +165,7 @@ def _amax(groups: Tensor) -> Tensor:
 
 def _ds_mla_entries(kv_c: Tensor, k_pe: Tensor) -> Tensor:
     tiles = kv_c.float().view(-1, 4, 128)
-    scale = _power_of_two_at_least((_amax(tiles) / 448.0).clamp_min(1e-4))
+    scale = _power_of_two_at_least(_over_448(_amax(tiles)).clamp_min(1e-4))
     codes = quantize(tiles, scale.unsqueeze(-1), "e4m3").view(-1, 512)
     rope = k_pe.contiguous().view(torch.uint8)
     rope = F.pad(rope, (0, 128 - rope.shape[1]))
@@ -340,7 +345,7 @@ def indexer_k_quant_and_cache(
     t, b, off = _valid(slot_mapping, kv_cache.shape[0], kv_cache.shape[1])
     d = k.shape[1]
     groups = k[t].float().view(-1, d // quant_block_size, quant_block_size)
-    scale = _amax(groups).clamp_min(1e-4) / 448.0
+    scale = _over_448(_amax(groups).clamp_min(1e-4))
     if kv_cache_dtype in ("ue8m0", "mxfp8"):
         scale = _power_of_two_at_least(scale)
     codes = quantize(groups, scale.unsqueeze(-1), "e4m3").view(-1, d)

@@ -142,12 +142,13 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(facts: dict[str, Any], rows: list[dict[str, Any]], plot: str) -> str:
+    busy = "; other work was running, compare within a row" if facts["load_average"] > 0.5 else ""
     lines = [
         "# CPU shared memory beside gloo and Open MPI",
         "",
         f"Written by `{facts['command'].strip()}` on {facts['date']}, commit {facts['commit']}: "
         f"{facts['cpus']} CPUs of {facts['cpu']}, torch {facts['torch']}, {facts['mpi']}. "
-        f"Load average when it started: {facts['load_average']:.1f}.",
+        f"Load average when it started: {facts['load_average']:.1f}{busy}.",
         "",
         (__doc__ or "").split("\n\n", 1)[1].strip(),
         "",

@@ -20,7 +20,7 @@ LARGER = {
     "communicators/shm_broadcast.py": 460,
     "kvcache_ops/cache.py": 570,
     "kvcache_ops/reference.py": 730,
-    "native/attention/paged_attention.cuh": 540,
+    "native/attention/paged_attention.cuh": 560,
     "native/torch/kvcache_cache.h": 660,
     "tests/unit/ops/cases_cache.py": 450,
 }

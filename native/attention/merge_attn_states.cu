@@ -7,30 +7,31 @@ namespace {
 
 constexpr int kThreads = 256, kUnroll = 2;
 
-template <class T, bool kFp8, bool kAligned, class Index>
-__global__ void __launch_bounds__(kThreads) merge(MergeArgs m, Index vecs, Index row_vecs) {
+// A block takes part of a token: vectors of its heads, `row_vecs` each.
+template <class T, bool kFp8, bool kAligned>
+__global__ void __launch_bounds__(kThreads) merge(MergeArgs m, int row_vecs) {
   constexpr int kN = gpu::kVec<T>;
-  const Index base = static_cast<Index>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  const int64_t t = blockIdx.x;
+  const int base = blockIdx.y * (kThreads * kUnroll) + threadIdx.x;
+  const int vecs = static_cast<int>(m.heads) * row_vecs;
+  const bool has_prefix = t < m.with_prefix;
   gpu::Vec<T, kN> pre[kUnroll], suf[kUnroll];
   float p[kUnroll], s[kUnroll];
-  Index token[kUnroll], head[kUnroll], col[kUnroll];
+  int head[kUnroll], col[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const Index i = base + u * kThreads;
-    if (i >= vecs) continue;
-    const Index row = i / row_vecs;
-    col[u] = (i - row * row_vecs) * kN;
-    token[u] = row / static_cast<Index>(m.heads);
-    head[u] = row - token[u] * static_cast<Index>(m.heads);
-    const int64_t left = m.head_size - col[u];
-    const int n = left < kN ? static_cast<int>(left) : kN;
-    const int64_t t = token[u], h = head[u];
+    const int i = base + u * kThreads;
+    if (i >= vecs) break;
+    head[u] = i / row_vecs;
+    col[u] = (i - head[u] * row_vecs) * kN;
+    const int n = min(static_cast<int>(m.head_size) - col[u], kN);
+    const int64_t h = head[u];
     gpu::load<kAligned>(
         suf[u],
         static_cast<const T*>(m.suffix) + t * m.suffix_stride + h * m.suffix_head_stride + col[u],
         n);
     s[u] = m.suffix_lse[h * m.suffix_lse_stride0 + t * m.suffix_lse_stride1];
-    if (t < m.with_prefix) {
+    if (has_prefix) {
       gpu::load<kAligned>(
           pre[u],
           static_cast<const T*>(m.prefix) + t * m.prefix_stride + h * m.prefix_head_stride + col[u],
@@ -41,27 +42,27 @@ __global__ void __launch_bounds__(kThreads) merge(MergeArgs m, Index vecs, Index
   const float inverse = kFp8 ? 1.0f / *m.out_scale : 1.0f;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (base + u * kThreads >= vecs) continue;
-    const int64_t t = token[u], h = head[u], left = m.head_size - col[u];
-    const int n = left < kN ? static_cast<int>(left) : kN;
-    float a = 0.0f, b = 1.0f, lse = s[u];
+    if (base + u * kThreads >= vecs) break;
+    const int n = min(static_cast<int>(m.head_size) - col[u], kN);
+    const int64_t h = head[u], at = t * m.out_stride + h * m.out_head_stride + col[u];
+    float a = 0.0f, b = 1.0f, top = s[u], small = 0.0f;
     bool alone = true;  // one side passes on unchanged
     gpu::Vec<T, kN> out = suf[u];
-    if (t < m.with_prefix) {
+    if (has_prefix) {
       const float q = p[u] == INFINITY ? -INFINITY : p[u];
       const float r = s[u] == INFINITY ? -INFINITY : s[u];
-      const float top = fmaxf(q, r);
+      top = fmaxf(q, r);
       if (top == -INFINITY) {
         out = pre[u];
-        lse = -INFINITY;
       } else {
-        const float eq = expf(q - top), er = expf(r - top), sum = eq + er;
-        a = eq / sum, b = er / sum;
-        lse = logf(sum) + top;
+        // One of the two exponentials is 1.
+        small = gpu::exp2_approx((fminf(q, r) - top) * 1.44269504f);
+        const float large = 1.0f / (1.0f + small);
+        a = q >= r ? large : small * large;
+        b = q >= r ? small * large : large;
         alone = false;
       }
     }
-    const int64_t at = t * m.out_stride + h * m.out_head_stride + col[u];
     float x[kN];
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) merge(MergeArgs m, Index vecs, Index
       gpu::store<kAligned>(static_cast<T*>(m.out) + at, out, n);
     }
     if (col[u] == 0 && m.out_lse != nullptr) {
-      m.out_lse[h * m.out_lse_stride0 + t * m.out_lse_stride1] = lse;
+      m.out_lse[h * m.out_lse_stride0 + t * m.out_lse_stride1] = top + logf(1.0f + small);
     }
   }
 }
@@ -114,21 +115,17 @@ void merge_attn_states(const MergeArgs& given, Stream stream) {
     constexpr int64_t kN = gpu::kVec<T>, kItem = sizeof(T);
     const int64_t out_item = m.out_scale == nullptr ? kItem : 1;
     const int64_t row_vecs = gpu::ceil_div(m.head_size, kN);
-    const int64_t vecs = m.tokens * m.heads * row_vecs;
     const bool all =
         m.head_size % kN == 0 &&
         gpu::aligned(16, m.prefix, m.suffix, m.prefix_stride * kItem, m.prefix_head_stride * kItem,
                      m.suffix_stride * kItem, m.suffix_head_stride * kItem) &&
         gpu::aligned(kN * out_item, m.out, m.out_stride * out_item, m.out_head_stride * out_item);
-    const auto blocks = static_cast<unsigned>(gpu::ceil_div(vecs, kThreads * kUnroll));
+    const dim3 blocks(static_cast<unsigned>(m.tokens),
+                      static_cast<unsigned>(gpu::ceil_div(m.heads * row_vecs, kThreads * kUnroll)));
     gpu::with_bool(m.out_scale != nullptr, [&](auto fp8) {
       gpu::with_bool(all, [&](auto is_aligned) {
         constexpr bool kFp8 = decltype(fp8)::value, kAligned = decltype(is_aligned)::value;
-        if (vecs < (1LL << 31)) {
-          merge<T, kFp8, kAligned, uint32_t><<<blocks, kThreads, 0, s>>>(m, vecs, row_vecs);
-        } else {
-          merge<T, kFp8, kAligned, int64_t><<<blocks, kThreads, 0, s>>>(m, vecs, row_vecs);
-        }
+        merge<T, kFp8, kAligned><<<blocks, kThreads, 0, s>>>(m, static_cast<int>(row_vecs));
       });
     });
   });

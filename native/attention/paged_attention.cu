@@ -1,30 +1,47 @@
 // Decode attention on the GPU: which kernel, how many splits, and the merge of the splits. What the
 // tensor cores do not take (fp32, unaligned caches) goes to a plain kernel here.
 #include <algorithm>
+#include <bit>
 
 #include "attention/paged_attention.cuh"
 
 namespace attention {
 namespace {
 
-bool on_tensor_cores(const PagedAttentionArgs& a) {
-  if (a.dtype == DType::kFloat32) return false;
-  const int64_t item = a.format == KvFormat::kCopy ? 2 : 1;
-  if (a.packed && (a.block_size % 8 != 0 || a.head_size * item % 16 != 0)) return false;
-  return gpu::aligned(16, a.key_cache, a.value_cache, a.k_block_stride * item,
-                      a.k_head_stride * item, a.v_block_stride * item, a.v_head_stride * item,
-                      a.k_page_stride * item, a.v_page_stride * item);
+// One attribute of the current device, asked for once.
+int device_attribute(GPU_NAME(DeviceAttr) which, int (&known)[64]) {
+  int device = 0;
+  GPU_CHECK(GPU_NAME(GetDevice)(&device));
+  int& value = known[device % 64];
+  if (value == 0) GPU_CHECK(GPU_NAME(DeviceGetAttribute)(&value, which, device));
+  return value;
 }
 
 int multiprocessors() {
   static int known[64] = {};
-  int device = 0;
-  GPU_CHECK(GPU_NAME(GetDevice)(&device));
-  int& count = known[device % 64];
-  if (count == 0) {
-    GPU_CHECK(GPU_NAME(DeviceGetAttribute)(&count, GPU_NAME(DevAttrMultiProcessorCount), device));
-  }
-  return count;
+  return device_attribute(GPU_NAME(DevAttrMultiProcessorCount), known);
+}
+
+// Whether a block's ring (see Decode) fits in this device's shared memory.
+bool ring_fits(const PagedAttentionArgs& a) {
+  static int known[64] = {};
+  const int64_t d = a.head_size > 128 ? 256 : a.head_size > 64 ? 128 : 64;
+  const int64_t stages = a.format == KvFormat::kCopy ? 3 * 2 : 4;
+  const int64_t bytes = kWarps * stages * 2 * kTile * d + 16 * d * 2 + 1024;
+  return bytes <= device_attribute(GPU_NAME(DevAttrMaxSharedMemoryPerBlockOptin), known);
+}
+
+bool on_tensor_cores(const PagedAttentionArgs& a) {
+  if (a.dtype == DType::kFloat32 || !ring_fits(a)) return false;
+  const int64_t item = a.format == KvFormat::kCopy ? 2 : 1;
+  if (a.packed && (a.block_size % 8 != 0 || a.head_size * item % 16 != 0)) return false;
+  // The kernel's 32-bit offsets, in 16 bytes (packed values: 8).
+  const int64_t most = std::max(a.num_blocks * a.k_block_stride * item / 16,
+                                a.num_blocks * a.v_block_stride * item / (a.packed ? 8 : 16));
+  if (most >= (int64_t{1} << 32) - 1) return false;
+  return gpu::aligned(16, a.key_cache, a.value_cache, a.k_block_stride * item,
+                      a.k_head_stride * item, a.v_block_stride * item, a.v_head_stride * item,
+                      a.k_page_stride * item, a.v_page_stride * item);
 }
 
 // Splits of a sequence, from shapes alone (lengths are on the device). The time is about waves of
@@ -38,7 +55,7 @@ int splits_for(const PagedAttentionArgs& a) {
   const int64_t at_once = multiprocessors() * (a.head_size > 128             ? 1
                                                : a.format == KvFormat::kCopy ? 2
                                                                              : 3);
-  const int64_t most = std::clamp<int64_t>(gpu::ceil_div(a.longest, 64), 1, 256);
+  const int64_t most = std::clamp<int64_t>(gpu::ceil_div(a.longest, 64), 1, 256);  // kMostSplits
   constexpr int64_t kBlockCost = 64, kMergeCost = 64;
   int64_t best = 1, least = INT64_MAX;
   for (int64_t n = 1; n <= most; ++n) {
@@ -66,10 +83,10 @@ __global__ void __launch_bounds__(kThreads)
   const float v_scale = a.v_scale == nullptr ? 1.0f : *a.v_scale;
   auto item = [&](const void* cache, int64_t at, float scale) {
     if (a.format == KvFormat::kCopy) return gpu::to_float(static_cast<const T*>(cache)[at]);
-    const uint32_t code = static_cast<const uint8_t*>(cache)[at];
-    const __half2 both = a.format == KvFormat::kE5M2 ? gpu::from_fp8x2<KvFormat::kE5M2>(code)
-                                                     : gpu::from_fp8x2<KvFormat::kE4M3>(code);
-    return gpu::to_float(gpu::from_float<T>(__low2float(both) * scale));
+    const uint8_t code = static_cast<const uint8_t*>(cache)[at];
+    const float x = a.format == KvFormat::kE5M2 ? gpu::from_fp8<KvFormat::kE5M2>(code)
+                                                : gpu::from_fp8<KvFormat::kE4M3>(code);
+    return gpu::to_float(gpu::from_float<T>(x * scale));
   };
   float q[kMost], o[kMost], top = -INFINITY, sum = 0.0f;
 #pragma unroll
@@ -128,64 +145,113 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The splits of one query head: warps take every fourth split, lanes the elements.
+// The splits of one query head: a warp takes every eighth split, a lane four elements at a time.
+constexpr int kMergeThreads = 256, kMergeWarps = kMergeThreads / 32, kMostSplits = 256;
+
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMergeThreads)
     merge_splits(const __grid_constant__ PagedAttentionArgs a, Splits splits) {
-  constexpr int kMost = 8;
-  __shared__ float shares[kWarps][32 * kMost];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t s = blockIdx.y, h = blockIdx.x, pair = s * a.heads + h;
-  const int d_size = static_cast<int>(a.head_size);
-  const bool v2 = a.tmp_out != nullptr;
-  const int count = v2 ? (tokens_of(a, s) + kPartition - 1) / kPartition : splits.count;
-  const float* largest = v2 ? a.max_logits + pair * a.partitions : splits.largest + pair * count;
-  const float* sums = v2 ? a.exp_sums + pair * a.partitions : splits.sum + pair * count;
-  T* out = static_cast<T*>(a.out) + s * a.out_stride + h * a.out_head_stride;
-  const T* tmp = static_cast<const T*>(a.tmp_out) + pair * a.partitions * d_size;
-  const float base = v2 ? kLog2E : 1.0f;  // the maxima of v2 are natural
-  if (v2 && count == 1) {
-    for (int d = threadIdx.x; d < d_size; d += kThreads) out[d] = tmp[d];
-    return;
+  constexpr int kMost = 256, kBatch = 4;
+  __shared__ float shares[kMergeWarps][kMost], weights[kMostSplits], totals[2];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d_size = a.head_size;
+  const int64_t pair = static_cast<int64_t>(blockIdx.y) * a.heads + blockIdx.x;
+  const int count = splits.count;
+  // Every thread reads one split's maximum and sum; one warp reduces them.
+  if (warp == 0) {
+    float top = -INFINITY, total = 0.0f, largest[kMostSplits / 32], sum[kMostSplits / 32];
+#pragma unroll
+    for (int i = 0; i < kMostSplits / 32; ++i) {
+      const int j = lane + 32 * i;
+      largest[i] = j < count ? splits.largest[pair * count + j] : -INFINITY;
+      sum[i] = j < count ? splits.sum[pair * count + j] : 0.0f;
+      top = fmaxf(top, largest[i]);
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+    }
+#pragma unroll
+    for (int i = 0; i < kMostSplits / 32; ++i) {
+      const float weight = largest[i] == -INFINITY ? 0.0f : gpu::exp2_approx(largest[i] - top);
+      if (lane + 32 * i < count) weights[lane + 32 * i] = weight;
+      total += sum[i] * weight;
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    if (lane == 0) totals[0] = top, totals[1] = total;
   }
-  float top = -INFINITY, total = 0.0f;
-  for (int j = lane; j < count; j += 32) top = fmaxf(top, largest[j]);
+  const float* acc = splits.acc + pair * count * d_size;
+  float4 o[2] = {};
+  // The elements do not wait for the weights; an empty split has written none, and any bits count
+  // as 0 there.
+  for (int first = warp; first < count; first += kBatch * kMergeWarps) {
+    float4 x[kBatch][2];
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
-  }
-  auto weight_of = [&](int j) {
-    return top == -INFINITY ? 0.0f : exp2f((largest[j] - top) * base);
-  };
-  for (int j = lane; j < count; j += 32) total += sums[j] * weight_of(j);
+    for (int b = 0; b < kBatch; ++b) {
+      const int j = first + b * kMergeWarps;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-  float o[kMost] = {};
-  for (int j = warp; j < count; j += kWarps) {
-    const float weight = weight_of(j) * (v2 ? sums[j] : 1.0f);
-    if (weight == 0.0f) continue;  // an empty split has written no elements
+      for (int i = 0; i < 2; ++i) {
+        const int d = lane * 4 + i * 128;
+        if (j < count && d < d_size) {
+          x[b][i] = *reinterpret_cast<const float4*>(acc + static_cast<int64_t>(j) * d_size + d);
+        }
+      }
+    }
+    if (first == warp) __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      const int d = lane + 32 * i;
-      if (d >= d_size) break;
-      const float x = v2 ? gpu::to_float(tmp[static_cast<int64_t>(j) * d_size + d])
-                         : splits.acc[(pair * count + j) * d_size + d];
-      o[i] += x * weight;
+    for (int b = 0; b < kBatch; ++b) {
+      const int j = first + b * kMergeWarps;
+      const float weight = j < count ? weights[j] : 0.0f;
+      if (weight == 0.0f) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (lane * 4 + i * 128 >= d_size) break;
+        o[i].x += x[b][i].x * weight, o[i].y += x[b][i].y * weight;
+        o[i].z += x[b][i].z * weight, o[i].w += x[b][i].w * weight;
+      }
     }
   }
+  if (warp >= count) __syncthreads();  // the barrier of the loop above
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) shares[warp][lane + 32 * i] = o[i];
+  for (int i = 0; i < 2; ++i) *reinterpret_cast<float4*>(&shares[warp][lane * 4 + i * 128]) = o[i];
   __syncthreads();
+  const float top = totals[0], total = totals[1];
   const float inverse = total > 0.0f ? 1.0f / (total + a.epsilon) : 0.0f;
-  for (int d = threadIdx.x; d < d_size; d += kThreads) {
+  const int64_t s = blockIdx.y, h = blockIdx.x;
+  T* out = static_cast<T*>(a.out) + s * a.out_stride + h * a.out_head_stride;
+  for (int d = threadIdx.x; d < d_size; d += kMergeThreads) {
     float value = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kWarps; ++j) value += shares[j][d];
+    for (int j = 0; j < kMergeWarps; ++j) value += shares[j][d];
     out[d] = gpu::from_float<T>(value * inverse);
   }
   if (threadIdx.x == 0 && a.lse != nullptr) {
     a.lse[h * a.lse_head_stride + s * a.lse_sequence_stride] =
         total > 0.0f ? top * kLn2 + logf(total) : -INFINITY;
+  }
+}
+
+// The partitions of paged_attention_v2, normalized and rounded already: a thread an element.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    merge_partitions(const __grid_constant__ PagedAttentionArgs a) {
+  const int64_t s = blockIdx.y, h = blockIdx.x, at = (s * a.heads + h) * a.partitions;
+  const int count = (tokens_of(a, s) + kPartition - 1) / kPartition;
+  const int d_size = static_cast<int>(a.head_size);
+  const T* tmp = static_cast<const T*>(a.tmp_out) + at * d_size;
+  T* out = static_cast<T*>(a.out) + s * a.out_stride + h * a.out_head_stride;
+  float top = -INFINITY;
+  for (int j = 0; j < count; ++j) top = fmaxf(top, a.max_logits[at + j]);
+  for (int d = threadIdx.x; d < d_size; d += kThreads) {
+    float value = 0.0f, total = 0.0f;
+    for (int j = 0; j < count && top != -INFINITY; ++j) {
+      const float weight = a.exp_sums[at + j] * expf(a.max_logits[at + j] - top);
+      total += weight;
+      value += gpu::to_float(tmp[static_cast<int64_t>(j) * d_size + d]) * weight;
+    }
+    out[d] = count == 1     ? tmp[d]
+             : total > 0.0f ? gpu::from_float<T>(value / (total + a.epsilon))
+                            : gpu::from_float<T>(0.0f);
   }
 }
 
@@ -199,7 +265,10 @@ int64_t paged_attention_scratch(const PagedAttentionArgs& a) {
 
 void paged_attention(const PagedAttentionArgs& a, Stream stream) {
   const gpu::Stream s = gpu::stream_of(stream);
-  Splits splits{splits_for(a), nullptr, nullptr, nullptr};
+  Splits splits{splits_for(a), nullptr, nullptr, nullptr, -1};
+  if (std::has_single_bit(static_cast<uint64_t>(a.block_size))) {
+    splits.block_shift = std::countr_zero(static_cast<uint64_t>(a.block_size));
+  }
   if (splits.count > 1 && a.tmp_out == nullptr) {
     const int64_t n = a.sequences * a.heads * splits.count;
     splits.acc = static_cast<float*>(a.scratch);
@@ -219,7 +288,11 @@ void paged_attention(const PagedAttentionArgs& a, Stream stream) {
   if (splits.count == 1 && a.tmp_out == nullptr) return;
   const dim3 grid(static_cast<unsigned>(a.heads), static_cast<unsigned>(a.sequences));
   gpu::with_float(a.dtype, [&](auto type) {
-    merge_splits<decltype(type)><<<grid, kThreads, 0, s>>>(a, splits);
+    if (a.tmp_out != nullptr) {
+      merge_partitions<decltype(type)><<<grid, kThreads, 0, s>>>(a);
+    } else {
+      merge_splits<decltype(type)><<<grid, kMergeThreads, 0, s>>>(a, splits);
+    }
   });
   GPU_CHECK_LAUNCH("paged_attention (merge)");
 }

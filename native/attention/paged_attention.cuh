@@ -16,7 +16,7 @@
 
 namespace attention {
 
-inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 16, kStages = 3;
+inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 16;
 inline constexpr int kPartition = 512;  // tokens of a partition of paged_attention_v2
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -25,7 +25,11 @@ inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 struct Splits {
   int count;
   float *acc, *largest, *sum;
+  int block_shift;  // log2 of the block size, or -1
 };
+
+// Offsets into the caches are counted in 16 bytes (packed values: 8) and fit 32 bits.
+inline constexpr uint32_t kNowhere = 0xffffffffu;
 
 // Tokens of a sequence that its table can name.
 __device__ inline int tokens_of(const PagedAttentionArgs& a, int64_t s) {
@@ -112,10 +116,12 @@ struct Decode {
   static constexpr int kRowBytes = kD * kItem, kChunks = kRowBytes / 16;
   static constexpr int kSideBytes = kTile * kRowBytes;  // keys or values of a tile
   static constexpr int kStageBytes = 2 * kSideBytes;
+  static constexpr int kStages = kFp8 ? 4 : 3;
   static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kQueryBytes = (kWide ? 16 : 8) * kD * 2;
   static constexpr int kRows = kWide ? 16 : 8, kSets = kWide ? 2 : 1;
   static constexpr int kSteps = kD / 16, kOutTiles = kD / 8;
-  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+  static constexpr int kSharedBytes = kWarps * kWarpBytes + kQueryBytes;
   static_assert(kRows * kD * 4 + 2 * kRows * 4 <= kWarpBytes, "the merge fits in the ring");
 
   // Byte of a 16-byte chunk in a side, placed so that 8 rows of one chunk lie in 8 bank groups.
@@ -134,112 +140,114 @@ struct Decode {
   }
 
   const PagedAttentionArgs& a;
-  int64_t kv_head;
   const int32_t* table;
-  int lane, n;  // n: end of the split
+  int lane, n, shift;  // n: end of the split
   uint32_t ring;
-  const char *keys, *values;
+  const char *keys, *values;                  // this lane's chunk of token 0 of the KV head
+  uint32_t k_block, k_page, v_block, v_page;  // strides in the units of offsets
 
-  // The block that token row `lane % 16` of the tile at t lies in, or -1.
-  __device__ int block_of(int t) const {
+  // Where the keys and values of token row `lane % 16` of a tile lie, or kNowhere.
+  struct Row {
+    uint32_t k, v;
+  };
+  __device__ Row row_of(int t) const {
     const int token = t + lane % kTile;
-    if (token >= n) return -1;
-    const int block = table[static_cast<uint32_t>(token) / static_cast<uint32_t>(a.block_size)];
-    return block < a.num_blocks ? block : -1;
+    if (token >= n) return {kNowhere, kNowhere};
+    const uint32_t size = static_cast<uint32_t>(a.block_size);
+    const uint32_t logical =
+        shift >= 0 ? static_cast<uint32_t>(token) >> shift : static_cast<uint32_t>(token) / size;
+    const uint32_t off = token - logical * size;
+    const int block = table[logical];
+    if (block < 0 || block >= a.num_blocks) return {kNowhere, kNowhere};
+    const uint32_t in_value = kPacked ? off * kItem / 8 : off * v_page;
+    return {block * k_block + off * k_page, block * v_block + in_value};
   }
 
-  __device__ void issue(int t, int stage, int my_block) const {
+  __device__ void issue(int stage, const Row& mine) const {
     const uint32_t k_at = ring + stage * kStageBytes, v_at = k_at + kSideBytes;
-    const int my_off = static_cast<int>(static_cast<uint32_t>(t + lane % kTile) %
-                                        static_cast<uint32_t>(a.block_size));
-    constexpr int kRowsAtOnce = 32 / kChunks > 0 ? 32 / kChunks : 1;
-    constexpr int kPasses = kChunks > 32 ? kChunks / 32 : 1;
+    constexpr int kRowsAtOnce = 32 / kChunks;
     const int used = static_cast<int>(a.head_size) * kItem / 16;
     const int tail = static_cast<int>(a.head_size) * kItem % 16;  // 8-byte rest of fp8 rows
+    const int c = lane % kChunks;
+    const bool whole = c < used, half = kFp8 && !kPacked && c == used && tail != 0;
 #pragma unroll
     for (int i = 0; i < kTile; i += kRowsAtOnce) {
-      const int row = i + lane / kChunks % kRowsAtOnce;
-      const int block = __shfl_sync(~0u, my_block, row), off = __shfl_sync(~0u, my_off, row);
-      const bool valid = block >= 0;
-      const int64_t b = valid ? block : 0;
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int c = lane % kChunks + pass * 32;
-        if constexpr (kPacked) {
-          if (c < used) {
-            const char* k = keys + (b * a.k_block_stride + (c * a.block_size + off) * a.x) * kItem;
-            gpu::copy_async<16>(k_at + chunk_at(row, c), k, valid);
-          }
-        } else {
-          const char* k = keys + (b * a.k_block_stride + off * a.k_page_stride) * kItem + c * 16;
-          const char* v = values + (b * a.v_block_stride + off * a.v_page_stride) * kItem + c * 16;
-          if (c < used) {
-            gpu::copy_async<16>(k_at + chunk_at(row, c), k, valid);
-            gpu::copy_async<16>(v_at + chunk_at(row, c), v, valid);
-          } else if (kFp8 && c == used && tail != 0) {
-            gpu::copy_async<8>(k_at + chunk_at(row, c), k, valid);
-            gpu::copy_async<8>(v_at + chunk_at(row, c), v, valid);
-          }
+      const int row = i + lane / kChunks;
+      const uint32_t k = __shfl_sync(~0u, mine.k, row);
+      const bool valid = k != kNowhere;
+      const char* k_from = keys + static_cast<uint64_t>(valid ? k : 0) * 16;
+      if (whole) gpu::copy_async<16>(k_at + chunk_at(row, c), k_from, valid);
+      if constexpr (!kPacked) {
+        const uint32_t v = __shfl_sync(~0u, mine.v, row);
+        const char* v_from = values + static_cast<uint64_t>(valid ? v : 0) * 16;
+        if (whole) gpu::copy_async<16>(v_at + chunk_at(row, c), v_from, valid);
+        if (half) {
+          gpu::copy_async<8>(k_at + chunk_at(row, c), k_from, valid);
+          gpu::copy_async<8>(v_at + chunk_at(row, c), v_from, valid);
         }
       }
     }
     if constexpr (kPacked) {  // 8 tokens of one d a copy
-      const int block[2] = {__shfl_sync(~0u, my_block, 0), __shfl_sync(~0u, my_block, 8)};
-      const int off[2] = {__shfl_sync(~0u, my_off, 0), __shfl_sync(~0u, my_off, 8)};
-      for (int i = lane; i < 2 * a.head_size; i += 32) {
-        const int half = i % 2, d = i / 2;
-        const bool valid = block[half] >= 0;
-        const char* v =
-            values +
-            ((valid ? block[half] : 0) * a.v_block_stride + d * a.block_size + off[half]) * kItem;
+      const uint32_t v[2] = {__shfl_sync(~0u, mine.v, 0), __shfl_sync(~0u, mine.v, 8)};
+      const uint32_t from = lane % 2 == 0 ? v[0] : v[1];
+      const bool valid = from != kNowhere;
+      const char* base = values + static_cast<uint64_t>(valid ? from : 0) * 8;
+      for (int d = lane / 2; d < a.head_size; d += 16) {
         gpu::copy_async<8 * kItem>(
-            v_at + (kFp8 ? packed_value_at(d, 0) + half * 8 : packed_value_at(d, half)), v, valid);
+            v_at + (kFp8 ? packed_value_at(d, 0) + lane % 2 * 8 : packed_value_at(d, lane % 2)),
+            base + d * a.block_size * kItem, valid);
       }
     }
   }
 
-  // Query fragments [kSteps][4] of heads first_head.., by way of shared memory that is not in use
-  // yet (kRows rows of kD); returns the factor taken out of each row.
-  __device__ void load_query(uint32_t (&q)[kSteps][4], float (&factor)[kSets], char* staging,
-                             int64_t s, int64_t first_head, int heads) const {
-    M* rows = reinterpret_cast<M*>(staging);
-    __shared__ float powers[kWarps][kRows];
-    float* power = powers[threadIdx.x / 32];
-    for (int g = 0; g < kRows; ++g) {
-      const int64_t at = s * a.query_stride + (first_head + g) * a.query_head_stride;
-      float x[kD / 32], largest = 0.0f;
+  // The block's query rows into shared memory, as products take them; powers: what was taken out
+  // of each. All threads call it.
+  __device__ static void stage_query(const PagedAttentionArgs& a, char* staging, float* powers,
+                                     int64_t s, int64_t first_head, int heads) {
+    constexpr int kRowThreads = kD / 8;  // 8 elements each; 8 to 32 neighbouring lanes a row
+    constexpr int kPasses = kRows * kRowThreads / kThreads > 0 ? kRows * kRowThreads / kThreads : 1;
 #pragma unroll
-      for (int i = 0; i < kD / 32; ++i) {
-        const int d = lane + 32 * i;
-        x[i] = 0.0f;
-        if (g < heads && d < a.head_size) {
-          x[i] = a.dtype == DType::kFloat16
-                     ? gpu::to_float(static_cast<const gpu::Half*>(a.query)[at + d])
-                     : gpu::to_float(static_cast<const gpu::BFloat16*>(a.query)[at + d]);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int i = threadIdx.x + pass * kThreads, g = i / kRowThreads, d = i % kRowThreads * 8;
+      const int64_t at = s * a.query_stride + (first_head + g) * a.query_head_stride + d;
+      float x[8], largest = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        x[j] = 0.0f;
+        if (g < heads && d < a.head_size) {  // head sizes are multiples of 8
+          x[j] = a.dtype == DType::kFloat16
+                     ? gpu::to_float(static_cast<const gpu::Half*>(a.query)[at + j])
+                     : gpu::to_float(static_cast<const gpu::BFloat16*>(a.query)[at + j]);
         }
-        largest = fmaxf(largest, fabsf(x[i]));
+        largest = fmaxf(largest, fabsf(x[j]));
       }
       float taken = 1.0f;
       if constexpr (kFp8) {
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
+        for (int offset = kRowThreads / 2; offset > 0; offset /= 2) {
           largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
         }
         if (largest > 1e-30f && largest < 1e30f) taken = gpu::power_of_two_at_least(largest);
       }
+      gpu::Vec<M, 8> row;
 #pragma unroll
-      for (int i = 0; i < kD / 32; ++i) {
-        rows[g * kD + lane + 32 * i] = gpu::from_float<M>(x[i] * (1.0f / taken));
+      for (int j = 0; j < 8; ++j) row.at[j] = gpu::from_float<M>(x[j] * (1.0f / taken));
+      if (g < kRows) {
+        gpu::store<true>(reinterpret_cast<M*>(staging) + g * kD + d, row);
+        if (d == 0) powers[g] = taken;
       }
-      if (lane == 0) power[g] = taken;
     }
-    __syncwarp();
+  }
+
+  // Query fragments from the staged rows, and the factors taken out of this lane's rows.
+  __device__ void load_query(uint32_t (&q)[kSteps][4], float (&factor)[kSets], const char* staging,
+                             const float* powers) const {
     const int row = lane / 4, quad = lane % 4;
 #pragma unroll
     for (int set = 0; set < 2; ++set) {
-      if (set < kSets) factor[set] = power[row + 8 * set];
-      const uint32_t* from =
-          reinterpret_cast<const uint32_t*>(rows + (row + 8 * (set < kSets ? set : 0)) * kD);
+      if (set < kSets) factor[set] = powers[row + 8 * set];
+      const uint32_t* from = reinterpret_cast<const uint32_t*>(staging) +
+                             (row + 8 * (set < kSets ? set : 0)) * (kD / 2);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int low = kFp8 ? step * 8 + quad * 2 : step * 8 + quad;
@@ -247,14 +255,10 @@ struct Decode {
         q[step][set + 2] = set < kSets ? from[kFp8 ? low + 1 : low + 4] : 0;
       }
     }
-    __syncwarp();
   }
 
   __device__ static void widen(uint32_t codes, uint32_t& b0, uint32_t& b1) {
-    const __half2 low = gpu::from_fp8x2<kFormat>(codes & 0xffff);
-    const __half2 high = gpu::from_fp8x2<kFormat>(codes >> 16);
-    b0 = *reinterpret_cast<const uint32_t*>(&low);
-    b1 = *reinterpret_cast<const uint32_t*>(&high);
+    gpu::from_fp8x4<kFormat>(codes, b0, b1);
   }
 
   __device__ void logits(float (&c)[2][4], const uint32_t (&q)[kSteps][4], uint32_t side) const {
@@ -353,7 +357,9 @@ struct Decode {
 };
 
 template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
+                                            : kFormat == KvFormat::kCopy ? 2
+                                                                         : 3)
     decode(const __grid_constant__ PagedAttentionArgs a, Splits splits) {
   using W = Decode<T, kFormat, kD, kPacked, kWide>;
   extern __shared__ __align__(128) char shared[];
@@ -370,41 +376,57 @@ __global__ void __launch_bounds__(kThreads)
   if (first >= last) return write_nothing(a, splits, s, first_head, heads, split, reach);
 
   char* own = shared + warp * W::kWarpBytes;
+  char* staging = shared + kWarps * W::kWarpBytes;
+  __shared__ float powers[W::kRows];
+  constexpr int kItem = W::kItem, kValueUnit = kPacked ? 8 : 16;
+  const int chunk = lane % W::kChunks;
   W w{a,
-      kv_head,
       a.tables + s * a.table_stride,
       lane,
       last,
+      splits.block_shift,
       gpu::shared_address(own),
-      static_cast<const char*>(a.key_cache) + kv_head * a.k_head_stride * W::kItem,
-      static_cast<const char*>(a.value_cache) + kv_head * a.v_head_stride * W::kItem};
-  uint32_t q[W::kSteps][4];
-  float factor[W::kSets];
-  static_assert(W::kRows * kD * 2 <= W::kWarpBytes, "the query fits in the ring");
-  w.load_query(q, factor, own, s, first_head, heads);
+      static_cast<const char*>(a.key_cache) + kv_head * a.k_head_stride * kItem +
+          (kPacked ? chunk * a.block_size : chunk) * 16,
+      static_cast<const char*>(a.value_cache) + kv_head * a.v_head_stride * kItem +
+          (kPacked ? 0 : chunk * 16),
+      static_cast<uint32_t>(a.k_block_stride * kItem / 16),
+      kPacked ? 1 : static_cast<uint32_t>(a.k_page_stride * kItem / 16),
+      static_cast<uint32_t>(a.v_block_stride * kItem / kValueUnit),
+      kPacked ? 0 : static_cast<uint32_t>(a.v_page_stride * kItem / 16)};
   if (a.head_size < kD) {  // what no copy fills must be zero
     for (int i = lane * 16; i < W::kWarpBytes; i += 32 * 16) {
       *reinterpret_cast<uint4*>(own + i) = uint4{0, 0, 0, 0};
     }
     __syncwarp();
   }
-  constexpr int kStride = kWarps * kTile;
+  constexpr int kStride = kWarps * kTile, kStages = W::kStages;
   int t = first + warp * kTile, ahead = t, stage = 0, fill = 0;
   // 16 bits a tile under way, the oldest lowest: whether each of its tokens exists.
   uint64_t known = 0;
-  int block = w.block_of(ahead);
+  typename W::Row next = w.row_of(ahead);
   auto issue_next = [&](int position) {
-    known |= static_cast<uint64_t>(__ballot_sync(~0u, block >= 0) & 0xffff) << (16 * position);
-    if (ahead < last) w.issue(ahead, fill, block);
+    const uint64_t exist = __ballot_sync(~0u, next.k != kNowhere) & 0xffff;
+    known |= exist << (16 * position);
+    if (ahead < last) w.issue(fill, next);
     gpu::copy_async_commit();
     ahead += kStride;
     fill = fill + 1 == kStages ? 0 : fill + 1;
-    block = w.block_of(ahead);
+    next = w.row_of(ahead);
   };
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) issue_next(i);
+  W::stage_query(a, staging, powers, s, first_head, heads);
+  __syncthreads();
+  uint32_t q[W::kSteps][4];
+  float factor[W::kSets];
+  w.load_query(q, factor, staging, powers);
   const float k_scale = a.k_scale == nullptr ? 1.0f : *a.k_scale;
-  const float scale = a.scale * k_scale * kLog2E;
+  float scale[W::kSets];
+#pragma unroll
+  for (int set = 0; set < W::kSets; ++set) {
+    scale[set] = a.scale * k_scale * kLog2E * factor[set];
+  }
   float o[W::kOutTiles][4];
 #pragma unroll
   for (int i = 0; i < W::kOutTiles; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.0f;
@@ -422,6 +444,8 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t side = w.ring + stage * W::kStageBytes;
     float c[2][4];
     w.logits(c, q, side);
+    const uint32_t tokens = static_cast<uint32_t>(known) & 0xffff;
+    const bool whole = tokens == 0xffff;
     uint32_t p[4] = {0, 0, 0, 0};
     bool grown = false;
     float rescale[W::kSets];
@@ -432,7 +456,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = W::token_at(i / 2, 2 * quad + i % 2);
-        x[i] = c[i / 2][2 * set + i % 2] * (scale * factor[set]);
+        x[i] = c[i / 2][2 * set + i % 2] * scale[set];
         if (!plain) {
           const int64_t h = first_head + row + 8 * set;
           if (a.alibi != nullptr && row + 8 * set < heads) {
@@ -440,19 +464,19 @@ __global__ void __launch_bounds__(kThreads)
           }
           if (!attends(a.sparse, h, a.heads, group, t + token, length)) x[i] = -FLT_MAX;
         }
-        if ((known >> token & 1) == 0) x[i] = -INFINITY;
+        if (!whole && (tokens >> token & 1) == 0) x[i] = -INFINITY;
         top = fmaxf(top, x[i]);
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       const float base = top == -INFINITY ? 0.0f : top;
-      rescale[set] = exp2f(largest[set] - base);
+      rescale[set] = gpu::exp2_approx(largest[set] - base);
       grown = grown || top > largest[set];
       largest[set] = top;
       float part = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = exp2f(x[i] - base);
+        x[i] = gpu::exp2_approx(x[i] - base);
         part += x[i];
       }
       sum[set] = sum[set] * rescale[set] + part;

@@ -1,6 +1,6 @@
 // All-gather, bit for bit. Small parts travel as tagged packets (twice the bytes, one trip, no
-// fence). Large ones are pushed as they are, chunk by chunk, behind a counter a pushing block; other
-// blocks copy chunks that have arrived into the output.
+// fence). Large ones are pushed as they are, chunk by chunk, behind a counter a pushing block;
+// other blocks copy chunks that have arrived into the output.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "prim/gpu_launch.h"
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       gpu::send_tagged(slot + 1, make_uint2(own.z, own.w), tag);
     }
   }
-  call.settle();
+  call.settle(ws);
   gpu::Spin spin;
   for (uint32_t i = first; i < vectors; i += step) {
     ulonglong2 low[W];
@@ -79,9 +79,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <typename Element, int W>
 __global__ void __launch_bounds__(kMaxThreads)
-    bulk_kernel(const __grid_constant__ Workspace ws, const gpu::Span<Element> inp,
-                const Parts out, uint32_t vectors, uint32_t chunks, uint32_t pushers,
-                uint32_t collectors) {
+    bulk_kernel(const __grid_constant__ Workspace ws, const gpu::Span<Element> inp, const Parts out,
+                uint32_t vectors, uint32_t chunks, uint32_t pushers, uint32_t collectors) {
   Call call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     return reinterpret_cast<uint4*>(ws.base[owner] + offset +
                                     Workspace::place(sender, owner) * ws.bulk_stride);
   };
-  call.settle();
+  call.settle(ws);
   if (blockIdx.x < pushers) {
     uint64_t count = 0;
     for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += pushers) {
@@ -161,20 +160,16 @@ void by_element(const void* inp, const void* out, uint64_t bytes, uint64_t strid
 
 }  // namespace
 
-uint64_t all_gather_small_limit(const Workspace& ws) {
-  return ws.tagged_stride / 2;
-}
+uint64_t all_gather_small_limit(const Workspace& ws) { return ws.tagged_stride / 2; }
 
-uint64_t all_gather_limit(const Workspace& ws) {
-  return ws.bulk_stride;
-}
+uint64_t all_gather_limit(const Workspace& ws) { return ws.bulk_stride; }
 
 void all_gather_small(const Workspace& ws, const void* inp, void* out, uint64_t bytes,
                       uint64_t stride, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
   const int threads = shape.threads > 0 ? shape.threads : 256;
-  const int blocks = at_most((vectors + threads - 1) / threads,
-                             shape.blocks > 0 ? shape.blocks : 132);
+  const int blocks =
+      at_most((vectors + threads - 1) / threads, shape.blocks > 0 ? shape.blocks : 132);
   by_element(inp, out, bytes, stride, [&](auto element) {
     by_world(ws.world, [&](auto world) {
       using Element = decltype(element);

@@ -1,14 +1,15 @@
-// All-reduce of two ranks by the copy engines, for large messages: peer copies move the data, faster
-// than stores of the multiprocessors and without them, and one small kernel adds what has landed.
-// The message is cut into chunks, which go round a ring in the peer's bulk region; two copy streams
+// All-reduce of two ranks by the copy engines, for large messages: peer copies move the data,
+// faster than stores of the multiprocessors and without them, and one small kernel adds what has
+// landed. The message is cut into chunks, which go round a ring in the peer's bulk region; two copy
+// streams
 // ("lanes") take them in turn, so that the link is busy while one lane signals and waits.
 //
 //   main stream   [begin] --------------- [add, the whole call long] ------------ join
 //   lane k          \-- [turn 0][copy][turn 1][copy] ... [turn n] ---------------/
 //
-// turn j of a lane announces that its copy j-1 has landed and waits until the ring has room for copy
-// j. These are kernels, and not stream memory operations, because their waits have a deadline and
-// their values follow the epoch in device memory, so that a graph can be replayed.
+// turn j of a lane announces that its copy j-1 has landed and waits until the ring has room for
+// copy j. These are kernels, and not stream memory operations, because their waits have a deadline
+// and their values follow the epoch in device memory, so that a graph can be replayed.
 //
 // | word      | owner    | writer                  | meaning of the value                        |
 // |-----------|----------|-------------------------|---------------------------------------------|
@@ -31,9 +32,9 @@ constexpr int kThreads = 512;
 constexpr int kTurnThreads = kCopyAdders;
 
 struct Ring {
-  uint64_t chunk;    // bytes, a multiple of 128
-  uint32_t slots;    // a multiple of kCopyLanes
-  uint32_t chunks;   // of the whole message
+  uint64_t chunk;   // bytes, a multiple of 128
+  uint32_t slots;   // a multiple of kCopyLanes
+  uint32_t chunks;  // of the whole message
   uint32_t adders;
 };
 
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kUnroll = 4;
   Call call(ws);
   if (!call.enter(ws)) return;
-  call.settle();
+  call.settle(ws);
   Control& mine = ws.mine();
   const uint32_t peer = 1 - ws.rank;
   const uint64_t all = (inp.bytes + gpu::kVectorBytes - 1) / gpu::kVectorBytes;
@@ -129,8 +130,8 @@ void load_copy_engine_kernels() {
   GPU_CHECK(cudaFuncGetAttributes(&attributes, begin_kernel));
   GPU_CHECK(cudaFuncGetAttributes(&attributes, turn_kernel));
   GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<float>));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<__half>));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<__nv_bfloat16>));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<gpu::Half>));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<gpu::BFloat16>));
 }
 
 void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,

@@ -1,10 +1,10 @@
 // One-shot all-reduce: every thread pushes a vector into a slot in every peer, then polls its own
-// slots for the peers' vectors of the same index and adds them. One trip over the link, no barrier: a
-// vector is its own arrival flag.
+// slots for the peers' vectors of the same index and adds them. One trip over the link, no barrier:
+// a vector is its own arrival flag.
 //
-// One vector a thread is the fastest at every size. Blocks that are not resident yet start as others
-// end; they start in order on every rank, so a block's counterparts always come to run. With fewer
-// blocks than that, threads go round.
+// One vector a thread is the fastest at every size. Blocks that are not resident yet start as
+// others end; they start in order on every rank, so a block's counterparts always come to run. With
+// fewer blocks than that, threads go round.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "collectives/marked.h"
@@ -18,7 +18,7 @@ constexpr int kMaxThreads = 512;
 template <typename T, int W, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads)
     one_shot_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T, kWhole> inp,
-                    const gpu::SpanOf<T, kWhole> out, uint32_t vectors) {
+                    const gpu::SpanOf<T, kWhole> out, uint32_t vectors, bool drain) {
   // Everything that comes from the parameters is ready before the predecessor ends.
   Call call(ws);
   const uint32_t step = gridDim.x * blockDim.x;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         gpu::send_marked(reinterpret_cast<uint4*>(theirs[turn] + place), own);
       }
     }
-    if (!settled) call.settle();
+    if (!settled) call.settle(ws, drain);
     if (i < vectors) {
       uint4 peers[W - 1];
       receive_from_peers<W>(peers, ours + place, ws.slot_stride, ws, spin, call.epoch, i);
@@ -73,6 +73,8 @@ void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void
       shape.threads > 0 ? shape.threads : (vectors > 128 && vectors <= 4096 ? 128 : 256);
   const uint64_t needed = (vectors + threads - 1) / threads;
   const int blocks = at_most(needed, shape.blocks > 0 ? shape.blocks : needed);
+  // Polls of a small grid that start at once get in the way of its own stores.
+  const bool drain = shape.drain > 0 ? shape.drain == 2 : blocks <= kStateWords;
   by_dtype(dtype, [&](auto type) {
     by_world(ws.world, [&](auto world) {
       using T = typename decltype(type)::type;
@@ -81,7 +83,7 @@ void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void
         gpu::launch<one_shot_kernel<T, decltype(world)::value, kWhole>>(
             {blocks, threads, stream, shape.overlap}, "all_reduce_one_shot", ws,
             gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes),
-            static_cast<uint32_t>(vectors));
+            static_cast<uint32_t>(vectors), drain);
       };
       const gpu::SpanOf<T> from(inp, bytes);
       const gpu::SpanOf<T> to(out, bytes);

@@ -2,14 +2,14 @@
 // push, others only poll and add, so that polls never queue behind stores that wait for the link.
 // With two ranks it moves the same bytes as a two-shot and needs one trip instead of two.
 //
-// A message longer than a slot is cut into pieces that use the two slots in turn, within one launch.
-// Piece q of a call that starts at epoch e may be pushed when the peer's slot is free:
+// A message longer than a slot is cut into pieces that use the two slots in turn, within one
+// launch. Piece q of a call that starts at epoch e may be pushed when the peer's slot is free:
 //   q = 0   by the rule of workspace.h
 //   q = 1   once the peer has entered this call (started), so that its last call has ended
 //   q >= 2  once all of the peer's reducers are past piece q - 2 (consumed)
-// and the call ends only when the peer is past its last piece but one, which is what the next call's
-// q = 0 relies on. Within a rank a place in a slot belongs to one reducer block for the whole call:
-// it never looks for piece q where another block has yet to clear piece q - 2.
+// and the call ends only when the peer is past its last piece but one, which is what the next
+// call's q = 0 relies on. Within a rank a place in a slot belongs to one reducer block for the
+// whole call: it never looks for piece q where another block has yet to clear piece q - 2.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "collectives/marked.h"
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-// The cut into pieces of chunks of blockDim * U vectors. Pusher p sends the chunks p, p + pushers, ...
-// of every piece; reducer r adds r, r + reducers, ...
+// The cut into pieces of chunks of blockDim * U vectors. Pusher p sends the chunks p, p + pushers,
+// ... of every piece; reducer r adds r, r + reducers, ...
 struct Cut {
   uint32_t vectors;
   uint32_t pieces;
@@ -59,8 +59,7 @@ __device__ __forceinline__ void push(const Workspace& ws, Call& call,
     } else if (piece >= 2) {
       wait_consumed(epoch + piece - 1);
     }
-    uint4* area =
-        reinterpret_cast<uint4*>(ws.slot_area(peer, ws.rank) + ws.slot_of(epoch + piece));
+    uint4* area = reinterpret_cast<uint4*>(ws.slot_area(peer, ws.rank) + ws.slot_of(epoch + piece));
     const uint32_t base = piece * cut.piece_chunks * blockDim.x * U;
     const uint32_t chunks = cut.chunks_in(piece);
     for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += cut.pushers) {
@@ -87,7 +86,7 @@ __device__ __forceinline__ void push(const Workspace& ws, Call& call,
         }
       }
     }
-    if (piece == 0) call.settle();
+    if (piece == 0) call.settle(ws);
   }
   if (cut.pieces >= 2 && blockIdx.x == 0) wait_consumed(epoch + cut.pieces - 1);
 }
@@ -101,10 +100,9 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call& call,
   const uint64_t epoch = call.epoch;
   Control& mine = ws.mine();
   gpu::Spin spin;
-  call.settle();
+  call.settle(ws);
   for (uint32_t piece = 0; piece < cut.pieces; ++piece) {
-    uint4* area =
-        reinterpret_cast<uint4*>(ws.slot_area(ws.rank, peer) + ws.slot_of(epoch + piece));
+    uint4* area = reinterpret_cast<uint4*>(ws.slot_area(ws.rank, peer) + ws.slot_of(epoch + piece));
     const uint32_t base = piece * cut.piece_chunks * blockDim.x * U;
     const uint32_t chunks = cut.chunks_in(piece);
     for (uint32_t chunk = block; chunk < chunks; chunk += cut.reducers) {

@@ -1,11 +1,11 @@
-// Two-shot all-reduce and reduce-scatter. The tensor is cut into one slice a rank. Pushers send every
-// slice to its owner; owners add their slice in rank order and push the sum to everybody; collectors
-// copy the sums that arrive into the output. The three roles are blocks of one launch, in this order,
-// and each waits only for roles before it, so they make progress even when few blocks are resident.
-// A reduce-scatter is the same without the second half.
+// Two-shot all-reduce and reduce-scatter. The tensor is cut into one slice a rank. Pushers send
+// every slice to its owner; owners add their slice in rank order and push the sum to everybody;
+// collectors copy the sums that arrive into the output. The three roles are blocks of one launch,
+// in this order, and each waits only for roles before it, so they make progress even when few
+// blocks are resident. A reduce-scatter is the same without the second half.
 //
-// In place is safe without further flags: a slice of the output is written when its sum arrives, which
-// is after its owner had this rank's part of it.
+// In place is safe without further flags: a slice of the output is written when its sum arrives,
+// which is after its owner had this rank's part of it.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "collectives/marked.h"
@@ -75,9 +75,9 @@ __device__ __forceinline__ void push(const Workspace& ws, const char* inp, const
 }
 
 template <typename T, int W>
-__device__ __forceinline__ void own(const Workspace& ws, const char* inp,
-                                    const gpu::SpanOf<T>& out, const Slices& slices, bool share,
-                                    uint64_t epoch, uint64_t first, uint64_t step) {
+__device__ __forceinline__ void own(const Workspace& ws, const char* inp, const gpu::SpanOf<T>& out,
+                                    const Slices& slices, bool share, uint64_t epoch,
+                                    uint64_t first, uint64_t step) {
   const auto mine = slices.of<T, W>(inp, ws.rank);
   char* ours = ws.base[ws.rank] + ws.layout.slot_offset(0) + ws.slot_of(epoch);
   gpu::Spin spin;
@@ -111,8 +111,7 @@ __device__ __forceinline__ void collect(const Workspace& ws, const char* out, co
     uint4* slots[W];
 #pragma unroll
     for (int r = 0; r < W; ++r) {
-      const bool wanted = r != static_cast<int>(ws.rank) &&
-                          i < length<T>(slices.of<T, W>(out, r));
+      const bool wanted = r != static_cast<int>(ws.rank) && i < length<T>(slices.of<T, W>(out, r));
       slots[r] = wanted ? area(ws, ws.rank, epoch, r, true) + i : nullptr;
     }
     receive_marked(values, slots, ws, spin, epoch, i, [](int r) { return r; });
@@ -140,15 +139,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto step = [&](int blocks) { return static_cast<uint64_t>(blocks) * blockDim.x; };
   if (block < roles.pushers) {
     push<T, W>(ws, inp, slices, call.epoch, first(), step(roles.pushers));
-    call.settle();
+    call.settle(ws);
   } else if ((block -= roles.pushers) < roles.owners) {
-    const gpu::SpanOf<T> to = share ? slices.of<T, W>(out, ws.rank)
-                                    : gpu::SpanOf<T>(out, slices.bytes);
-    call.settle();
+    const gpu::SpanOf<T> to =
+        share ? slices.of<T, W>(out, ws.rank) : gpu::SpanOf<T>(out, slices.bytes);
+    call.settle(ws);
     own<T, W>(ws, inp, to, slices, share, call.epoch, first(), step(roles.owners));
   } else {
     block -= roles.owners;
-    call.settle();
+    call.settle(ws);
     collect<T, W>(ws, out, slices, call.epoch, first(), step(roles.collectors));
   }
   call.leave(ws);
@@ -179,9 +178,7 @@ void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* ou
 
 }  // namespace
 
-uint64_t reduce_scatter_limit(const Workspace& ws) {
-  return ws.slot_stride / 2;
-}
+uint64_t reduce_scatter_limit(const Workspace& ws) { return ws.slot_stride / 2; }
 
 uint64_t two_shot_limit(const Workspace& ws) {
   // A slice is at most one vector longer than an even share.

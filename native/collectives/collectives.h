@@ -1,7 +1,7 @@
-// The collectives' host side: raw pointers in, kernels launched on the given stream. One algorithm a
-// .cu file, each with its idea on top. `bytes` is what one rank contributes unless said otherwise;
-// pointers need only be aligned to an element. Nothing here communicates on the host, and every rank
-// must call the same function with the same sizes.
+// The collectives' host side: raw pointers in, kernels launched on the given stream. One algorithm
+// a .cu file, each with its idea on top. `bytes` is what one rank contributes unless said
+// otherwise; pointers need only be aligned to an element. Nothing here communicates on the host,
+// and every rank must call the same function with the same sizes.
 #pragma once
 
 #include <cstdint>
@@ -17,18 +17,19 @@ inline constexpr uint64_t element_bytes(Dtype dtype) { return dtype == Dtype::kF
 
 // How many blocks and threads, and how the work is cut. Zero: the algorithm's own choice.
 struct Shape {
-  int blocks = 0;         // all, or those that push
-  int other_blocks = 0;   // those that reduce
+  int blocks = 0;        // all, or those that push
+  int other_blocks = 0;  // those that reduce
   int threads = 0;
-  int unroll = 0;         // vectors a thread has in flight
-  uint64_t piece = 0;     // bytes a piece
-  bool overlap = true;    // programmatic dependent launch
+  int unroll = 0;       // vectors a thread has in flight
+  uint64_t piece = 0;   // bytes a piece
+  int drain = 0;        // one-shot: 1 poll at once, 2 once the block's own stores have drained
+  bool overlap = true;  // programmatic dependent launch
 };
 
 // Largest `bytes` of one call. More is cut into several calls by the caller.
 uint64_t one_shot_limit(const Workspace& ws);
-uint64_t two_shot_limit(const Workspace& ws);         // of the whole tensor
-uint64_t reduce_scatter_limit(const Workspace& ws);   // of one rank's part
+uint64_t two_shot_limit(const Workspace& ws);        // of the whole tensor
+uint64_t reduce_scatter_limit(const Workspace& ws);  // of one rank's part
 uint64_t all_gather_small_limit(const Workspace& ws);
 uint64_t all_gather_limit(const Workspace& ws);
 
@@ -59,8 +60,8 @@ struct CopyLanes {
   GPU_NAME(Event_t) begin;
   GPU_NAME(Event_t) done[kCopyLanes];
 };
-// Loads its kernels. CUDA loads a kernel when it is first launched, which may wait for the device, and
-// the device may be running a kernel of the same call that waits for the one to be loaded.
+// Loads its kernels. CUDA loads a kernel when it is first launched, which may wait for the device,
+// and the device may be running a kernel of the same call that waits for the one to be loaded.
 void load_copy_engine_kernels();
 void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,
                             uint64_t bytes, const Shape& shape, const CopyLanes& lanes,

@@ -1,9 +1,8 @@
-#include "collectives/communicator.h"
-
 #include <algorithm>
 #include <cstring>
 #include <sstream>
 
+#include "collectives/communicator.h"
 #include "collectives/dispatch.h"
 
 namespace collectives {
@@ -29,8 +28,8 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
                                         "; the kernels are made for 2, 4, 6 and 8");
   }
   if (rank < 0 || rank >= world) {
-    throw Error(Failure::kArgument, "rank " + std::to_string(rank) + " is not in 0.." +
-                                        std::to_string(world - 1));
+    throw Error(Failure::kArgument,
+                "rank " + std::to_string(rank) + " is not in 0.." + std::to_string(world - 1));
   }
   for (int r = 0; r < world; ++r) ws_.base[r] = bases[r];
   ws_.layout = layout;
@@ -193,8 +192,7 @@ void Communicator::all_gather(const void* inp, void* out, uint64_t bytes, gpu::S
   const Workspace ws = workspace(kAllGather);
   Shape shape = tuning_.shape;
   shape.overlap = shape.overlap && programmatic_launch_;
-  const bool small =
-      bytes <= std::min(tuning_.gather_small_most, all_gather_small_limit(ws));
+  const bool small = bytes <= std::min(tuning_.gather_small_most, all_gather_small_limit(ws));
   const uint64_t limit = small ? all_gather_small_limit(ws) : all_gather_limit(ws);
   for (uint64_t begin = 0; begin < bytes; begin += limit) {
     const uint64_t size = std::min(bytes - begin, limit);
@@ -238,6 +236,8 @@ void Communicator::tune(const std::string& name, int64_t value) {
     tuning_.shape.threads = number;
   } else if (name == "unroll" && (number == 0 || number == 1 || number == 2 || number == 4)) {
     tuning_.shape.unroll = number;
+  } else if (name == "drain" && number <= 2) {
+    tuning_.shape.drain = number;
   } else if (name == "piece") {
     tuning_.shape.piece = size;
   } else if (name == "overlap") {

@@ -1,5 +1,5 @@
-// One rank's communicator over mapped workspaces: picks the algorithm, cuts long messages, and turns
-// device-side failure reports into errors. Knows nothing of torch.
+// One rank's communicator over mapped workspaces: picks the algorithm, cuts long messages, and
+// turns device-side failure reports into errors. Knows nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -30,16 +30,16 @@ class Error : public std::runtime_error {
 // Which algorithm from how many bytes on. Measured on 2 x H200; the same on all ranks.
 struct Tuning {
   Algorithm forced = Algorithm::kAutomatic;
-  uint64_t one_shot_most = 0;       // above: streamed (2 ranks) or two-shot
-  uint64_t copy_engine_least = 0;   // 2 ranks; 0: never
+  uint64_t one_shot_most = 0;      // above: streamed (2 ranks) or two-shot
+  uint64_t copy_engine_least = 0;  // 2 ranks; 0: never
   uint64_t gather_small_most = 0;
-  Shape shape;                      // overrides of the algorithms' own choice
+  Shape shape;  // overrides of the algorithms' own choice
 };
 
 class Communicator {
  public:
-  // `bases` are this process's addresses of all ranks' workspaces, of `layout.total()` bytes each and
-  // zeroed when they were allocated. Prepares this rank's own and tells the peers so.
+  // `bases` are this process's addresses of all ranks' workspaces, of `layout.total()` bytes each
+  // and zeroed when they were allocated. Prepares this rank's own and tells the peers so.
   Communicator(const std::vector<char*>& bases, int rank, const Layout& layout);
   ~Communicator();
   Communicator(const Communicator&) = delete;

@@ -6,8 +6,8 @@
 
 namespace collectives {
 
-// One vector from each of N slots, all loads in flight together; polls until none is empty. Slots may
-// be null. `sender(k)` names the sender of slot k in a report.
+// One vector from each of N slots, all loads in flight together; polls until none is empty. Slots
+// may be null. `sender(k)` names the sender of slot k in a report.
 template <int N, typename Sender>
 __device__ __forceinline__ void receive_marked(uint4 (&values)[N], uint4* const (&slots)[N],
                                                const Workspace& ws, gpu::Spin& spin, uint64_t epoch,
@@ -57,9 +57,9 @@ __device__ __forceinline__ void receive_from_peers(uint4 (&values)[W - 1], const
   }
 }
 
-// Returns when one lane a warp has seen the warp's last vector arrive; the others' are then there or
-// near. Takes a thirtieth of the L2's time that polling by all lanes takes, and one more trip. By
-// whole warps; `slot` may be null.
+// Returns when one lane a warp has seen the warp's last vector arrive; the others' are then there
+// or near. Takes a thirtieth of the L2's time that polling by all lanes takes, and one more trip.
+// By whole warps; `slot` may be null.
 __device__ __forceinline__ void wait_for_warp(const uint4* slot, const Workspace& ws,
                                               gpu::Spin& spin, uint64_t epoch, uint64_t position,
                                               uint32_t sender) {

@@ -226,9 +226,9 @@ void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const 
         constexpr Codec C = decltype(chosen)::value;
         constexpr Half H = decltype(dtype)::value;
         using Span = gpu::SpanOf<typename Element<H>::type>;
-        gpu::launch({blocks, kThreads, stream, launch.overlap}, "quick_all_reduce",
-                    quick_all_reduce_kernel<C, H, W>, view, Span(inp, bytes), Span(out, bytes),
-                    tiles);
+        gpu::launch<quick_all_reduce_kernel<C, H, W>>({blocks, kThreads, stream, launch.overlap},
+                                                      "quick_all_reduce", view, Span(inp, bytes),
+                                                      Span(out, bytes), tiles);
       };
       if (half == Half::kBFloat16) {
         go(std::integral_constant<Half, Half::kBFloat16>{});

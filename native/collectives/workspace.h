@@ -9,26 +9,28 @@
 //   tagged         2 x tag    tagged packets, for small copies; anything at rest
 //   bulk           2 x bulk   plain bytes behind counters, for large copies; anything at rest
 //
-// A slot is divided into one area a sender. Calls use slot 0 and 1 in turn: the parity of the epoch.
+// A slot is divided into one area a sender. Calls use slot 0 and 1 in turn: the parity of the
+// epoch.
 //
 // Why two slots and no barrier are enough. Every call carries at least one word from every rank to
-// every other, and a rank's kernel ends only when it has all of its words. So when a rank starts call
-// e + 2 it has finished call e + 1, hence every peer has started call e + 1, hence every peer's call
-// e has ended, and with it all reading and clearing of the slot that call e + 2 now writes into.
+// every other, and a rank's kernel ends only when it has all of its words. So when a rank starts
+// call e + 2 it has finished call e + 1, hence every peer has started call e + 1, hence every
+// peer's call e has ended, and with it all reading and clearing of the slot that call e + 2 now
+// writes into.
 //
-// | word         | owner | writer              | transition                        | at rest        |
+// | word         | owner | writer              | transition                        | at rest |
 // |--------------|-------|---------------------|-----------------------------------|----------------|
-// | words[].state| rank  | see class Call      | 2e -> 2e+1 enter -> 2(e+n) leave  | even, 2*epoch  |
-// | words[].aborted, | rank | its first failure | 0 -> 1, never back                | 0              |
-// | aborted      |       |                     |                                   |                |
-// | entered      | rank  | blocks of big grids | 0 -> number of blocks -> 0        | 0              |
-// | alive[p]     | rank  | peer p, at set-up   | 0 -> 1                            | 1              |
-// | started[p]   | rank  | peer p, long calls  | raised to e+1: p has entered e    | <= own epoch   |
-// | consumed[b]  | rank  | peer's reducer b    | raised to the first unread piece  | <= own epoch   |
-// | pushed[b]    | rank  | its own pusher b    | raised to (e, chunks sent)        | any            |
-// | arrived[p][b]| rank  | peer p's pusher b   | raised to (e, chunks sent)        | any            |
-// | ready, sent, | rank  | see all_reduce_copy_engine.cu                           |                |
-// | landed, taken|       |                                                         |                |
+// | words[].state| rank  | see class Call      | 2e -> 2e+1 enter -> 2(e+n) leave  | even, 2*epoch
+// | | words[].aborted, | rank | its first failure | 0 -> 1, never back                | 0 | |
+// aborted      |       |                     |                                   |                |
+// | entered      | rank  | blocks of big grids | 0 -> number of blocks -> 0        | 0 | | alive[p]
+// | rank  | peer p, at set-up   | 0 -> 1                            | 1              | | started[p]
+// | rank  | peer p, long calls  | raised to e+1: p has entered e    | <= own epoch   | |
+// consumed[b]  | rank  | peer's reducer b    | raised to the first unread piece  | <= own epoch   |
+// | pushed[b]    | rank  | its own pusher b    | raised to (e, chunks sent)        | any | |
+// arrived[p][b]| rank  | peer p's pusher b   | raised to (e, chunks sent)        | any            |
+// | ready, sent, | rank  | see all_reduce_copy_engine.cu                           | | | landed,
+// taken|       |                                                         |                |
 //
 // Epochs live here, in device memory, so that a CUDA graph can be replayed any number of times and
 // between eager calls. They are 63 bits wide and compared by difference. A call of n pieces adds n.
@@ -38,13 +40,14 @@
 
 #include "prim/gpu_memory.h"
 #include "prim/gpu_packet.h"
+#include "prim/gpu_shuffle.h"
 #include "prim/gpu_spin.h"
 
 namespace collectives {
 
 inline constexpr int kMaxWorld = 8;
 inline constexpr int kStateWords = 512;
-inline constexpr int kMaxBlocks = 512;  // of kernels with counters a block
+inline constexpr int kMaxBlocks = 512;   // of kernels with counters a block
 inline constexpr int kCopyLanes = 2;     // copy streams of the copy-engine all-reduce
 inline constexpr int kCopyAdders = 128;  // most blocks of its adding kernel
 
@@ -87,9 +90,7 @@ struct Layout {
   __host__ __device__ uint64_t bulk_offset(uint32_t parity) const {
     return kControl + 2 * slot + 2 * tagged + parity * bulk;
   }
-  __host__ __device__ uint64_t total() const {
-    return kControl + 2 * slot + 2 * tagged + 2 * bulk;
-  }
+  __host__ __device__ uint64_t total() const { return kControl + 2 * slot + 2 * tagged + 2 * bulk; }
 };
 static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its place");
 
@@ -97,8 +98,8 @@ static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its pla
 struct Workspace {
   char* base[kMaxWorld];
   Layout layout;
-  uint64_t slot_stride;      // between senders' areas in a slot; the first half of an area holds raw
-  uint64_t tagged_stride;    // vectors and the second half sums, where a call has both
+  uint64_t slot_stride;    // between senders' areas in a slot; the first half of an area holds raw
+  uint64_t tagged_stride;  // vectors and the second half sums, where a call has both
   uint64_t bulk_stride;
   uint32_t rank;
   uint32_t world;
@@ -148,28 +149,30 @@ class Call {
 
   // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
-  // been reported. A word that is marked belongs to a call in flight, on another stream.
+  // been reported.
   __device__ __forceinline__ bool enter(const Workspace& ws) {
     const auto* word = reinterpret_cast<const ulonglong2*>(&control_.words[first_]);
     const ulonglong2 seen = gpu::ld_relaxed_sys(word);
     epoch = seen.x >> 1;
     if (seen.y != 0) return false;
-    if ((seen.x & 1) != 0 && marks()) {
-      report_busy(ws, seen.x);
-      return false;
-    }
     if (epoch == 0) wait_alive(ws, control_);
     return true;
   }
 
   // By all threads of every block that entered, between their first stores to peers and their first
-  // wait. The barrier sees to it that no thread reads the state after another has marked it or left.
-  // What the atomics return is looked at in leave(), so nobody waits for it.
-  __device__ __forceinline__ void settle() {
+  // wait. Marks the block as busy: a block found busy is a second call in flight, on another
+  // stream. The barrier sees to it that no thread reads the state after another has left.
+  //
+  // The mark travels behind the block's stores. With `drain` the block waits for its answer, which
+  // comes when the stores have been taken, before it starts to poll; without, leave() looks at it.
+  __device__ __forceinline__ void settle(const Workspace& ws, bool drain = true) {
+    if (threadIdx.x == 0 && marks()) {
+      before_ = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
+      if (drain || big_) report_if_busy(ws);
+    }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      if (marks()) before_ = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
-      if (big_) others_ = gpu::fetch_add_relaxed_gpu(&control_.entered, 1);
+    if (threadIdx.x == 0 && big_) {
+      others_ = gpu::fetch_add_relaxed_gpu(&control_.entered, 1);
     }
   }
 
@@ -181,19 +184,19 @@ class Call {
         gpu::st_relaxed_sys(&control_.words[word].state, next);
       }
     } else if (threadIdx.x < 32) {
-      if (__shfl_sync(0xffffffffu, others_, 0) == gridDim.x - 1) {
+      if (gpu::shuffle_first(others_) == gridDim.x - 1) {
         for (uint32_t word = threadIdx.x; word < kStateWords; word += 32) {
           gpu::st_relaxed_sys(&control_.words[word].state, next);
         }
         if (threadIdx.x == 0) gpu::st_relaxed_sys(&control_.entered, 0);
       }
     }
-    if (threadIdx.x == 0 && marks() && before_ != epoch * 2) report_busy(ws, before_);
+    if (threadIdx.x == 0 && marks()) report_if_busy(ws);
   }
 
  private:
   // The first call of all: peers may not have prepared their slots yet.
-  static __device__ __noinline__ void wait_alive(const Workspace& ws, const Control& control) {
+  static GPU_COLD void wait_alive(const Workspace& ws, const Control& control) {
     gpu::Spin spin;
     for (uint32_t peer = 0; peer < ws.world; ++peer) {
       spin.begin();
@@ -206,8 +209,9 @@ class Call {
   // In a big grid blocks share words, and block 0 marks for all.
   __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
 
-  __device__ __forceinline__ void report_busy(const Workspace& ws, uint64_t seen) const {
-    gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, seen, 0);
+  __device__ __forceinline__ void report_if_busy(const Workspace& ws) const {
+    if ((before_ & 1) == 0) return;
+    gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, before_, 0);
   }
 
   Control& control_;

@@ -36,7 +36,8 @@ __global__ void write_mla(ConcatMlaArgs a, int latent_vecs, int row_vecs, int ro
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
       if (slot[u] < 0) continue;
-      const int64_t block = slot[u] / a.block_size, off = slot[u] - block * a.block_size;
+      int64_t block, off;
+      gpu::split_slot(slot[u], a.block_size, block, off);
       C* entry = static_cast<C*>(a.cache) + block * a.block_stride + off * a.entry_stride;
       gpu::store<kAligned>(entry + at, convert<T, kFormat>(v[u], divisor), n);
     }
@@ -83,9 +84,9 @@ __global__ void __launch_bounds__(256) write_ds_mla(ConcatMlaArgs a, bool aligne
   const float scale = gpu::power_of_two_at_least(fmaxf(amax / 448.0f, 1e-4f));
   gpu::Vec<uint8_t, 16> codes;
   gpu::quantize<KvFormat::kE4M3>(codes, f, gpu::Divisor(scale));
-  const int64_t block = slot / a.block_size;
-  uint8_t* entry = static_cast<uint8_t*>(a.cache) + block * a.block_stride +
-                   (slot - block * a.block_size) * a.entry_stride;
+  int64_t block, off;
+  gpu::split_slot(slot, a.block_size, block, off);
+  uint8_t* entry = static_cast<uint8_t*>(a.cache) + block * a.block_stride + off * a.entry_stride;
   gpu::store<kAligned>(entry + lane * 16, codes);
   if (lane % 8 == 0) *reinterpret_cast<float*>(entry + kDsMlaScales + lane / 2) = scale;
   if (lane < 8) gpu::store<kAligned>(reinterpret_cast<T*>(entry + kDsMlaRope) + lane * 8, rope);
@@ -101,7 +102,7 @@ __global__ void write_grouped(ConcatMlaGroupedArgs a) {
              slot % a.block_size * a.entry_stride;
   const gpu::Divisor divisor(a.scales == nullptr ? 1.0f : a.scales[layer]);
   for (int64_t i = threadIdx.x; i < a.latent + a.rope; i += blockDim.x) {
-    gpu::Vec<T, 2> v{};
+    gpu::Vec<T, 4> v{};
     v.at[0] = i < a.latent ? static_cast<const T*>(a.kv_c)[row * a.latent + i]
                            : static_cast<const T*>(a.k_pe)[row * a.rope + i - a.latent];
     entry[i] = convert<T, kFormat>(v, divisor).at[0];

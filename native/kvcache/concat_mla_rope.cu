@@ -15,56 +15,63 @@ __global__ void __launch_bounds__(256) rope_and_write(ConcatMlaRopeArgs a, int s
   constexpr int kN = gpu::kVec<T>, kP = elementwise::kPairs<T, kNeox>;
   const ConcatMlaArgs& m = a.mla;
   const int64_t t = blockIdx.x, slot = m.slots[t], position = a.positions[t];
-  if (slot < 0 || slot >= m.num_blocks * m.block_size) return;
-  if (position < 0 || position >= a.max_position) return;
-  const int64_t block = slot / m.block_size;
-  C* entry = static_cast<C*>(m.cache) + block * m.block_stride +
-             (slot - block * m.block_size) * m.entry_stride;
-  const gpu::Divisor divisor(m.scale == nullptr ? 1.0f : *m.scale);
-  const T* angles = static_cast<const T*>(a.cos_sin) + position * a.cos_sin_stride;
   const int half = static_cast<int>(m.rope / 2), heads = static_cast<int>(a.heads);
   T* query = static_cast<T*>(a.q_pe) + t * a.q_token_stride;
   T* key = static_cast<T*>(const_cast<void*>(m.k_pe)) + t * m.k_pe_stride;
-
-  // Heads of the query, then the key, in steps.
-  const int total = (heads + 1) * steps;
+  const T* latent = static_cast<const T*>(m.kv_c) + t * m.kv_c_stride;
+  const int latent_steps = static_cast<int>((m.latent + kN - 1) / kN);
+  // Heads of the query, then the key, then the latent, in steps: the loads of all of them come
+  // before the slot and the position are known.
+  const int rotated = (heads + 1) * steps, total = rotated + latent_steps;
   for (int base = threadIdx.x; base < total; base += kUnroll * blockDim.x) {
     RotaryStep<T, kNeox> step[kUnroll];
+    int first[kUnroll];
+    T* at[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * blockDim.x, head = i / steps, first = (i - head * steps) * kP;
+      const int i = base + u * blockDim.x;
       if (i >= total) break;
-      const T* p = head < heads ? query + head * a.q_head_stride : key;
-      step[u].template load<kAligned>(p, first, half, min(half - first, kP));
+      if (i < rotated) {
+        const int head = i / steps;
+        first[u] = (i - head * steps) * kP;
+        at[u] = head < heads ? query + head * a.q_head_stride : key;
+        step[u].template load<kAligned>(at[u], first[u], half, min(half - first[u], kP));
+      } else {
+        first[u] = (i - rotated) * kN;
+        gpu::load<kAligned>(step[u].x, latent + first[u],
+                            min(static_cast<int>(m.latent) - first[u], kN));
+      }
     }
+    if (slot < 0 || slot >= m.num_blocks * m.block_size) return;
+    if (position < 0 || position >= a.max_position) return;
+    int64_t block, off;
+    gpu::split_slot(slot, m.block_size, block, off);
+    C* entry = static_cast<C*>(m.cache) + block * m.block_stride + off * m.entry_stride;
+    const T* angles = static_cast<const T*>(a.cos_sin) + position * a.cos_sin_stride;
+    const gpu::Divisor divisor(m.scale == nullptr ? 1.0f : *m.scale);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * blockDim.x, head = i / steps, first = (i - head * steps) * kP;
+      const int i = base + u * blockDim.x;
       if (i >= total) break;
-      const int n = min(half - first, kP);
-      float cos[kP], sin[kP];
-      elementwise::load_angles<kAligned>(cos, sin, angles, first, half, n, 1.0f);
-      step[u].rotate(cos, sin);
-      if (head < heads) {
-        step[u].template store<kAligned>(query + head * a.q_head_stride, first, half, n);
+      if (i >= rotated) {
+        gpu::store<kAligned>(entry + first[u], convert<T, kFormat>(step[u].x, divisor),
+                             min(static_cast<int>(m.latent) - first[u], kN));
         continue;
       }
-      step[u].template store<kAligned>(key, first, half, n);
+      const int n = min(half - first[u], kP);
+      float cos[kP], sin[kP];
+      elementwise::load_angles<kAligned>(cos, sin, angles, first[u], half, n, 1.0f);
+      step[u].rotate(cos, sin);
+      step[u].template store<kAligned>(at[u], first[u], half, n);
+      if (at[u] != key) continue;
       C* rope = entry + m.latent;
       if constexpr (kNeox) {
-        gpu::store<kAligned>(rope + first, convert<T, kFormat>(step[u].x, divisor), n);
-        gpu::store<kAligned>(rope + half + first, convert<T, kFormat>(step[u].y, divisor), n);
+        gpu::store<kAligned>(rope + first[u], convert<T, kFormat>(step[u].x, divisor), n);
+        gpu::store<kAligned>(rope + half + first[u], convert<T, kFormat>(step[u].y, divisor), n);
       } else {
-        gpu::store<kAligned>(rope + 2 * first, convert<T, kFormat>(step[u].x, divisor), 2 * n);
+        gpu::store<kAligned>(rope + 2 * first[u], convert<T, kFormat>(step[u].x, divisor), 2 * n);
       }
     }
-  }
-  const T* latent = static_cast<const T*>(m.kv_c) + t * m.kv_c_stride;
-  for (int64_t i = threadIdx.x * kN; i < m.latent; i += blockDim.x * kN) {
-    const int n = m.latent - i < kN ? static_cast<int>(m.latent - i) : kN;
-    gpu::Vec<T, kN> v;
-    gpu::load<kAligned>(v, latent + i, n);
-    gpu::store<kAligned>(entry + i, convert<T, kFormat>(v, divisor), n);
   }
 }
 

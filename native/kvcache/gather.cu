@@ -31,18 +31,25 @@ __device__ int64_t find(const GatherMap& m, int64_t row) {
   if (row < first || row >= end) return -1;
   const int64_t p = row - first + (m.starts == nullptr ? 0 : m.starts[b]);
   if (p < 0) return -1;
-  const uint32_t logical = static_cast<uint32_t>(p) / static_cast<uint32_t>(m.block_size);
+  int64_t logical, off;
+  gpu::split_slot(p, m.block_size, logical, off);
   if (logical >= m.table_width) return -1;
   const int64_t block = m.table[b * m.table_stride + logical];
   if (block < 0 || block >= m.num_blocks) return -1;
-  return block * m.block_size + (p - int64_t{logical} * m.block_size);
+  return block * m.block_size + off;
 }
 
-// entries[i] for the rows of this block; all threads call it.
-template <int kRows>
-__device__ void find_rows(const GatherMap& m, int64_t first, int64_t (&entries)[kRows]) {
+// at[i]: what `place` makes of the entry (block, offset) of row first + i, or `none`.
+template <int kRows, class At, class Place>
+__device__ void find_rows(const GatherMap& m, int64_t first, At (&at)[kRows], At none,
+                          const Place& place) {
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    entries[i] = first + i < m.rows ? find(m, first + i) : -1;
+    const int64_t entry = first + i < m.rows ? find(m, first + i) : -1;
+    at[i] = none;
+    if (entry < 0) continue;
+    int64_t block, off;
+    gpu::split_slot(entry, m.block_size, block, off);
+    at[i] = place(entry, block, off);
   }
   __syncthreads();
 }
@@ -54,12 +61,9 @@ __global__ void __launch_bounds__(kThreads)
                 int64_t entry_stride, int64_t dst_stride) {
   __shared__ int64_t at[kRows];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    const int64_t entry = first + i < m.rows ? find(m, first + i) : -1;
-    at[i] =
-        entry < 0 ? -1 : entry / m.block_size * block_stride + entry % m.block_size * entry_stride;
-  }
-  __syncthreads();
+  find_rows<kRows, int64_t>(m, first, at, -1, [&](int64_t, int64_t block, int64_t off) {
+    return block * block_stride + off * entry_stride;
+  });
   const int total = kRows * vecs;
   for (int base = threadIdx.x; base < total; base += kThreads * kUnroll) {
     V v[kUnroll];
@@ -79,9 +83,11 @@ __global__ void __launch_bounds__(kThreads)
 // Codes to floats, kN a step.
 template <class T, KvFormat kFormat, int kRows, int kN>
 __global__ void __launch_bounds__(kThreads) gather_fp8(GatherArgs a, int steps) {
-  __shared__ int64_t entries[kRows];
+  __shared__ int64_t at[kRows];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  find_rows(a.map, first, entries);
+  find_rows<kRows, int64_t>(a.map, first, at, -1, [&](int64_t, int64_t block, int64_t off) {
+    return block * a.block_stride + off * a.entry_stride;
+  });
   const float scale = *a.scale;
   const uint8_t* src = static_cast<const uint8_t*>(a.src);
   const int total = kRows * steps;
@@ -89,98 +95,97 @@ __global__ void __launch_bounds__(kThreads) gather_fp8(GatherArgs a, int steps) 
     gpu::Vec<uint8_t, kN> codes[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / steps, step = i - row * steps;
-      if (i >= total || entries[row] < 0) continue;
-      const int64_t block = entries[row] / a.map.block_size;
-      gpu::load<true>(codes[u], src + block * a.block_stride +
-                                    (entries[row] - block * a.map.block_size) * a.entry_stride +
-                                    step * kN);
+      const int i = base + u * kThreads, row = i / steps;
+      if (i >= total || at[row] < 0) continue;
+      gpu::load<true>(codes[u], src + at[row] + (i - row * steps) * kN);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / steps, step = i - row * steps;
-      if (i >= total || entries[row] < 0) continue;
-      gpu::Vec<T, kN> out;
+      const int i = base + u * kThreads, row = i / steps;
+      if (i >= total || at[row] < 0) continue;
+      T* to = static_cast<T*>(a.dst) + (first + row) * a.dst_stride + (i - row * steps) * kN;
       if constexpr (kN == 1) {
-        gpu::Vec<uint8_t, 2> pair{{codes[u].at[0], 0}};
-        gpu::Vec<T, 2> both;
-        gpu::dequantize<kFormat>(both, pair, scale);
-        out.at[0] = both.at[0];
+        *to = gpu::from_float<T>(gpu::from_fp8<kFormat>(codes[u].at[0]) * scale);
       } else {
+        constexpr int kStored = gpu::kVec<T>;
+        gpu::Vec<T, kN> out;
         gpu::dequantize<kFormat>(out, codes[u], scale);
+#pragma unroll
+        for (int p = 0; p < kN; p += kStored) {
+          gpu::Vec<T, kStored> part;
+#pragma unroll
+          for (int j = 0; j < kStored; ++j) part.at[j] = out.at[p + j];
+          gpu::store<true>(to + p, part);
+        }
       }
-      gpu::store<true>(static_cast<T*>(a.dst) + (first + row) * a.dst_stride + step * kN, out);
     }
   }
+}
+
+// 16 bytes at an address that is a multiple of 4.
+__device__ uint4 load_words(const uint8_t* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return *reinterpret_cast<const uint4*>(p);
+  const uint32_t* w = reinterpret_cast<const uint32_t*>(p);
+  return {w[0], w[1], w[2], w[3]};
 }
 
 template <int kRows>
 __global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
   using T = gpu::BFloat16;
-  constexpr int kSteps = 64 + 8;  // 8 codes a step, then 8 rotary values a step
+  constexpr int kCodes = 32, kSteps = kCodes + 8;  // 16 codes a step, then 8 rotary values a step
   __shared__ const uint8_t* entries[kRows];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    int64_t entry = first + i < a.map.rows ? find(a.map, first + i) : -1;
-    const uint8_t* from = nullptr;
-    if (entry >= 0 && a.host != nullptr) {
-      const int64_t host_row = a.host_rows[entry];
-      entry = a.device_rows[entry];
-      if (entry < 0 && host_row >= 0 && host_row < a.host_count) {
-        from = a.host + host_row * kDsMlaEntry;
+  const uint8_t* none = nullptr;
+  find_rows<kRows>(a.map, first, entries, none, [&](int64_t entry, int64_t block, int64_t off) {
+    if (a.host != nullptr) {
+      const int64_t device_row = a.device_rows[entry], host_row = a.host_rows[entry];
+      if (device_row < 0) {
+        return host_row >= 0 && host_row < a.host_count ? a.host + host_row * kDsMlaEntry : none;
       }
-      if (entry >= a.src_blocks * a.map.block_size) entry = -1;
+      if (device_row >= a.src_blocks * a.map.block_size) return none;
+      gpu::split_slot(device_row, a.map.block_size, block, off);
     }
-    if (entry >= 0) {
-      const int64_t block = entry / a.map.block_size;
-      from = a.src + block * a.block_stride + (entry - block * a.map.block_size) * a.entry_stride;
-    }
-    entries[i] = from;
-  }
-  __syncthreads();
+    return a.src + block * a.block_stride + off * a.entry_stride;
+  });
   for (int base = threadIdx.x; base < kRows * kSteps; base += kThreads * kUnroll) {
-    uint32_t low[kUnroll][4];
+    uint4 words[kUnroll];
     float scale[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
       if (i >= kRows * kSteps || entries[row] == nullptr) continue;
-      // Entries are aligned to 4 bytes; 656 is a multiple of 16, so usually to 16 as well.
-      const bool rope = step >= 64;
-      const uint8_t* p = entries[row] + (rope ? kDsMlaRope + (step - 64) * 16 : step * 8);
-      if (reinterpret_cast<uintptr_t>(entries[row]) % 16 == 0) {
-        if (rope) {
-          *reinterpret_cast<uint4*>(low[u]) = *reinterpret_cast<const uint4*>(p);
-        } else {
-          *reinterpret_cast<uint2*>(low[u]) = *reinterpret_cast<const uint2*>(p);
-        }
-      } else {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          if (w < 2 || rope) low[u][w] = reinterpret_cast<const uint32_t*>(p)[w];
-        }
-      }
+      const bool rope = step >= kCodes;
+      words[u] = load_words(entries[row] + (rope ? kDsMlaRope + (step - kCodes) * 16 : step * 16));
       if (!rope) {
-        scale[u] = *reinterpret_cast<const float*>(entries[row] + kDsMlaScales + step / 16 * 4);
+        scale[u] = *reinterpret_cast<const float*>(entries[row] + kDsMlaScales + step / 8 * 4);
       }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
       if (i >= kRows * kSteps || entries[row] == nullptr) continue;
-      gpu::Vec<T, 8> out;
-      if (step >= 64) {
-        *reinterpret_cast<uint4*>(&out) = *reinterpret_cast<const uint4*>(low[u]);
+      const bool rope = step >= kCodes;
+      T* to = static_cast<T*>(a.dst) + (first + row) * a.dst_stride +
+              (rope ? kDsMlaLatent + (step - kCodes) * 8 : step * 16);
+      gpu::Vec<T, 8> part[2];
+      if (rope) {
+        memcpy(&part[0], &words[u], 16);
       } else {
-        gpu::Vec<uint8_t, 8> codes;
-        *reinterpret_cast<uint2*>(&codes) = *reinterpret_cast<const uint2*>(low[u]);
+        gpu::Vec<uint8_t, 16> codes;
+        gpu::Vec<T, 16> out;
+        memcpy(&codes, &words[u], 16);
         gpu::dequantize<KvFormat::kE4M3>(out, codes, scale[u]);
+        memcpy(part, &out, 32);
       }
-      T* at = static_cast<T*>(a.dst) + (first + row) * a.dst_stride + step * 8;
-      if (reinterpret_cast<uintptr_t>(at) % 16 == 0) {
-        gpu::store<true>(at, out);
-      } else {
-        gpu::store<false>(at, out);
+      const bool fits = reinterpret_cast<uintptr_t>(to) % 16 == 0;
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        if (p == 1 && rope) break;
+        if (fits) {
+          gpu::store<true>(to + 8 * p, part[p]);
+        } else {
+          gpu::store<false>(to + 8 * p, part[p]);
+        }
       }
     }
   }
@@ -188,34 +193,45 @@ __global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
 
 template <int kRows>
 __global__ void __launch_bounds__(kThreads) gather_index(IndexerGatherArgs a, bool aligned_codes) {
-  __shared__ int64_t entries[kRows];
+  __shared__ const uint8_t* codes_at[kRows];
+  __shared__ const uint8_t* scales_at[kRows];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  find_rows(a.map, first, entries);
-  const int vecs = static_cast<int>(a.head_size / 16), words = static_cast<int>(a.scale_bytes / 4);
-  const int steps = vecs + words, total = kRows * steps;
-  for (int base = threadIdx.x; base < total; base += kThreads) {
-    const int row = base / steps, step = base - row * steps;
-    if (entries[row] < 0) continue;
-    const int64_t block = entries[row] / a.map.block_size;
-    const int64_t off = entries[row] - block * a.map.block_size;
+  const uint8_t* none = nullptr;
+  __shared__ int64_t entries[kRows];  // block and offset, 32 bits each: 2^31 blocks at most
+  find_rows<kRows, int64_t>(a.map, first, entries, -1,
+                            [&](int64_t, int64_t block, int64_t off) { return block << 32 | off; });
+  for (int i = threadIdx.x; i < kRows; i += kThreads) {
+    const int64_t block = entries[i] >> 32, off = entries[i] & 0xffffffff;
     const uint8_t* from = a.cache + block * a.block_stride;
-    if (step < vecs) {
-      const uint8_t* p = from + off * a.head_size + step * 16;
-      uint8_t* q = a.dst_k + (first + row) * a.head_size + step * 16;
-      if (aligned_codes) {
-        *reinterpret_cast<uint4*>(q) = *reinterpret_cast<const uint4*>(p);
-      } else {
-        for (int j = 0; j < 16; ++j) q[j] = p[j];
-      }
+    codes_at[i] = entries[i] < 0 ? none : from + off * a.head_size;
+    scales_at[i] =
+        entries[i] < 0 ? none : from + a.map.block_size * a.head_size + off * a.scale_bytes;
+  }
+  __syncthreads();
+  const int vecs = static_cast<int>(a.head_size / 16), words = static_cast<int>(a.scale_bytes / 4);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kRows * vecs; i += kThreads) {
+    const int row = i / vecs, step = i - row * vecs;
+    const uint8_t* p = codes_at[row];
+    if (p == nullptr) continue;
+    p += step * 16;
+    uint8_t* q = a.dst_k + (first + row) * a.head_size + step * 16;
+    if (aligned_codes) {
+      *reinterpret_cast<uint4*>(q) = *reinterpret_cast<const uint4*>(p);
     } else {
-      const uint8_t* p =
-          from + a.map.block_size * a.head_size + off * a.scale_bytes + (step - vecs) * 4;
-      uint8_t* q = a.dst_scale + (first + row) * a.scale_bytes + (step - vecs) * 4;
-      if (aligned_codes) {
-        *reinterpret_cast<uint32_t*>(q) = *reinterpret_cast<const uint32_t*>(p);
-      } else {
-        for (int j = 0; j < 4; ++j) q[j] = p[j];
-      }
+      for (int j = 0; j < 16; ++j) q[j] = p[j];
+    }
+  }
+  for (int i = threadIdx.x; i < kRows * words; i += kThreads) {
+    const int row = i / words, step = i - row * words;
+    const uint8_t* p = scales_at[row];
+    if (p == nullptr) continue;
+    p += step * 4;
+    uint8_t* q = a.dst_scale + (first + row) * a.scale_bytes + step * 4;
+    if (aligned_codes) {
+      *reinterpret_cast<uint32_t*>(q) = *reinterpret_cast<const uint32_t*>(p);
+    } else {
+      for (int j = 0; j < 4; ++j) q[j] = p[j];
     }
   }
 }

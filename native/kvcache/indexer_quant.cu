@@ -12,8 +12,9 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
   // D and the group are multiples of 32: a group never crosses tokens nor its lanes.
   const int64_t step = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t row_steps = a.head_size / kN, token = step / row_steps;
-  const int d = static_cast<int>(step - token * row_steps) * kN;
+  int64_t token, in_row;
+  gpu::split_slot(step, a.head_size / kN, token, in_row);
+  const int d = static_cast<int>(in_row) * kN;
   const bool exists = token < a.tokens;
   const int64_t slot = exists ? a.slots[token] : -1;
   gpu::Vec<T, kN> v{};
@@ -32,9 +33,10 @@ __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
   if (a.scale_format != ScaleFormat::kFloat32) scale = gpu::power_of_two_at_least(scale);
   gpu::Vec<uint8_t, kN> codes;
   gpu::quantize<KvFormat::kE4M3>(codes, x, gpu::Divisor(scale));
-  const int64_t in_cache = slot / a.block_size;
+  int64_t in_cache, off;
+  gpu::split_slot(slot, a.block_size, in_cache, off);
   uint8_t* block = a.cache + in_cache * a.block_stride;
-  const int64_t at = (slot - in_cache * a.block_size) * a.head_size + d;
+  const int64_t at = off * a.head_size + d;
   gpu::store<kAligned>(block + at, codes);
   if (d % a.group != 0) return;
   uint32_t stored = __float_as_uint(scale);

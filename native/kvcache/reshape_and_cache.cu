@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads) write_packed(ReshapeAndCacheArgs a) 
   for (int i = threadIdx.x; i < kTokens * (cols / kX); i += kThreads) {
     const int token = i % kTokens, col = i / kTokens * kX;
     if (slots[token] < 0) continue;
-    const int64_t block = slots[token] / bs, off = slots[token] - block * bs;
+    int64_t block, off;
+    gpu::split_slot(slots[token], bs, block, off);
     C* at = static_cast<C*>(a.key_cache) +
             (block * (width / kX) + (first_col + col) / kX) * bs * kX + off * kX;
     *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(keys + token * kPitch + col);
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) write_packed(ReshapeAndCacheArgs a) 
     const int column = first_col + col, head = column / d_size, d = column - head * d_size;
     const C* from = values + run * kRun * kPitch + col;
     auto place = [&](int64_t slot) {
-      const int64_t block = slot / bs, off = slot - block * bs;
+      int64_t block, off;
+      gpu::split_slot(slot, bs, block, off);
       C* base = static_cast<C*>(a.value_cache) + block * width * bs;
       return a.interleaved_v ? base + static_cast<int64_t>(head) * d_size * bs +
                                    (off / kX) * d_size * kX + d * kX + off % kX

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int u = 0; u < kTokens; ++u) {
       const int64_t t = (static_cast<int64_t>(blockIdx.x) * kTokens + u) * rows_at_once + sub;
       slot[u] = t < a.tokens ? a.slots[t] : -1;
-      if (slot[u] < 0 || slot[u] >= limit) continue;
+      if (t >= a.tokens) continue;
+      // The row exists whatever its slot: load it while the slot is on its way.
       gpu::load<kAligned>(k[u], key + t * a.key_stride, n);
       gpu::load<kAligned>(v[u], value + t * a.value_stride, n);
     }
@@ -38,7 +39,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
       if (slot[u] < 0 || slot[u] >= limit) continue;
-      const int64_t block = slot[u] / a.block_size, off = slot[u] - block * a.block_size;
+      int64_t block, off;
+      gpu::split_slot(slot[u], a.block_size, block, off);
       C* key_at = static_cast<C*>(a.key_cache) + block * a.key_block_stride +
                   off * a.key_page_stride + head * a.key_head_stride + d;
       C* value_at = static_cast<C*>(a.value_cache) + block * a.value_block_stride +

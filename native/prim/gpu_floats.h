@@ -74,15 +74,19 @@ class Divisor {
   __device__ explicit Divisor(float scale) {
     scale_ = scale;
     inverse_ = 1.0f / scale;
-    flip_ = __float_as_uint(scale) >> 31;
+    flip_ = (__float_as_uint(scale) >> 31) * 0x80808080u;
   }
   __device__ float quotient(float x) const {
     const float q = x * inverse_;
     const float corrected = fmaf(fmaf(-q, scale_, x), inverse_, q);
     return fabsf(q) < 1e30f ? corrected : q;
   }
-  // The sign of x over the scale, as the top bit of a code.
-  __device__ uint32_t sign(float x) const { return ((__float_as_uint(x) >> 31) ^ flip_) << 7; }
+  // The signs of four dividends over the scale, each as the top bit of a byte.
+  __device__ uint32_t signs(float a, float b, float c, float d) const {
+    const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0073);
+    const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0073);
+    return (__byte_perm(low, high, 0x5410) ^ flip_) & 0x80808080u;
+  }
 
  private:
   float scale_, inverse_;
@@ -92,39 +96,121 @@ class Divisor {
 // Two codes in the low 16 bits, rounded to nearest even and saturated; a NaN becomes 0x7f.
 template <KvFormat kFormat>
 __device__ inline uint32_t to_fp8x2(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t codes;
+  if constexpr (kFormat == KvFormat::kE5M2) {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+  } else {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+  }
+  return codes;
+#else
   constexpr __nv_fp8_interpretation_t kKind = kFormat == KvFormat::kE5M2 ? __NV_E5M2 : __NV_E4M3;
   return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kKind);
+#endif
 }
 
-// Codes of kCount floats over a scale; the sign of a NaN is kept.
+// Codes of kCount floats (a multiple of 4) over a scale; the sign of a NaN is kept.
 template <KvFormat kFormat, int kCount>
 __device__ inline void quantize(Vec<uint8_t, kCount>& out, const float (&x)[kCount],
                                 const Divisor& divisor) {
+  static_assert(kCount % 4 == 0);
+  uint32_t words[kCount / 4];
 #pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    const uint32_t codes = to_fp8x2<kFormat>(divisor.quotient(x[i]), divisor.quotient(x[i + 1])) |
-                           divisor.sign(x[i]) | divisor.sign(x[i + 1]) << 8;
-    out.at[i] = static_cast<uint8_t>(codes);
-    out.at[i + 1] = static_cast<uint8_t>(codes >> 8);
+  for (int i = 0; i < kCount; i += 4) {
+    const uint32_t low = to_fp8x2<kFormat>(divisor.quotient(x[i]), divisor.quotient(x[i + 1]));
+    const uint32_t high = to_fp8x2<kFormat>(divisor.quotient(x[i + 2]), divisor.quotient(x[i + 3]));
+    words[i / 4] =
+        __byte_perm(low, high, 0x5410) | divisor.signs(x[i], x[i + 1], x[i + 2], x[i + 3]);
   }
+  memcpy(&out, words, kCount);
 }
 
-// Two codes to fp16, exactly.
+// Four codes to two pairs of fp16, exactly.
 template <KvFormat kFormat>
-__device__ inline __half2 from_fp8x2(uint32_t codes) {
+__device__ inline void from_fp8x4(uint32_t codes, uint32_t& low, uint32_t& high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  if constexpr (kFormat == KvFormat::kE5M2) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e5m2x2 %0, l;"
+        " cvt.rn.f16x2.e5m2x2 %1, h;}"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
+  } else {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l;"
+        " cvt.rn.f16x2.e4m3x2 %1, h;}"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
+  }
+#else
   constexpr __nv_fp8_interpretation_t kKind = kFormat == KvFormat::kE5M2 ? __NV_E5M2 : __NV_E4M3;
-  return __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), kKind);
+  const __half2_raw l =
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes & 0xffff), kKind);
+  const __half2_raw h =
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes >> 16), kKind);
+  memcpy(&low, &l, 4);
+  memcpy(&high, &h, 4);
+#endif
 }
 
 template <KvFormat kFormat, class T, int kCount>
 __device__ inline void dequantize(Vec<T, kCount>& out, const Vec<uint8_t, kCount>& codes,
                                   float scale) {
+  static_assert(kCount % 4 == 0);
+  uint32_t words[kCount / 4];
+  memcpy(words, &codes, kCount);
 #pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    const uint32_t pair = codes.at[i] | static_cast<uint32_t>(codes.at[i + 1]) << 8;
-    const float2 f = __half22float2(from_fp8x2<kFormat>(pair));
-    out.at[i] = from_float<T>(f.x * scale);
-    out.at[i + 1] = from_float<T>(f.y * scale);
+  for (int i = 0; i < kCount; i += 4) {
+    uint32_t pairs[2];
+    from_fp8x4<kFormat>(words[i / 4], pairs[0], pairs[1]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      __half2 h;
+      memcpy(&h, &pairs[j], 4);
+      const float2 f = __half22float2(h);
+      out.at[i + 2 * j] = from_float<T>(f.x * scale);
+      out.at[i + 2 * j + 1] = from_float<T>(f.y * scale);
+    }
+  }
+}
+
+// One code as fp32, exactly.
+template <KvFormat kFormat>
+__device__ inline float from_fp8(uint8_t code) {
+  uint32_t low, high;
+  from_fp8x4<kFormat>(code, low, high);
+  __half2 h;
+  memcpy(&h, &low, 4);
+  return __low2float(h);
+}
+
+// 2^x to 2 units in the last place.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// a / b rounded as a division is, for 1 <= b (what a logistic function divides by).
+__device__ inline float divide_by_at_least_one(float a, float b) {
+  if (b > 1e30f) return a / b;
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  y = fmaf(fmaf(-b, y, 1.0f), y, y);
+  float q = a * y;
+  q = fmaf(fmaf(-b, q, a), y, q);
+  // A quotient near the subnormals, or an infinite dividend, takes the long way.
+  return fabsf(q) > 1e-30f && fabsf(q) < 1e30f ? fmaf(fmaf(-b, q, a), y, q) : a / b;
+}
+
+// A slot's block and offset. 64-bit division is slow; caches of over 2^32 entries still get it.
+__device__ inline void split_slot(int64_t slot, int64_t block_size, int64_t& block, int64_t& off) {
+  if (static_cast<uint64_t>(slot | block_size) >> 32 == 0) {
+    const uint32_t b = static_cast<uint32_t>(slot) / static_cast<uint32_t>(block_size);
+    block = b;
+    off = static_cast<uint32_t>(slot) - b * static_cast<uint32_t>(block_size);
+  } else {
+    block = slot / block_size;
+    off = slot - block * block_size;
   }
 }
 

@@ -1,6 +1,6 @@
-// Waiting on another GPU, never for ever: each wait has a deadline, and the first one that misses it
-// leaves a report where the host reads it without a CUDA call. The kernel then ends normally, so the
-// CUDA context stays usable.
+// Waiting on another GPU, never for ever: each wait has a deadline, and the first one that misses
+// it leaves a report where the host reads it without a CUDA call. The kernel then ends normally, so
+// the CUDA context stays usable.
 #pragma once
 
 #include <cstdint>
@@ -26,20 +26,19 @@ struct SpinReport {
 
 // What every wait of one kernel launch needs.
 struct SpinContext {
-  uint32_t* aborted;     // in this rank's device memory; 0 at rest, 1 once anything failed
-  ulonglong2* copies;    // whose second halves are set then too, for kernels that start later
+  uint32_t* aborted;   // in this rank's device memory; 0 at rest, 1 once anything failed
+  ulonglong2* copies;  // whose second halves are set then too, for kernels that start later
   uint32_t copies_count;
-  SpinReport* report;    // device address of pinned host memory
+  SpinReport* report;  // device address of pinned host memory
   uint64_t timeout_ns;
   uint32_t op;
   uint32_t rank;
 };
 
 // The first failure of a workspace is reported; later ones are its consequences.
-__device__ __noinline__ inline void report_once(const SpinContext& context, SpinCode code,
-                                                uint32_t peer, uint64_t epoch, uint64_t position,
-                                                uint64_t expected, uint64_t seen,
-                                                uint64_t waited_ns) {
+GPU_COLD inline void report_once(const SpinContext& context, SpinCode code, uint32_t peer,
+                                 uint64_t epoch, uint64_t position, uint64_t expected,
+                                 uint64_t seen, uint64_t waited_ns) {
   if (atomicExch(context.aborted, 1u) != 0) return;
   for (uint32_t i = 0; i < context.copies_count; ++i) {
     reinterpret_cast<volatile ulonglong2*>(context.copies)[i].y = 1;

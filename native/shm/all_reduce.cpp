@@ -147,9 +147,11 @@ struct AllReduce {
   void run() {
     const size_t bytes = elements * size;
     if (bytes <= kPayloadBytes) return in_line();
-    if (bytes <= std::min(team.tuning().one_shot_bytes, team.layout().slot_bytes)) {
-      return one_shot();
-    }
+    size_t limit = std::min(team.tuning().one_shot_bytes, team.layout().slot_bytes);
+    // Every rank adds everything in one-shot; where adding is slower than copying, less is too
+    // much.
+    if (dtype == DType::kBF16 || dtype == DType::kF16) limit /= 4;
+    if (bytes <= limit) return one_shot();
     two_shot();
   }
 };

@@ -26,7 +26,7 @@ using ParallelFor = void (*)(size_t count, size_t grain, void (*task)(void*, siz
 
 // Where one algorithm takes over from another; the same on all ranks.
 struct Tuning {
-  size_t one_shot_bytes = size_t{64} << 10;  // all_reduce: one-shot up to this
+  size_t one_shot_bytes = size_t{64} << 10;  // all_reduce: one-shot up to this; 16-bit: a quarter
   size_t chunk_bytes = size_t{256} << 10;    // of a slot that one step of a pipeline uses
 };
 

@@ -42,8 +42,8 @@ void check_pair(const Communicator& c, const Tensor& inp, const Tensor& out, int
                   ": inp and out must be contiguous");
   STD_TORCH_CHECK(inp.scalar_type() == out.scalar_type(), op,
                   ": inp and out must have the same dtype");
-  STD_TORCH_CHECK(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ",
-                  inp.numel(), " elements and out ", out.numel());
+  STD_TORCH_CHECK(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ", inp.numel(),
+                  " elements and out ", out.numel());
 }
 
 uint64_t bytes_of(const Tensor& x) {

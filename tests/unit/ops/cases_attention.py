@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from cases_cache import cache_dtype, flash_cache, text
-from ops_maker import FLOATS, ONE_ULP, U8, Args, Case, Maker
+from ops_maker import F32, FLOATS, ONE_ULP, U8, Args, Case, Maker
 from torch import Tensor
 
 
@@ -106,8 +106,10 @@ def _paged() -> Iterator[Case]:
             )
 
         name = text(dtype, kv, layout, sum(lens), hq, hkv, bs, d)
-        # Probabilities are rounded to the dtype in another order, and the sum cancels.
-        yield Case("paged_attention", name, build, 31, 2.0, ONE_ULP[dtype])
+        # Probabilities are rounded to the dtype in another order, and the sum cancels; a bias of
+        # some hundred costs fp32 logits 1e-5 each. The GPU keeps codes unrounded times their scale.
+        atol = 6e-5 if dtype == F32 else (1.0 if kv == "auto" else 1.5) * ONE_ULP[dtype]
+        yield Case("paged_attention", name, build, 31, 2.0, atol)
 
 
 def _packed() -> Iterator[Case]:
@@ -175,7 +177,7 @@ def _packed() -> Iterator[Case]:
             return build(m, v2=True)
 
         name = text(dtype, kv, sum(lens), hq, hkv, d, i)
-        atol = ONE_ULP[dtype]
+        atol = 6e-5 if dtype == F32 else (1.0 if kv == "auto" else 1.5) * ONE_ULP[dtype]
         yield Case("paged_attention_v1", name, build, 32, 2.0, atol)
         yield Case("paged_attention_v2", name, v2_build, 33, 3.0, atol)
 

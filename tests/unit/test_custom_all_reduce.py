@@ -1,0 +1,175 @@
+"""What CustomAllreduce, its workspaces and the functional interface decide without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from communicators import allreduce
+from communicators.backends.custom_all_reduce import CustomAllreduce
+from communicators.base import Refusal
+from communicators.bindings import custom_ar
+from communicators.errors import (
+    CommTimeoutError,
+    CommunicatorError,
+    InvalidArgumentError,
+    RefusedError,
+)
+from communicators.topology import Verdict
+from tests.threads import run_ranks
+
+_ALLOWED = Verdict(2, None, None, None, None)
+
+_STUB = """
+#include <stdint.h>
+#define EXPORT __attribute__((visibility("default")))
+EXPORT const char* communicators_ar_error(void) { return "a sentence"; }
+EXPORT uint64_t communicators_ar_bytes(uint64_t a, uint64_t b, uint64_t c) {
+  return 65536 + 2 * (a + b + c);
+}
+EXPORT int communicators_ar_create(void** h, const uint64_t* bases, int world, int rank,
+                                   uint64_t a, uint64_t b, uint64_t c) {
+  if (world == 3) return 3;
+  *h = (void*)(bases[rank] + 1);
+  return 0;
+}
+EXPORT void communicators_ar_destroy(void* h) {}
+EXPORT int communicators_ar_all_reduce(void* h, int d, const void* i, void* o, uint64_t n,
+                                       void* s) {
+  return d;
+}
+EXPORT int communicators_ar_all_gather(void* h, const void* i, void* o, uint64_t n, void* s) {
+  return 0;
+}
+EXPORT int communicators_ar_reduce_scatter(void* h, int d, const void* i, void* o, uint64_t n,
+                                           void* s) {
+  return 0;
+}
+EXPORT int communicators_ar_check(void* h) { return 1; }
+EXPORT void communicators_ar_set_timeout_ns(void* h, uint64_t ns) {}
+EXPORT int communicators_ar_retire(void* h) { return 0; }
+EXPORT int communicators_ar_tune(void* h, const char* name, int64_t v) { return v < 0 ? 3 : 0; }
+EXPORT int communicators_ar_algorithm(void* h, uint64_t bytes) { return bytes > 9 ? 2 : 1; }
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> custom_ar.CustomArLibrary:
+    directory = tmp_path_factory.mktemp("stub")
+    source, target = directory / "stub.c", directory / "stub.so"
+    source.write_text(_STUB)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
+    return custom_ar.CustomArLibrary(str(target))
+
+
+def test_handles_come_from_all_bases(library: custom_ar.CustomArLibrary) -> None:
+    assert library.create([1000, 2000], 1, (1, 2, 3)) == 2001
+    assert library.bytes(16, 1, 8) == 65536 + 50
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(1, CommTimeoutError), (2, CommunicatorError), (3, InvalidArgumentError),
+     (4, CommunicatorError)],
+)  # fmt: skip
+def test_statuses_are_errors(
+    library: custom_ar.CustomArLibrary, status: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="a sentence"):
+        library.check(status)
+    library.check(0)
+
+
+def test_native_refusals_are_raised(library: custom_ar.CustomArLibrary) -> None:
+    with pytest.raises(InvalidArgumentError):
+        library.create([1, 2, 3], 0, (1, 2, 3))
+    with pytest.raises(InvalidArgumentError):
+        library.tune(1, "piece", -1)
+    library.tune(1, "piece", 4096)
+
+
+def test_every_exported_function_is_bound() -> None:
+    """c_api.cu and the binding name the same functions."""
+    text = (Path(__file__).parents[2] / "native/collectives/c_api.cu").read_text()
+    words = text.replace("(", " ").split()
+    exported = {w for w in words if w.startswith("communicators_ar_") and "EXPORTED" in text}
+    bound = Path(custom_ar.__file__).read_text()
+    for name in exported:
+        short = name.removeprefix("communicators_ar_")
+        assert f'"{short}"' in bound, name
+
+
+def _open(world_size: int, verdict: Verdict | None, device: Any = "cuda:0") -> list[Any]:
+    return run_ranks(world_size, lambda group: CustomAllreduce(group, device, verdict=verdict))
+
+
+def test_world_sizes() -> None:
+    for comm in _open(3, None):
+        assert str(comm.refusal) == "world size 3 is not one of 2, 4, 6, 8"
+        assert comm.disabled
+        assert not comm.should_custom_ar(torch.ones(4))
+        assert comm.custom_all_reduce(torch.ones(4)) is None
+        with pytest.raises(RefusedError, match="world size 3"):
+            comm.all_reduce(torch.ones(4))
+        comm.close()
+        comm.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_cuda_it_refuses() -> None:
+    for comm in _open(2, _ALLOWED):
+        assert isinstance(comm.refusal, Refusal)
+        assert "no CUDA device" in str(comm.refusal)
+
+
+def test_the_device_needs_an_ordinal() -> None:
+    for device in ("cpu", "cuda"):
+        assert all(isinstance(e, InvalidArgumentError) for e in _open(2, _ALLOWED, device))
+
+
+def test_nothing_is_registered() -> None:
+    assert allreduce.get_graph_buffer_ipc_meta(1) == ([], [])
+    allreduce.register_graph_buffers(1, [[], []], [[], []])
+    allreduce.register_buffer(1, [10, 20])
+    with pytest.raises(InvalidArgumentError, match="those are empty"):
+        allreduce.register_graph_buffers(1, [[7], []], [[0], []])
+
+
+def test_handles_have_64_bytes() -> None:
+    assert allreduce._as_bytes("\x01" * 64) == b"\x01" * 64
+    assert allreduce._as_bytes(torch.arange(64, dtype=torch.uint8)) == bytes(range(64))
+    with pytest.raises(InvalidArgumentError, match="got 3"):
+        allreduce._as_bytes(b"abc")
+    with pytest.raises(InvalidArgumentError, match="zeros are expected"):
+        allreduce._need_zero([0, 16])
+    with pytest.raises(InvalidArgumentError, match="allocate_meta_buffer"):
+        allreduce.get_meta_buffer_ipc_handle(torch.ones(4))
+
+
+def test_more_than_two_need_full_nvlink(
+    library: custom_ar.CustomArLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom_ar, "load", lambda: library)
+    data = torch.empty(0, dtype=torch.uint8)
+    with pytest.raises(InvalidArgumentError, match="4 GPUs need full NVLink"):
+        allreduce.init_custom_ar([1, 2, 3, 4], data, 0, False)
+    assert allreduce.init_custom_ar([10, 20], data, 0, False) == 11
+    assert allreduce.meta_size() == 65536 + 2 * sum(allreduce.LAYOUT)
+
+
+def test_the_seeds_names_are_there() -> None:
+    names = (
+        "init_custom_ar all_reduce dispose get_graph_buffer_ipc_meta register_buffer "
+        "register_graph_buffers meta_size all_reduce_reg all_reduce_unreg "
+        "deterministic_all_reduce_reg deterministic_all_reduce_unreg allocate_meta_buffer "
+        "get_meta_buffer_ipc_handle allocate_shared_buffer_and_handle open_mem_handle "
+        "free_shared_buffer init_custom_qr qr_get_handle qr_open_handles qr_all_reduce "
+        "qr_destroy qr_max_size mscclpp_generate_unique_id mscclpp_init_context mscclpp_allreduce"
+    )
+    assert set(names.split()) <= set(allreduce.__all__)
+    assert ctypes.sizeof(ctypes.c_void_p) == 8  # handles are addresses in an int
