@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgumentError, RefusedError
 from .message_queue.blocks import read_block, write_block
-from .message_queue.codec import Encoder, cannot_pickle, decode
+from .message_queue.codec import RENEW_BYTES, Encoder, cannot_pickle, decode
 from .message_queue.deadline import Deadline
 from .message_queue.ends import RingReader, RingWriter
 from .message_queue.handle import VERSION, Handle, join_ring
@@ -151,8 +151,8 @@ class MessageQueue(QueueEnd):
             begin = api().sleepers_offset()
             self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
             if remote_writer is None:
-                self._inline_bytes = handle.max_chunk_bytes
-        self._try_write, self._take = api().try_write, api().take
+                self._inline_bytes = min(handle.max_chunk_bytes, RENEW_BYTES)
+        self._try_write, self._take, self._nudge = api().try_write, api().take, api().nudge
 
     def _forget(self) -> None:
         self._ring = ctypes.c_void_p()
@@ -255,7 +255,7 @@ class MessageQueue(QueueEnd):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
             if self._sleepers[0]:
-                api().nudge(self._ring)
+                self._nudge(self._ring)
             try:
                 self._dump(obj)
             except Exception as error:
@@ -286,8 +286,11 @@ class MessageQueue(QueueEnd):
             self._check_usable()
             if self._remote_writer is not None:
                 self._remote_writer.wait_for_room(deadline)
+            size = sum(memoryview(part).nbytes for part in parts)
+            if size > RENEW_BYTES:
+                self._encoder.renew()
+                self._dump, self._clear_memo = self._encoder.dump, self._encoder.clear_memo
             if self._writer is not None and self._writer.wait_for_slot(deadline):
-                size = sum(memoryview(part).nbytes for part in parts)
                 if not buffers and size <= self._handle.max_chunk_bytes:
                     self._try_write(self._ring, b"".join(parts), size)
                 else:

@@ -19,8 +19,8 @@ SPAWN = multiprocessing.get_context("spawn")
 class Ours:
     name = "MessageQueue"
 
-    def __init__(self, readers: int, depth: int = 10, copy: bool = True) -> None:
-        self.queue = MessageQueue(readers, readers, max_chunks=depth)
+    def __init__(self, readers: int, copy: bool = True, **sizes: int) -> None:
+        self.queue = MessageQueue(readers, readers, **sizes)
         self.send = self.queue.enqueue
         self.for_reader = [(_ours, self.queue.export_handle(), i, copy) for i in range(readers)]
 

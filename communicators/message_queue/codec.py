@@ -18,6 +18,9 @@ import torch
 
 from ..errors import CommunicatorError, InvalidArgumentError
 
+#: After a stream of more bytes the pickler is renewed.
+RENEW_BYTES = 1 << 14
+
 #: Buffers below this many bytes go into the stream: one more copy costs less than a block.
 OUT_OF_BAND_BYTES = 4096
 
@@ -86,12 +89,16 @@ class Encoder:
     def __init__(self) -> None:
         self.parts: list[Any] = []
         self.buffers: list[memoryview] = []
-        self._pickler = pickle.Pickler(
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes a new pickler. A pickler's memo never shrinks, and clearing it takes its size."""
+        pickler = pickle.Pickler(
             _Sink(self.parts.append), protocol=5, buffer_callback=self._out_of_band
         )
-        self._pickler.dispatch_table = _Reducers({torch.Tensor: _reduce_tensor})
+        pickler.dispatch_table = _Reducers({torch.Tensor: _reduce_tensor})
         # dump(obj) fills `parts` and `buffers`; after it comes clear_memo(), always.
-        self.dump, self.clear_memo = self._pickler.dump, self._pickler.clear_memo
+        self.dump, self.clear_memo = pickler.dump, pickler.clear_memo
 
     def _out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()

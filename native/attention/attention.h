@@ -15,7 +15,7 @@ struct BlockSparse {
 
 // Whether query head h attends to token t of a sequence of n.
 HOST_DEVICE bool attends(const BlockSparse& b, int64_t h, int64_t heads, int64_t group, int64_t t,
-                        int64_t n) {
+                         int64_t n) {
   if (b.vert_stride <= 1) return true;
   const int64_t off = b.head_sliding_step >= 0
                           ? (b.tp_rank * heads + h) * b.head_sliding_step + 1

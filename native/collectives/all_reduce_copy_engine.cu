@@ -130,8 +130,8 @@ void load_copy_engine_kernels() {
   GPU_CHECK(cudaFuncGetAttributes(&attributes, begin_kernel));
   GPU_CHECK(cudaFuncGetAttributes(&attributes, turn_kernel));
   GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<float>));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<__half>));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<__nv_bfloat16>));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<gpu::Half>));
+  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<gpu::BFloat16>));
 }
 
 void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,

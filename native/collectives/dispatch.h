@@ -23,9 +23,9 @@ void by_dtype(Dtype dtype, Body body) {
     case Dtype::kFloat32:
       return body(Type<float>{});
     case Dtype::kFloat16:
-      return body(Type<__half>{});
+      return body(Type<gpu::Half>{});
     case Dtype::kBFloat16:
-      return body(Type<__nv_bfloat16>{});
+      return body(Type<gpu::BFloat16>{});
   }
   throw std::runtime_error("the sums are of float32, float16 or bfloat16");
 }

@@ -14,11 +14,11 @@
 // peer, so a rank that starts call e + 2 has ended call e + 1, hence every peer has started e + 1,
 // hence has ended e, and with it all reading of what call e + 2 overwrites.
 //
-// | word             | owner | writer             | transition                      | at rest |
-// |------------------|-------|--------------------|---------------------------------|---------------|
-// | state[b]         | rank  | its block b        | 2e -> 2e+1 enter -> 2e+2 leave  | even, 2*epoch
-// | | arrived[s][p][b] | rank  | peer p's block b   | raised to (e, tiles of shot s)  | any | |
-// aborted          | rank  | its first failure  | 0 -> 1, never back              | 0             |
+// | word             | owner | writer            | transition                     | at rest       |
+// |------------------|-------|-------------------|--------------------------------|---------------|
+// | state[b]         | rank  | its block b       | 2e -> 2e+1 enter -> 2e+2 leave | even, 2*epoch |
+// | arrived[s][p][b] | rank  | peer p's block b  | raised to (e, tiles of shot s) | any           |
+// | aborted          | rank  | its first failure | 0 -> 1, never back             | 0             |
 //
 // Epochs live here, in device memory, so graphs can be replayed any number of times and between
 // eager calls. The memory starts as zeros.

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "collectives/quick_all_reduce.h"
+#include "prim/gpu_launch.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -30,13 +31,8 @@ QuickAllReduce::QuickAllReduce(const std::vector<char*>& bases, int rank, uint64
                                         " bytes holds no tile of " + std::to_string(kTileBytes));
   }
   GPU_CHECK(GPU_NAME(GetDevice)(&device_));
-  int major = 0;
-  int processors = 0;
-  GPU_CHECK(GPU_NAME(DeviceGetAttribute)(&major, GPU_NAME(DevAttrComputeCapabilityMajor), device_));
-  GPU_CHECK(
-      GPU_NAME(DeviceGetAttribute)(&processors, GPU_NAME(DevAttrMultiProcessorCount), device_));
-  can_overlap_ = overlap_ = major >= 9;
-  blocks_ = std::min(2 * processors, kMaxBlocks);
+  can_overlap_ = overlap_ = gpu::has_dependent_launch(device_);
+  blocks_ = std::min(2 * gpu::multiprocessors(device_), kMaxBlocks);
   void* pinned = nullptr;
   GPU_CHECK(GPU_NAME(HostAlloc)(&pinned, sizeof(gpu::SpinReport), GPU_NAME(HostAllocMapped)));
   report_ = new (pinned) gpu::SpinReport{};

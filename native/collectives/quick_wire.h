@@ -97,11 +97,11 @@ __device__ __forceinline__ void load_halves(const char* plane, uint32_t place,
 
 template <Half H>
 struct Element {
-  using type = __half;
+  using type = gpu::Half;
 };
 template <>
 struct Element<Half::kBFloat16> {
-  using type = __nv_bfloat16;
+  using type = gpu::BFloat16;
 };
 template <Half H>
 using Floats = gpu::Floats<typename Element<H>::type>;

@@ -40,6 +40,7 @@
 
 #include "prim/gpu_memory.h"
 #include "prim/gpu_packet.h"
+#include "prim/gpu_shuffle.h"
 #include "prim/gpu_spin.h"
 
 namespace collectives {
@@ -187,7 +188,7 @@ class Call {
         gpu::st_relaxed_sys(&control_.words[word].state, next);
       }
     } else if (threadIdx.x < 32) {
-      if (__shfl_sync(0xffffffffu, others_, 0) == gridDim.x - 1) {
+      if (gpu::shuffle_first(others_) == gridDim.x - 1) {
         for (uint32_t word = threadIdx.x; word < kStateWords; word += 32) {
           gpu::st_relaxed_sys(&control_.words[word].state, next);
         }
@@ -199,7 +200,7 @@ class Call {
 
  private:
   // The first call of all: peers may not have prepared their slots yet.
-  static __device__ __noinline__ void wait_alive(const Workspace& ws, const Control& control) {
+  static GPU_COLD void wait_alive(const Workspace& ws, const Control& control) {
     gpu::Spin spin;
     for (uint32_t peer = 0; peer < ws.world; ++peer) {
       spin.begin();

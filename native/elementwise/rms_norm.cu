@@ -36,8 +36,10 @@ __device__ Row row_of(const Args& a, int64_t row, int64_t s0, int64_t s1, int64_
   return {i, i * s0 + j * s1 + k * s2, i * r0 + j * r1 + k * r2};
 }
 
-// kHeld vectors a thread, or 0: any number, read twice. kFused adds the residual first.
-template <class T, int kHeld, bool kAligned, bool kFused>
+// kHeld vectors a thread, or 0: any number, read twice. kFused adds the residual first. kEarly
+// loads the weights before the sum is known: quicker for a few rows, but the registers cost many
+// rows bandwidth (H200, 8192 rows of 8192: 68 us late, 87 us early).
+template <class T, int kHeld, bool kAligned, bool kFused, bool kEarly>
 __global__ void __launch_bounds__(kMaxThreads)
     norm(const T* __restrict__ input, T* out, T* residual, const T* __restrict__ weight,
          FusedAddRmsNormArgs a) {
@@ -88,14 +90,15 @@ __global__ void __launch_bounds__(kMaxThreads)
       sum += sum_of(first, kept[0], add[0]);
     }
   }
-  gpu::Vec<T, kN> scale[kKept];  // the weights, on their way while the block sums
-  if constexpr (kHeld > 0) {
-    if (w != nullptr) {
+  gpu::Vec<T, kN> scale[kKept];
+  auto weights = [&](int first, gpu::Vec<T, kN>& v) {
+    if (w != nullptr) gpu::load<kAligned>(v, w + first, min(hidden - first, kN));
+  };
+  if constexpr (kHeld > 0 && kEarly) {
 #pragma unroll
-      for (int h = 0; h < kHeld; ++h) {
-        const int first = threadIdx.x * kN + h * stride;
-        if (first < hidden) gpu::load<kAligned>(scale[h], w + first, min(hidden - first, kN));
-      }
+    for (int h = 0; h < kHeld; ++h) {
+      const int first = threadIdx.x * kN + h * stride;
+      if (first < hidden) weights(first, scale[h]);
     }
   }
   const float factor = rsqrtf(block_sum(sum) / static_cast<float>(hidden) + a.epsilon);
@@ -115,13 +118,15 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
       const int first = threadIdx.x * kN + h * stride;
-      if (first < hidden) finish(first, kept[h], scale[h]);
+      if (first >= hidden) continue;
+      if (!kEarly) weights(first, scale[h]);
+      finish(first, kept[h], scale[h]);
     }
   } else {
     for (int first = threadIdx.x * kN; first < hidden; first += stride) {
       gpu::Vec<T, kN> v;
       gpu::load<kAligned>(v, (kFused ? z : x) + first, min(hidden - first, kN));
-      if (w != nullptr) gpu::load<kAligned>(scale[0], w + first, min(hidden - first, kN));
+      weights(first, scale[0]);
       finish(first, v, scale[0]);
     }
   }
@@ -137,10 +142,9 @@ void launch(const FusedAddRmsNormArgs& a, const void* input, void* out, gpu::Str
         a.input_stride1 * kItem, a.input_stride2 * kItem, a.residual_stride0 * kItem,
         a.residual_stride1 * kItem, a.residual_stride2 * kItem, a.weight_stride * kItem);
     const int64_t vecs = gpu::ceil_div(a.hidden, gpu::kVec<T>);
-    // Two vectors a thread, up to the most threads; short rows one.
-    int threads = vecs <= 256   ? static_cast<int>(gpu::ceil_div(vecs, 32) * 32)
-                  : vecs <= 512 ? 256
-                                : kMaxThreads;
+    // 256 threads until they would hold more than 4 vectors each.
+    int threads = vecs <= 1024 ? 256 : kMaxThreads;
+    if (vecs < 256) threads = static_cast<int>(gpu::ceil_div(vecs, 32) * 32);
     const int64_t held = gpu::ceil_div(vecs, threads);
     const unsigned rows = static_cast<unsigned>(a.n0 * a.n1 * a.n2);
     gpu::with_bool(all, [&](auto is_aligned) {
@@ -150,17 +154,20 @@ void launch(const FusedAddRmsNormArgs& a, const void* input, void* out, gpu::Str
                                              static_cast<T*>(a.residual),
                                              static_cast<const T*>(a.weight), a);
       };
-      if (held <= 1) {
-        go(norm<T, 1, kAligned, kFused>);
-      } else if (held <= 2) {
-        go(norm<T, 2, kAligned, kFused>);
-      } else if (held <= 4) {
-        go(norm<T, 4, kAligned, kFused>);
-      } else if (held <= kMaxHeld) {
-        go(norm<T, kMaxHeld, kAligned, kFused>);
-      } else {
-        go(norm<T, 0, kAligned, kFused>);
-      }
+      gpu::with_bool(rows <= 128, [&](auto early) {
+        constexpr bool kEarly = decltype(early)::value;
+        if (held <= 1) {
+          go(norm<T, 1, kAligned, kFused, kEarly>);
+        } else if (held <= 2) {
+          go(norm<T, 2, kAligned, kFused, kEarly>);
+        } else if (held <= 4) {
+          go(norm<T, 4, kAligned, kFused, kEarly>);
+        } else if (held <= kMaxHeld) {
+          go(norm<T, kMaxHeld, kAligned, kFused, false>);
+        } else {
+          go(norm<T, 0, kAligned, kFused, false>);
+        }
+      });
     });
   });
 }

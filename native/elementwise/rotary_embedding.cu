@@ -55,9 +55,9 @@ void rotary_embedding(const RotaryArgs& a, Stream stream) {
       constexpr int64_t kItem = sizeof(T);
       const int64_t half = a.rot / 2, steps = gpu::ceil_div(half, kPairs<T, kNeox>);
       const int64_t total = steps * (a.query_heads + a.key_heads);
-      // Few tokens: a step a thread; many: two, for the loads in flight.
+      // Few tokens: a step a thread; many: three, for the loads in flight.
       const bool few = a.tokens < 64;
-      const int64_t wanted = gpu::ceil_div(gpu::ceil_div(total, few ? 1 : 2), 32) * 32;
+      const int64_t wanted = gpu::ceil_div(gpu::ceil_div(total, few ? 1 : 3), 32) * 32;
       const int threads = static_cast<int>(wanted < kMaxThreads ? wanted : kMaxThreads);
       gpu::with_float(a.cos_sin_dtype, [&](auto table) {
         using C = decltype(table);
@@ -76,7 +76,7 @@ void rotary_embedding(const RotaryArgs& a, Stream stream) {
                   a, static_cast<int>(steps));
             };
             few ? go(rotary<T, C, kNeox, kAligned, kShared, 1>)
-                : go(rotary<T, C, kNeox, kAligned, kShared, 2>);
+                : go(rotary<T, C, kNeox, kAligned, kShared, 3>);
           });
         });
       });

@@ -5,8 +5,7 @@
 // baseline on x86-64 (an ifunc chooses when the library is loaded), the baseline (NEON) elsewhere.
 // ThreadSanitizer runs before ifuncs may be resolved, so its builds take the baseline.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define VECTORISED \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORISED
 #endif

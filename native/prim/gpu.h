@@ -10,11 +10,14 @@
 #include <hip/hip_runtime.h>
 #define GPU_PLATFORM "HIP"
 #define GPU_NAME(name) hip##name
+#define __grid_constant__    // CUDA's; kernel parameters are in constant memory here anyway
+#define GPU_COLD __device__  // a call would need a stack, in memory
 #else
 #define COMMUNICATORS_HIP 0
 #include <cuda_runtime.h>
 #define GPU_PLATFORM "CUDA"
 #define GPU_NAME(name) cuda##name
+#define GPU_COLD __device__ __noinline__  // keeps what hardly ever runs out of the registers
 #endif
 
 namespace gpu {

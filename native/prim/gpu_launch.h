@@ -3,11 +3,13 @@
 // which costs 0.7 us of a small collective.
 #pragma once
 
-#include <cuda.h>
-
 #include <atomic>
 
 #include "prim/gpu.h"
+
+#if !COMMUNICATORS_HIP
+#include <cuda.h>
+#endif
 
 namespace gpu {
 
@@ -17,6 +19,40 @@ struct LaunchConfig {
   Stream stream;
   bool overlap;  // programmatic dependent launch: the kernel must call dependency_wait()
 };
+
+#if COMMUNICATORS_HIP
+
+template <auto kernel, typename... Parameters>
+void launch_typed(const LaunchConfig& config, const char* name, void (*)(Parameters...),
+                  Parameters... arguments) {
+  kernel<<<dim3(static_cast<unsigned>(config.blocks)), dim3(static_cast<unsigned>(config.threads)),
+           0, config.stream>>>(arguments...);
+  check(hipGetLastError(), name, __FILE__, __LINE__);
+}
+
+// Whether `overlap` means anything on a device: no AMD GPU has it.
+inline bool has_dependent_launch(int) { return false; }
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  GPU_CHECK(hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device));
+  return count;
+}
+
+#else
+
+// Whether `overlap` means anything on a device.
+inline bool has_dependent_launch(int device) {
+  int major = 0;
+  GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  GPU_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
 
 using DriverLaunch = CUresult (*)(const CUlaunchConfig*, CUfunction, void**, void**);
 
@@ -83,6 +119,8 @@ void launch_typed(const LaunchConfig& config, const char* name, void (*)(Paramet
   // The runtime says in words what is wrong.
   launch_by_runtime(config, name, kernel, arguments...);
 }
+
+#endif  // COMMUNICATORS_HIP
 
 template <auto kernel, typename... Arguments>
 void launch(const LaunchConfig& config, const char* name, Arguments... arguments) {

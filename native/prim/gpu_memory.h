@@ -11,8 +11,8 @@
 #include "prim/gpu.h"
 
 #if COMMUNICATORS_HIP
-#error "prim/gpu_memory.h is written for CUDA; the HIP counterparts do not exist yet"
-#endif
+#include "prim/gpu_memory_hip.h"
+#else
 
 namespace gpu {
 
@@ -118,3 +118,5 @@ __device__ __forceinline__ void launch_dependents() {
 }
 
 }  // namespace gpu
+
+#endif  // COMMUNICATORS_HIP

@@ -16,4 +16,13 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
 #endif
 }
 
+// The value of lane 0 of the first 32, in all of them.
+__device__ __forceinline__ uint32_t shuffle_first(uint32_t value) {
+#if COMMUNICATORS_HIP
+  return static_cast<uint32_t>(__shfl(static_cast<int>(value), 0, 32));
+#else
+  return __shfl_sync(0xffffffffu, value, 0);
+#endif
+}
+
 }  // namespace gpu

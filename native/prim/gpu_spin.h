@@ -36,10 +36,9 @@ struct SpinContext {
 };
 
 // The first failure of a workspace is reported; later ones are its consequences.
-__device__ __noinline__ inline void report_once(const SpinContext& context, SpinCode code,
-                                                uint32_t peer, uint64_t epoch, uint64_t position,
-                                                uint64_t expected, uint64_t seen,
-                                                uint64_t waited_ns) {
+GPU_COLD inline void report_once(const SpinContext& context, SpinCode code, uint32_t peer,
+                                 uint64_t epoch, uint64_t position, uint64_t expected,
+                                 uint64_t seen, uint64_t waited_ns) {
   if (atomicExch(context.aborted, 1u) != 0) return;
   for (uint32_t i = 0; i < context.copies_count; ++i) {
     reinterpret_cast<volatile ulonglong2*>(context.copies)[i].y = 1;

@@ -2,12 +2,10 @@
 // fp32 with one rounding.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <bit>
 #include <cstdint>
 
+#include "prim/gpu_half.h"
 #include "prim/gpu_memory.h"
 
 namespace gpu {
@@ -31,13 +29,13 @@ struct Floats<float> {
 };
 
 template <>
-struct Floats<__half> {
+struct Floats<Half> {
   float x[8];
   __device__ __forceinline__ explicit Floats(uint4 v) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      const float2 pair = widen_halves(words[i]);
       x[2 * i] = pair.x;
       x[2 * i + 1] = pair.y;
     }
@@ -46,15 +44,14 @@ struct Floats<__half> {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = reinterpret_cast<const uint32_t&>(pair);
+      words[i] = round_to_halves(x[2 * i], x[2 * i + 1]);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
 };
 
 template <>
-struct Floats<__nv_bfloat16> {
+struct Floats<BFloat16> {
   float x[8];
   __device__ __forceinline__ explicit Floats(uint4 v) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -68,8 +65,7 @@ struct Floats<__nv_bfloat16> {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-      words[i] = reinterpret_cast<const uint32_t&>(pair);
+      words[i] = round_to_bfloat16s(x[2 * i], x[2 * i + 1]);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
   }

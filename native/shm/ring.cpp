@@ -29,9 +29,10 @@ uint64_t awaited_word(uint32_t reader, uint32_t count) {
 // busy the other one is at most that far away, and a proper wait costs as much to set up.
 template <typename Reached>
 bool soon(const Reached& reached) {
-  for (int i = 0; i < 100; ++i) {
+  for (int look = 0; look < 20; ++look) {
     if (reached()) return true;
-    prim::cpu_pause();
+    // Each look takes the word's cache line away from its writer: not too often.
+    for (int i = 0; i < 8; ++i) prim::cpu_pause();
   }
   return false;
 }
@@ -43,6 +44,14 @@ bool process_is_gone(int pidfd) {
   if (pidfd < 0) return pidfd == kGone;
   pollfd ended{pidfd, POLLIN, 0};
   return ::poll(&ended, 1, 0) > 0;
+}
+
+// That this process may use.
+uint32_t cores() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+  return static_cast<uint32_t>(CPU_COUNT(&allowed));
 }
 
 constexpr uint64_t bit(uint32_t reader) { return uint64_t{1} << reader; }
@@ -103,7 +112,8 @@ RingEnd::RingEnd(std::byte* base, SpinBudget spin)
     : base_(base),
       header_(reinterpret_cast<RingHeader*>(base)),
       readers_(reader_lines(base)),
-      spin_(spin) {}
+      spin_(spin),
+      yields_(header_->readers + 1 > cores()) {}
 
 template <typename Reached>
 bool RingEnd::spin(const Reached& reached, int64_t budget_ns) {
@@ -113,8 +123,9 @@ bool RingEnd::spin(const Reached& reached, int64_t budget_ns) {
       if (reached()) return true;
       prim::cpu_pause();
     }
-    // With more processes than cores, the one that is waited for may need this core.
-    sched_yield();
+    // The one that is waited for may need this core. Where there are enough of them, a yield would
+    // only let strangers have it, for some milliseconds.
+    if (yields_) sched_yield();
   } while (!cancelled() && prim::monotonic_ns() < until);
   return reached();
 }

@@ -172,6 +172,7 @@ class RingEnd {
 
  private:
   prim::AtomicU32 cancelled_{0};
+  bool yields_;  // there are more ends than cores
 };
 
 class RingWriter : public RingEnd {

@@ -136,6 +136,26 @@ def test_infinities_nan_and_subnormals(world: int, dtype: torch.dtype) -> None:
     pool(world).run(check_special_values, dtype)
 
 
+def check_every_half(rank: Rank) -> None:
+    """All 65536 fp16 values plus random others; some of them seven at a time, since whole vectors
+    and what is left over are converted by different code."""
+    cpu = communicator(rank)
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    generator = torch.Generator().manual_seed(3)
+    parts = [bits[torch.randperm(65536, generator=generator)].view(torch.float16) for _ in "ab"]
+    expected = reference_sum(parts)
+    mine = parts[rank.rank]
+    some = torch.cat([cpu.all_reduce(seven) for seven in mine[:3500].split(7)])
+    for got, wanted in ((cpu.all_reduce(mine), expected), (some, expected[:3500])):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        keep = ~wanted.isnan()
+        assert torch.equal(got.view(torch.int16)[keep], wanted.view(torch.int16)[keep])
+
+
+def test_every_fp16_value() -> None:
+    pool(2).run(check_every_half)
+
+
 def check_non_contiguous(rank: Rank) -> None:
     cpu = communicator(rank)
     parts = [x[:, ::2] for x in inputs(rank.world_size, [30, 50], torch.float32, seed=1)]

@@ -1,0 +1,70 @@
+// The 16-bit dtypes and their conversions, two values a word. HIP's own headers for them call
+// library functions; there the compiler's _Float16 and plain integer arithmetic serve.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#include "prim/gpu.h"
+
+#if !COMMUNICATORS_HIP
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace gpu {
+
+#if COMMUNICATORS_HIP
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float2 widen_halves(uint32_t word) {
+  return make_float2(
+      static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(word))),
+      static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(word >> 16))));
+}
+
+__device__ __forceinline__ uint32_t round_to_halves(float low, float high) {
+  const uint32_t a = std::bit_cast<uint16_t>(static_cast<_Float16>(low));
+  const uint32_t b = std::bit_cast<uint16_t>(static_cast<_Float16>(high));
+  return a | b << 16;
+}
+
+// To nearest, ties to even; a NaN becomes the canonical one, as on CUDA.
+__device__ __forceinline__ uint32_t round_to_bfloat16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+__device__ __forceinline__ uint32_t round_to_bfloat16s(float low, float high) {
+  return round_to_bfloat16(low) | round_to_bfloat16(high) << 16;
+}
+
+#else
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+__device__ __forceinline__ float2 widen_halves(uint32_t word) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+
+__device__ __forceinline__ uint32_t round_to_halves(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ __forceinline__ uint32_t round_to_bfloat16s(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+#endif
+
+}  // namespace gpu
