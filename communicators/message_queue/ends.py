@@ -137,6 +137,8 @@ class RingWriter:
         while True:
             block: int = api().allocate_block(self.handle, size)
             if block >= 0:
+                if api().backed_bytes(self.handle) > UNREAD_LIMIT_BYTES:
+                    self.drop_dead()  # what the dead held as views need not be held any more
                 return block
             if block == MUST_WAIT:
                 self.wait(deadline)
