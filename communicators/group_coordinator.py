@@ -64,23 +64,20 @@ class GroupCoordinator:
             raise TopologyError(f"a group {name!r} is open already on rank {self.rank}; close it")
         self.world_size = len(self.ranks)
         self.rank_in_group = self.ranks.index(self.rank)
-        self.cpu_group = backends.new_process_group("gloo", self.ranks, self.settings)
-        self.device_group = (
-            self.cpu_group
-            if self.device.type == "cpu"
-            else backends.new_process_group(
-                backends.torch_backend(self.device.type), self.ranks, self.settings
-            )
-        )
+        assert dist.group.WORLD is not None  # get_rank() above has checked it
         self.group = Group(
-            self.cpu_group.get_group_store(),
+            dist.group.WORLD.get_group_store(),
             self.rank_in_group,
             self.world_size,
             ranks=self.ranks,
-            name=name,
-            process_group=self.cpu_group,
+            name=f"{name}[{_span(self.ranks)}]",  # groups of one name may lie side by side
             settings=self.settings,
         )
+        self.cpu_group = self._process_group("gloo")
+        self.group.process_group = self.cpu_group
+        self.device_group = self.cpu_group
+        if self.device.type != "cpu":
+            self.device_group = self._process_group(backends.torch_backend(self.device.type))
         self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
         if self.world_size > 1:
@@ -88,6 +85,10 @@ class GroupCoordinator:
                 self._dispatchers[at.type] = backends.open_dispatcher(self.group, at, process_group)
         self._closed = False
         OPEN_GROUPS[name] = self
+
+    def _process_group(self, backend: str) -> dist.ProcessGroup:
+        name = f"{self.group.name}/{backend}"
+        return backends.new_process_group(backend, self.ranks, name, self.settings)
 
     def _devices(self) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
         """The device itself, and host memory, where metadata and offloaded tensors live."""
@@ -245,7 +246,7 @@ class GroupCoordinator:
         if not shape:
             return parts
         shape[dim] *= self.world_size
-        return parts.movedim(0, dim).reshape(shape)
+        return parts.movedim(0, dim).reshape(shape).contiguous()
 
     # -- one to all, one to one ---------------------------------------------------------------
 
@@ -396,3 +397,10 @@ class GroupCoordinator:
                 f"group {self.name}: x is on {x.device}; rank {self.rank_in_group} communicates "
                 f"from {' and '.join(self._dispatchers) or 'nowhere: it is alone'}"
             ) from None
+
+
+def _span(ranks: Sequence[int]) -> str:
+    """'0-7' for neighbours in order, '0.3.1' for others."""
+    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ".".join(map(str, ranks))

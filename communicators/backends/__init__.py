@@ -6,10 +6,11 @@ import datetime
 import functools
 import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from ..base import Communicator
 from ..dispatcher import Dispatcher, table_directories
@@ -35,14 +36,34 @@ def torch_backend(device_type: str) -> str:
     return _TORCH_BACKENDS[device_type]
 
 
-def new_process_group(backend: str, ranks: Sequence[int], settings: Settings) -> dist.ProcessGroup:
-    """A torch process group over `ranks`; only they call it, so any subset works."""
-    return dist.new_group(
-        list(ranks),
-        timeout=datetime.timedelta(seconds=settings.timeout_s),
-        backend=backend,
-        use_local_synchronization=True,
+def new_process_group(
+    backend: str, ranks: Sequence[int], name: str, settings: Settings
+) -> dist.ProcessGroup:
+    """A torch process group over `ranks`, in this order. Collective over them, and only them.
+
+    dist.new_group would sort the ranks, and names a group that only its members make after the
+    number of groups that a process has: ranks with different numbers of groups would wait for each
+    other at different keys. So the group is made by the function below new_group, with our name.
+
+    Args:
+        name: the same on all members, used by no other group of the job.
+    """
+    members = list(ranks)
+    group_name: Any = name  # a GroupName, which is a str by another name
+    timeout = datetime.timedelta(seconds=settings.timeout_s)
+    process_group, _ = c10d._new_process_group_helper(
+        len(members),
+        members.index(dist.get_rank()),
+        members,
+        dist.Backend(backend),
+        c10d._get_default_store(),
+        group_name=group_name,
+        timeout=timeout,
     )
+    c10d._world.pg_group_ranks[process_group] = {
+        global_rank: rank for rank, global_rank in enumerate(members)
+    }
+    return process_group
 
 
 def candidates(

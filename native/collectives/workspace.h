@@ -46,7 +46,11 @@
 namespace collectives {
 
 inline constexpr int kMaxWorld = 8;
+#ifdef COMMUNICATORS_STATE_WORDS  // tests make big grids of small ones
+inline constexpr int kStateWords = COMMUNICATORS_STATE_WORDS;
+#else
 inline constexpr int kStateWords = 512;
+#endif
 inline constexpr int kMaxBlocks = 512;   // of kernels with counters a block
 inline constexpr int kCopyLanes = 2;     // copy streams of the copy-engine all-reduce
 inline constexpr int kCopyAdders = 128;  // most blocks of its adding kernel

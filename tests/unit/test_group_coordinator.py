@@ -67,7 +67,12 @@ def tensors(rank, key):
             assert torch.equal(world.reduce_scatterv(ragged, sizes), total.split(sizes)[me])
         parts = [part(r, 2, 3, 4) for r in range(size)]
         for dim in (0, 1, 2, -1, -3):
-            assert torch.equal(world.all_gather(parts[me], dim), torch.cat(parts, dim))
+            gathered = world.all_gather(parts[me], dim)
+            assert torch.equal(gathered, torch.cat(parts, dim))
+            assert gathered.is_contiguous()
+        column = world.all_gather(part(me, 4, 1), 1)
+        assert column.is_contiguous() and column.shape == (4, size)
+        for dim in (0, -1):
             for dst in {0, size - 1}:
                 gathered = world.gather(parts[me], dst, dim)
                 assert (gathered is None) == (me != dst)
@@ -195,6 +200,34 @@ def test_uneven_groups_of_any_ranks_in_any_order():
         expected = [0, 3, 1] if rank in (0, 1, 3) else [4, 2]
         assert ranks == gathered == expected
         assert in_odd == (rank in (1, 3, 4))
+
+
+def by_hand(rank, key):
+    """Groups that only their members make, by ranks that have different numbers of them open."""
+    with world_of(rank, key):
+        alone = GroupCoordinator([0], "cpu", "alone") if rank.rank == 0 else None
+        ring = GroupCoordinator([2, 0, 1], "cpu", "ring")
+        pair = GroupCoordinator([2, 1], "cpu", "pair") if rank.rank > 0 else None
+        gathered = ring.all_gather(torch.tensor([rank.rank])).tolist()
+        used = ring.explain()
+        for group in (alone, ring, pair):
+            if group is not None:
+                group.close()
+        return gathered, used
+
+
+def by_hand_over_gloo(rank, key):
+    os.environ["COMMUNICATORS_DISABLE"] = "cpu_shm"
+    return by_hand(rank, key)
+
+
+@pytest.mark.parametrize("body", [by_hand, by_hand_over_gloo])
+def test_groups_made_by_their_members_alone(body):
+    for outcome in run_fresh(3, body, body.__name__):
+        assert not outcome.error, outcome.trace
+        gathered, used = outcome.value
+        assert gathered == [2, 0, 1], "in the order of the group, not sorted"
+        assert ("any size: torch_distributed" in used) == (body is by_hand_over_gloo)
 
 
 def wrong_arguments(rank, key):

@@ -1,0 +1,96 @@
+// Stands in for native/prim/gpu.h: the kernels of native/collectives compiled for the CPU, one
+// thread a GPU thread. Scheduling is the operating system's, which is far less orderly than a
+// GPU's.
+#pragma once
+
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define GPU_NAME(name) emulated_##name
+using emulated_Event_t = void*;
+
+struct Dim {
+  uint32_t x;
+};
+struct uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) ulonglong2 {
+  unsigned long long x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) { return {x, y}; }
+
+inline thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local std::barrier<>* block_barrier = nullptr;
+
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncwarp() {}
+// Of a block that is one warp.
+inline thread_local uint32_t* warp_word = nullptr;
+inline uint32_t __shfl_sync(uint32_t, uint32_t value, int lane) {
+  if (threadIdx.x == static_cast<uint32_t>(lane)) *warp_word = value;
+  block_barrier->arrive_and_wait();
+  const uint32_t result = *warp_word;
+  block_barrier->arrive_and_wait();
+  return result;
+}
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline uint32_t atomicExch(uint32_t* address, uint32_t value) {
+  return std::atomic_ref(*address).exchange(value);
+}
+
+namespace gpu {
+using Stream = void*;
+
+inline void check(int, const char*, const char*, int) {}
+
+struct LaunchConfig {
+  int blocks;
+  int threads;
+  Stream stream;
+  bool overlap;
+};
+
+// Runs a grid on the calling rank and returns when all of its blocks have ended.
+template <auto kernel, typename... Arguments>
+void launch(const LaunchConfig& config, const char*, Arguments... arguments) {
+  std::vector<std::unique_ptr<std::barrier<>>> barriers;
+  std::vector<uint32_t> words(config.blocks);
+  std::vector<std::jthread> threads;
+  for (int b = 0; b < config.blocks; ++b) {
+    barriers.push_back(std::make_unique<std::barrier<>>(config.threads));
+    for (int t = 0; t < config.threads; ++t) {
+      threads.emplace_back([=, barrier = barriers.back().get(), word = &words[b]] {
+        warp_word = word;
+        threadIdx = {static_cast<uint32_t>(t)};
+        blockIdx = {static_cast<uint32_t>(b)};
+        blockDim = {static_cast<uint32_t>(config.threads)};
+        gridDim = {static_cast<uint32_t>(config.blocks)};
+        block_barrier = barrier;
+        kernel(arguments...);
+        barrier->arrive_and_drop();
+      });
+    }
+  }
+}
+}  // namespace gpu

@@ -1,0 +1,199 @@
+"""Each argument of each op wrong once: the error says op, argument, given and accepted, and nothing
+has been written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from ops_cases import all_cases
+from ops_maker import Args, Case, storage
+from torch import Tensor
+
+import kvcache_ops
+
+
+def wrong_dtype(t: Tensor) -> Tensor:
+    return t.to(torch.float64 if t.dtype.is_floating_point else torch.int16)
+
+
+def wrong_rank(t: Tensor) -> Tensor:
+    return t.unsqueeze(0)
+
+
+def wrong_stride(t: Tensor) -> Tensor:
+    wide = torch.zeros(*t.shape, 2, dtype=t.dtype)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def wrong_size(t: Tensor) -> Tensor:
+    return t.narrow(-1, 0, t.shape[-1] - 1)
+
+
+MUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dtype": wrong_dtype,
+    "rank": wrong_rank,
+    "stride": wrong_stride,
+    "size": wrong_size,
+}
+# What is accepted on purpose: (op or *, argument, mutation).
+ACCEPTED = {
+    ("*", "slot_mapping", "size"),  # fewer tokens than rows
+    ("*", "block_table", "size"),  # a narrower table
+    ("*", "block_tables", "size"),
+    ("*", "scale", "rank"),  # one element of any rank
+    ("*", "k_scale", "rank"),
+    ("*", "v_scale", "rank"),
+    ("*", "kv_cache_scale", "rank"),
+    ("*", "output_scale", "rank"),
+    ("*", "prefix_lse", "stride"),  # strides are honoured
+    ("*", "suffix_lse", "stride"),
+    ("*", "output_lse", "stride"),
+    ("*", "out_lse", "stride"),
+    ("swap_blocks", "block_mapping", "stride"),
+    ("rms_norm", "input", "stride"),  # copied
+    ("swap_blocks", "src", "dtype"),  # bytes of any dtype and shape
+    ("swap_blocks", "dst", "dtype"),
+    ("swap_blocks", "src", "rank"),
+    ("swap_blocks", "dst", "rank"),
+    ("swap_blocks", "src", "stride"),
+    ("swap_blocks", "dst", "stride"),
+    ("swap_blocks", "src", "size"),
+    ("swap_blocks", "dst", "size"),
+    ("concat_and_cache_mla_rope_fused", "positions", "size"),  # N > T
+    ("cp_gather_indexer_k_quant_cache", "dst_scale", "stride"),  # a single column
+}
+ONE_OF_EACH = {
+    "rms_norm": "float32-(5, 33)-row-dense",
+    "fused_add_rms_norm": "float32-(5, 33)-row-dense",
+    "rotary_embedding": "float32-flat-4-4-64-32-True",
+    "reshape_and_cache_flash": "bfloat16-fp8-5-16-2-64-NHD-dense",
+    "reshape_and_cache": "bfloat16-fp8-5-16-2-64-False",
+    "concat_and_cache_mla": "bfloat16-fp8-5-16-512-64-dense",
+    "concat_and_cache_mla_rope_fused": "bfloat16-fp8-5-16-512-64-dense",
+    "convert_fp8": "quantize-float32-fp8-5003",
+    "gather_and_maybe_dequant_cache": "float32-fp8-22-16-576-21",
+    "cp_gather_cache": "float32-22-16-576-21",
+    "cp_gather_and_upconvert_fp8_kv_cache": "22-64-21-host",
+    "indexer_k_quant_and_cache": "bfloat16-ue8m0-64",
+    "cp_gather_indexer_k_quant_cache": "60-4-64-32",
+    "swap_blocks": "7-24",
+    "merge_attn_states": "float32-7-4-128-0",
+}
+
+
+def base_cases() -> list[Case]:
+    chosen: dict[str, Case] = {}
+    for case in all_cases():
+        wanted = ONE_OF_EACH.get(case.op)
+        if case.name == wanted or (wanted is None and case.op not in chosen):
+            chosen[case.op] = case
+    return list(chosen.values())
+
+
+def assert_refused(case: Case, args: Args, argument: str) -> None:
+    before = {k: storage(v).clone() for k, v in args.items() if isinstance(v, Tensor)}
+    with pytest.raises(RuntimeError) as caught:
+        getattr(kvcache_ops, case.op)(**args)
+    message = str(caught.value).split("Exception raised")[0]
+    assert f"{case.op}(" in message, message
+    assert "given" in message and "accepted" in message, message
+    for name, memory in before.items():
+        same = torch.equal(storage(args[name]).view(torch.uint8), memory.view(torch.uint8))
+        assert same, f"{case}: {name} was written although {argument} was refused"
+
+
+def wrong_arguments() -> list[tuple[Case, str, str]]:
+    found = []
+    for case in base_cases():
+        for name, value in case.args().items():
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            for mutation in MUTATIONS:
+                single = value.numel() == 1
+                if single and mutation in ("size", "stride"):
+                    continue
+                if {(case.op, name, mutation), ("*", name, mutation)} & ACCEPTED:
+                    continue
+                found.append((case, name, mutation))
+    return found
+
+
+@pytest.mark.parametrize(("case", "name", "mutation"), wrong_arguments(), ids=str)
+def test_wrong_tensor(case: Case, name: str, mutation: str) -> None:
+    args = case.args()
+    args[name] = MUTATIONS[mutation](args[name])
+    assert_refused(case, args, name)
+
+
+SCALARS = [
+    ("*", "kv_cache_dtype", "int4"),
+    ("*", "kv_dtype", "auto"),
+    ("rotary_embedding", "head_size", 0),
+    ("rotary_embedding", "rope_dim_offset", 40),
+    ("rotary_embedding", "rope_dim_offset", -1),
+    ("gather_and_maybe_dequant_cache", "num_tokens", -1),
+    ("gather_and_maybe_dequant_cache", "num_tokens", 1 << 40),
+    ("cp_gather_cache", "batch_size", 17),
+    ("cp_gather_and_upconvert_fp8_kv_cache", "batch_size", 17),
+    ("cp_gather_and_upconvert_fp8_kv_cache", "host_cache", None),
+    ("indexer_k_quant_and_cache", "quant_block_size", 16),
+    ("swap_blocks", "block_size_in_bytes", 0),
+    ("swap_blocks", "block_size_in_bytes", 4096),
+    ("paged_attention_v1", "num_kv_heads", 3),
+    ("paged_attention_v1", "block_size", 5),
+    ("paged_attention_v1", "max_seq_len", -1),
+    ("paged_attention_v2", "num_kv_heads", 3),
+    ("paged_attention_v2", "max_seq_len", 1 << 20),
+    ("merge_attn_states", "prefill_tokens_with_context", -1),
+    ("merge_attn_states", "prefill_tokens_with_context", 99),
+    ("merge_attn_states", "output_scale", torch.ones(1)),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), SCALARS, ids=str)
+def test_wrong_scalar(op: str, name: str, value: object) -> None:
+    cases = [
+        c for c in base_cases() if op in ("*", c.op) and name in {**c.args(), "output_scale": 0}
+    ]
+    assert cases
+    for case in cases if op == "*" else [c for c in cases if c.op == op]:
+        args = case.args()
+        args[name] = value
+        assert_refused(case, args, name)
+
+
+def test_swap_blocks_refuses_overlap() -> None:
+    memory = torch.arange(64, dtype=torch.uint8)
+    before = memory.clone()
+    with pytest.raises(RuntimeError, match=r"swap_blocks\(block_mapping\): row 1"):
+        kvcache_ops.swap_blocks(memory, memory, 16, torch.tensor([[0, 1], [1, 2]]))
+    assert torch.equal(memory, before)
+    kvcache_ops.swap_blocks(memory, memory, 16, torch.tensor([[0, 2], [1, 3]]))
+    assert torch.equal(memory[32:], before[:32])
+
+
+def test_swap_blocks_batch_refuses() -> None:
+    at = torch.tensor([0])
+    with pytest.raises(RuntimeError, match=r"swap_blocks_batch\(sizes\): -1 was given"):
+        kvcache_ops.swap_blocks_batch(at, at, torch.tensor([-1]))
+    with pytest.raises(RuntimeError, match=r"swap_blocks_batch\(dst_ptrs\): int32 was given"):
+        kvcache_ops.swap_blocks_batch(at, at.int(), at)
+    empty = torch.tensor([], dtype=torch.int64)
+    kvcache_ops.swap_blocks_batch(empty, empty, empty)
+
+
+def test_slots_past_the_cache_raise_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvcache_ops import _native
+
+    _native._load("cpu")
+    monkeypatch.setattr(_native, "_check_slots", True)
+    k, one = torch.zeros(2, 1, 8), torch.ones(1)
+    cache = torch.zeros(2, 4, 1, 8)
+    with pytest.raises(IndexError, match="token 1 has slot 8; the cache has slots 0 to 7"):
+        kvcache_ops.reshape_and_cache_flash(
+            k + 1, k, cache, cache.clone(), torch.tensor([0, 8]), "auto", one, one
+        )
+    assert not cache.any()

@@ -1,0 +1,31 @@
+"""docs/ops.md says what the docstrings say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_ops_page_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "docs_ops"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_loads_no_library() -> None:
+    code = (
+        "import sys, torch, kvcache_ops\n"
+        "assert 'communicators' not in sys.modules\n"
+        "assert not hasattr(torch.ops.kvcache_ops, 'rms_norm')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
