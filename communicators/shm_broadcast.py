@@ -258,8 +258,9 @@ class MessageQueue(QueueEnd):
                 self._nudge(self._ring)
             try:
                 self._dump(obj)
-            except Exception as error:
-                raise self._cannot_dump(obj, error) from error
+            except BaseException as error:
+                self._clear_after(error, obj)
+                raise
             self._clear_memo()
             parts = self._parts
             part = parts.pop()
@@ -270,13 +271,16 @@ class MessageQueue(QueueEnd):
             parts.append(part)
             self._send(Deadline(timeout, self._settings))
         finally:
+            if self._parts and self._encoder is not None:  # Ctrl-C, between the lines above
+                self._encoder.clear()
             self._release()
 
-    def _cannot_dump(self, obj: Any, error: Exception) -> Exception:
-        if self._encoder is None:
-            return error
-        self._encoder.clear()
-        return cannot_pickle(obj, error)
+    def _clear_after(self, error: BaseException, obj: Any) -> None:
+        """What a dump() that failed, or was interrupted, left must not be in the next message."""
+        if self._encoder is not None:
+            self._encoder.clear()
+            if isinstance(error, Exception):
+                raise cannot_pickle(obj, error) from error
 
     def _send(self, deadline: Deadline) -> None:
         """The long way: waits for room everywhere first, so that all readers get it or none."""

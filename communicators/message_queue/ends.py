@@ -6,7 +6,6 @@ The protocol is in native/shm/ring.h, with its state table; the memory is that o
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 
 from ..errors import (
@@ -20,17 +19,13 @@ from ..settings import Settings
 from .deadline import Deadline
 from .native_ring import (
     ABSENT,
-    AFTER_NUDGE,
-    AGAIN,
     CANCELLED,
     CLOSED,
     DEAD,
-    FIRST,
     JOINED,
     JOINED_COUNT,
     LEFT,
     MUST_WAIT,
-    NUDGED,
     PEER_GONE,
     PUBLISHED,
     READY,
@@ -47,8 +42,6 @@ from .ring import ShmRingBuffer
 LIVENESS_S = 0.05
 #: A reader comes back to Python this often, for signals that another thread of the process took.
 _SIGNALS_S = 0.5
-#: What a reader that was nudged unpickles, to have the code in the caches when the message comes.
-_WARM_UP = pickle.dumps({"a": 1, "b": ["c", 2.0, None, True], "d": (b"e", {})}, 5)
 
 #: Bytes of large messages that may wait to be read; a single message may be larger.
 UNREAD_LIMIT_BYTES = 64 << 20
@@ -100,9 +93,9 @@ class RingWriter:
 
     def wait(self, deadline: Deadline) -> None:
         """Waits for the readers, as long as the last has_slot() or allocate_block() asked for."""
-        mode = FIRST
+        again = False
         while True:
-            result = api().writer_wait(self.handle, deadline.slice_ns(LIVENESS_S), mode)
+            result = api().writer_wait(self.handle, deadline.slice_ns(LIVENESS_S), again)
             if result == READY:
                 return
             if result == CANCELLED:
@@ -110,7 +103,7 @@ class RingWriter:
             self.drop_dead()
             if result == TIMED_OUT and deadline.left() == 0.0:
                 raise CommTimeoutError(f"message queue: {self._late(deadline)}")
-            mode = AGAIN
+            again = True
 
     def wait_for_slot(self, deadline: Deadline) -> bool:
         """Waits until a slot may be written; False when nobody is left in this ring to read it."""
@@ -144,6 +137,8 @@ class RingWriter:
         while True:
             block: int = api().allocate_block(self.handle, size)
             if block >= 0:
+                if api().backed_bytes(self.handle) > UNREAD_LIMIT_BYTES:
+                    self.drop_dead()  # what the dead held as views need not be held any more
                 return block
             if block == MUST_WAIT:
                 self.wait(deadline)
@@ -216,28 +211,25 @@ class RingReader:
 
     def wait(self, deadline: Deadline) -> None:
         """Returns once a message is there."""
-        mode = FIRST
+        again = False
         while True:
             slice_ns = deadline.slice_ns(_SIGNALS_S)
-            result = api().reader_wait(self.handle, slice_ns, mode, self._writer.fd)
+            result = api().reader_wait(self.handle, slice_ns, again, self._writer.fd)
             if result == READY:
                 return
-            mode = AGAIN
-            if result == NUDGED:
-                pickle.loads(_WARM_UP)
-                mode = AFTER_NUDGE
-            elif result == CLOSED:
+            again = True
+            if result == CLOSED:
                 raise QueueClosedError(
                     f"message queue: the writer has closed it; rank {self.rank} has read everything"
                 )
-            elif result == CANCELLED:
+            if result == CANCELLED:
                 raise QueueClosedError("message queue: this end was closed while it waited")
-            elif result == PEER_GONE:
+            if result == PEER_GONE:
                 raise PeerDiedError(
                     f"message queue: the writer (process {self._writer.pid}) is gone; reader rank "
                     f"{self.rank} has read everything that it wrote"
                 )
-            elif result == TIMED_OUT and deadline.left() == 0.0:
+            if result == TIMED_OUT and deadline.left() == 0.0:
                 raise CommTimeoutError(
                     f"message queue: reader rank {self.rank} waited {deadline.seconds:g} s for a "
                     f"message from process {self._writer.pid}, which is alive"

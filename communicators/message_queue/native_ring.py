@@ -12,8 +12,7 @@ from .. import native
 # The enumerations of native/shm/ring.h.
 INLINE, RAW, BLOCK = 1, 2, 3  # SlotKind
 ABSENT, JOINED, LEFT, DEAD = range(4)  # ReaderState
-READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, NUDGED, PEER_GONE = range(7)  # WaitResult
-FIRST, AGAIN, AFTER_NUDGE = range(3)  # WaitMode
+READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, PEER_GONE = range(6)  # WaitResult
 MUST_WAIT, NO_ROOM, NO_MEMORY = -1, -2, -3  # allocate_block
 BLOCK_HEADER_BYTES = 64
 PUBLISHED, JOINED_COUNT, READY_FLAG = range(3)  # of communicators_ring_word

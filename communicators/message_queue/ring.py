@@ -4,8 +4,8 @@ It is a memfd: it has no name, so nothing can be left behind, and it does not co
 the size of /dev/shm, which containers often set to 64 MB. A process that comes later opens
 /proc/<pid of the writer>/fd/<n>: that needs no server and no thread in the writer, works with spawn
 and fork alike, is refused by the kernel to other users, and ends with the writer. The file is as
-large as the machine's memory and sparse, so that large messages find room without a second file;
-what was never written to takes none.
+large as the machine's memory (256 GiB at most) and sparse, so that large messages find room without
+a second file; what was never written to takes none.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class ShmRingBuffer:
         self.view = memoryview(self._map)
 
     def _create(self) -> str:
-        arena = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # Address space only; bounded so that hundreds of queues fit into a process.
+        arena = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 1 << 38)
         size = api().bytes(self.n_reader, self.max_chunks, self.max_chunk_bytes, arena)
         self.fd = os.memfd_create("message-queue", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)

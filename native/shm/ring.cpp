@@ -229,15 +229,14 @@ bool RingWriter::has_slot_soon() {
 
 void RingWriter::nudge() { prim::futex_wake(header_->published); }
 
-WaitResult RingWriter::wait(int64_t timeout_ns, WaitMode mode) {
+WaitResult RingWriter::wait(int64_t timeout_ns, bool again) {
   const auto deadline = prim::Deadline::after_ns(timeout_ns);
   const auto reached = [this] {
     look_at_readers();
     return !anybody_ || all_consumed_ >= target_;
   };
-  const bool first = mode == WaitMode::kFirst;
-  if (first) wait_started_ = prim::monotonic_ns();
-  bool arrived = first ? spin(reached, spin_.ns()) : reached();
+  if (!again) wait_started_ = prim::monotonic_ns();
+  bool arrived = again ? reached() : spin(reached, spin_.ns());
   while (!arrived) {
     const uint32_t bell = header_->bell.load(std::memory_order_seq_cst);
     header_->awaited.store(awaited_word(slowest_, word(target_)), std::memory_order_seq_cst);
@@ -357,13 +356,11 @@ bool RingReader::take_soon() {
   return soon([this] { return has_message(); }) && take();
 }
 
-WaitResult RingReader::wait(int64_t timeout_ns, WaitMode mode, int writer) {
+WaitResult RingReader::wait(int64_t timeout_ns, bool again, int writer) {
   const auto deadline = prim::Deadline::after_ns(timeout_ns);
-  if (mode == WaitMode::kFirst) wait_started_ = prim::monotonic_ns();
-  const int64_t spin_ns = mode == WaitMode::kFirst    ? spin_.ns()
-                          : mode == WaitMode::kNudged ? kNudgeSpinNs
-                                                      : 0;
-  bool arrived = spin([this] { return has_message(); }, spin_ns);
+  const auto reached = [this] { return has_message(); };
+  if (!again) wait_started_ = prim::monotonic_ns();
+  bool arrived = again ? reached() : spin(reached, spin_.ns());
   while (!arrived) {
     const uint64_t mine = bit(index_);
     header_->sleepers.fetch_or(mine, std::memory_order_seq_cst);
@@ -373,11 +370,11 @@ WaitResult RingReader::wait(int64_t timeout_ns, WaitMode mode, int writer) {
       woken = prim::futex_wait(header_->published, seen, std::min(deadline.left_ns(), kLivenessNs));
     }
     header_->sleepers.fetch_and(~mine, std::memory_order_seq_cst);
-    if (has_message()) break;
+    // Woken for nothing is nudged: the message is being made.
+    if (woken == prim::FutexResult::kWoken ? spin(reached, kNudgeSpinNs) : reached()) break;
     if (cancelled()) return WaitResult::kCancelled;
     if ((seen & kClosedBit) != 0) return WaitResult::kClosed;
     if (woken == prim::FutexResult::kInterrupted) return WaitResult::kInterrupted;
-    if (woken == prim::FutexResult::kWoken) return WaitResult::kNudged;
     // What it wrote before it died is read first: the process, then once more the ring.
     if (process_is_gone(writer) && !has_message()) return WaitResult::kPeerGone;
     if (deadline.passed()) return WaitResult::kTimedOut;

@@ -128,12 +128,8 @@ enum class WaitResult {
   kClosed,       // the writer has closed, and everything it wrote was read
   kInterrupted,  // a signal arrived: let its handler run, then wait on
   kCancelled,    // cancel() was called from another thread
-  kNudged,       // the writer is about to publish: warm up, then wait on
   kPeerGone,     // the process at the other end has ended
 };
-
-// How a wait begins: with a spin, or where the last wait for the same thing ended.
-enum class WaitMode { kFirst, kAgain, kNudged };
 
 // How long to spin before sleeping: twice the usual wait if that is short enough to be worth it,
 // else just long enough to catch a message that is on its way.
@@ -194,8 +190,9 @@ class RingWriter : public RingEnd {
 
   // has_slot(), after a spin of some microseconds: for a caller who would rather not wait.
   bool has_slot_soon();
-  // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`.
-  WaitResult wait(int64_t timeout_ns, WaitMode mode);
+  // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`. A wait that goes on
+  // where the last call ended has `again`: it does not spin.
+  WaitResult wait(int64_t timeout_ns, bool again);
   // Wakes readers that sleep, ahead of a message that is being made: their wake-up takes as long
   // as pickling does after a silence.
   void nudge();
@@ -251,8 +248,9 @@ class RingReader : public RingEnd {
   const Taken* taken() const { return &taken_; }
   void done();
 
-  // Waits for a message, at most `timeout_ns`. `writer`: its pidfd, looked at every kLivenessNs.
-  WaitResult wait(int64_t timeout_ns, WaitMode mode, int writer);
+  // Waits for a message, at most `timeout_ns`; `again` as in RingWriter::wait. `writer`: its pidfd,
+  // looked at every kLivenessNs.
+  WaitResult wait(int64_t timeout_ns, bool again, int writer);
   uint64_t received() const { return received_; }
   const prim::AtomicU32& wait_word() const { return header_->published; }
 

@@ -120,8 +120,8 @@ RING_API void communicators_ring_free_block(void* handle, uint64_t block) {
   writer(handle)->free_block(block);
 }
 
-RING_API int communicators_ring_writer_wait(void* handle, int64_t timeout_ns, int mode) {
-  return static_cast<int>(writer(handle)->wait(timeout_ns, static_cast<shm::WaitMode>(mode)));
+RING_API int communicators_ring_writer_wait(void* handle, int64_t timeout_ns, int again) {
+  return static_cast<int>(writer(handle)->wait(timeout_ns, again != 0));
 }
 
 RING_API void communicators_ring_nudge(void* handle) { writer(handle)->nudge(); }
@@ -169,10 +169,9 @@ RING_API int communicators_ring_take(void* handle) {
 
 RING_API void communicators_ring_done(void* handle) { reader(handle)->done(); }
 
-RING_API int communicators_ring_reader_wait(void* handle, int64_t timeout_ns, int mode,
+RING_API int communicators_ring_reader_wait(void* handle, int64_t timeout_ns, int again,
                                             int writer_pidfd) {
-  return static_cast<int>(
-      reader(handle)->wait(timeout_ns, static_cast<shm::WaitMode>(mode), writer_pidfd));
+  return static_cast<int>(reader(handle)->wait(timeout_ns, again != 0, writer_pidfd));
 }
 
 // By the region's address: a view may be released after its reader was closed.

@@ -1,5 +1,6 @@
 """MessageQueue when processes are killed: nobody hangs, nothing is lost, nothing stays behind."""
 
+import multiprocessing
 import os
 import random
 import time
@@ -12,6 +13,8 @@ import pytest
 
 from communicators.errors import CommTimeoutError, PeerDiedError, QueueClosedError
 from communicators.message_queue import ends
+from communicators.message_queue.deadline import Deadline
+from communicators.message_queue.native_ring import api
 from communicators.shm_broadcast import MessageQueue
 from tests.unit.queue_processes import SETTINGS, Reader, eventually, local_queue, readers
 
@@ -84,22 +87,35 @@ def test_a_writer_without_readers_is_told() -> None:
         assert time.monotonic() - began < SOON_S
 
 
+def _hold_views(queue: MessageQueue, pipe: Any) -> None:
+    queue.wait_until_ready()
+    held = [queue.dequeue(copy=False) for _ in range(8)]
+    queue.close()  # holds them all the same
+    pipe.send(len(held))
+    time.sleep(1000)
+
+
 def test_views_held_by_a_killed_reader_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ends, "UNREAD_LIMIT_BYTES", 1 << 20)
-    queue = local_queue(2)
-    with readers(queue, [0], _hold_views) as (holder,), readers(queue, [1], _hang):
-        queue.wait_until_ready()
-        for _ in range(3):
-            queue.enqueue(np.zeros(200_000, np.uint8))
-        assert holder.answer()[0] == "joined"
-        assert holder.answer()[0] == "done"  # and sleeps on, holding
+    queue, (ours, theirs) = local_queue(2), multiprocessing.Pipe()
+    near = MessageQueue.create_from_handle(queue.export_handle(), 1, settings=SETTINGS)
+    message = np.zeros(500_000, np.uint8)
+
+    def send_and_read(count: int) -> int:
+        for _ in range(count):
+            queue.enqueue(message)
+            assert near.dequeue().size == message.size
+        return int(api().backed_bytes(queue._writer.handle))
+
+    with readers(queue, [0], _hold_views, theirs) as (holder,):
+        queue._writer.wait_until_ready(Deadline(30, SETTINGS))
+        queue._writer.set_ready()
+        send_and_read(8)
+        assert ours.poll(30) and ours.recv() == 8
+        assert send_and_read(3) > 8 * message.size, "what is held was written over"
         holder.kill()
-
-
-def _hold_views(queue: MessageQueue) -> int:
-    queue.wait_until_ready()
-    held = [queue.dequeue(copy=False) for _ in range(3)]
-    return len(held)
+        send_and_read(2)
+        assert send_and_read(2) < 4 * message.size, "memory of a dead reader was kept"
 
 
 def _be_the_writer(pipe: Any, n_reader: int, go_on: Callable[[int], bool]) -> None:
@@ -122,8 +138,6 @@ def _without_end(number: int) -> bool:
 
 
 def _start_writer(n_reader: int, go_on: Callable[[int], bool]) -> tuple[Any, Any]:
-    import multiprocessing
-
     context: Any = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_be_the_writer, args=(theirs, n_reader, go_on), daemon=True)

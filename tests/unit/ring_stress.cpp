@@ -53,8 +53,7 @@ void check(const std::byte* from, uint64_t bytes, uint64_t i) {
 }
 
 void wait(shm::RingWriter& ring) {
-  auto mode = shm::WaitMode::kFirst;
-  while (ring.wait(kSliceNs, mode) != shm::WaitResult::kReady) mode = shm::WaitMode::kAgain;
+  for (bool again = false; ring.wait(kSliceNs, again) != shm::WaitResult::kReady;) again = true;
 }
 
 void run_writer(std::byte* base, uint64_t messages) {
@@ -86,16 +85,14 @@ void run_reader(std::byte* base, uint32_t index, uint64_t messages) {
   if (!ring->join(1000 + index, 1)) fail("join", 0, index);
   uint64_t held[2] = {0, 0};  // blocks are released late, like views
   uint64_t next = 0;
-  for (auto mode = shm::WaitMode::kFirst; next < messages;) {
+  for (bool again = false; next < messages;) {
     if (!ring->take()) {
-      const auto result = ring->wait(kSliceNs, mode, shm::kNobody);
+      const auto result = ring->wait(kSliceNs, again, shm::kNobody);
       if (result == shm::WaitResult::kClosed) fail("closed early", next, index);
-      mode = result == shm::WaitResult::kReady    ? shm::WaitMode::kFirst
-             : result == shm::WaitResult::kNudged ? shm::WaitMode::kNudged
-                                                  : shm::WaitMode::kAgain;
+      again = result != shm::WaitResult::kReady;
       continue;
     }
-    mode = shm::WaitMode::kFirst;
+    again = false;
     const auto& taken = *ring->taken();
     uint32_t begin = 0;
     for (uint32_t i = 0; i < taken.copied; ++i, ++next) {

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,41 @@ def test_what_cannot_be_pickled_is_refused_and_the_queue_goes_on() -> None:
     with pytest.raises(CommunicatorError, match=r"cannot be unpickled.*not here"):
         reader.dequeue()
     assert reader.dequeue() == "next"
+
+
+class _Interrupts:
+    def __reduce__(self) -> tuple[object, ...]:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_enqueue_leaves_nothing_for_the_next() -> None:
+    writer, (reader,) = both_ends()
+    shared = ["shared"]
+    with pytest.raises(KeyboardInterrupt):
+        writer.enqueue([shared, b"x" * 100_000, np.zeros(10_000), _Interrupts()])
+    writer.enqueue([shared, shared])
+    assert reader.dequeue() == [["shared"], ["shared"]]
+    with pytest.raises(CommTimeoutError):
+        reader.dequeue(timeout=0)
+
+
+def test_a_signal_interrupts_a_wait() -> None:
+    writer, (reader,) = both_ends()
+
+    def handler(*_: object) -> None:
+        raise TimeoutError("from the handler")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="from the handler"):
+            reader.dequeue(timeout=30)
+        assert time.monotonic() - began < 5
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    writer.enqueue("the queue goes on")
+    assert reader.dequeue() == "the queue goes on"
 
 
 class _Refuses:

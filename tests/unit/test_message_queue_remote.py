@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 zmq = pytest.importorskip("zmq", reason="remote readers need pyzmq")
 
+from communicators import Group  # noqa: E402
 from communicators.errors import (  # noqa: E402
     CommTimeoutError,
     InvalidArgumentError,
@@ -292,6 +294,15 @@ def test_a_group_that_spans_hosts(
         assert got == [(i, "x") for i in range(20)]
         same = {r for r in range(3) if r != writer_rank and hosts[r] == hosts[writer_rank]}
         assert set(local) == same
+
+
+def test_the_address_that_remote_readers_get_is_the_one_towards_the_store() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    group = Group(store, 0, 1, settings=SETTINGS)
+    assert for_group.address_towards_store(group) == "127.0.0.1"
+    nowhere = Group(dist.HashStore(), 0, 1, settings=SETTINGS)
+    with pytest.raises(InvalidArgumentError, match="pass connect_ip"):
+        for_group.address_towards_store(nowhere)
 
 
 def test_a_group_in_which_one_rank_cannot_join_refuses_together(
