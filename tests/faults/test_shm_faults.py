@@ -225,22 +225,21 @@ def test_a_rank_that_never_joins_is_named() -> None:
         assert outcomes[rank].seconds < TIMEOUT_S + SOON_S
 
 
-def mount_tiny_tmpfs(size: str) -> str:
-    """A tmpfs that only this process sees; empty when that is not allowed here."""
+def mount_tiny_tmpfs(target: str, size: str) -> str:
+    """A tmpfs at `target` that only this process sees; empty when that is not allowed here."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, new_user, private, recursive = 0x20000, 0x10000000, 1 << 18, 1 << 14
     if libc.unshare(new_mounts) != 0 and libc.unshare(new_user | new_mounts) != 0:
         return ""
     libc.mount(b"none", b"/", None, private | recursive, None)
-    target = b"/tmp"
-    if libc.mount(b"tmpfs", target, b"tmpfs", 0, b"size=" + size.encode()) != 0:
+    if libc.mount(b"tmpfs", target.encode(), b"tmpfs", 0, b"size=" + size.encode()) != 0:
         return ""
-    return target.decode()
+    return target
 
 
-def open_in_tiny_shm(rank: Rank) -> str:
+def open_in_tiny_shm(rank: Rank, target: str) -> str:
     group = rank.group(timeout_s=10.0)
-    directory = mount_tiny_tmpfs("100k") if rank.rank == 1 else "/dev/shm"
+    directory = mount_tiny_tmpfs(target, "100k") if rank.rank == 1 else "/dev/shm"
     if not all(group.gather_objects("mounted", bool(directory))):
         return "skip"
     cpu = CpuCommunicator(group, torch.device("cpu"), Settings(shm_dir=directory))
@@ -250,13 +249,15 @@ def open_in_tiny_shm(rank: Rank) -> str:
     return str(cpu.refusal)
 
 
-def test_a_full_shm_is_a_refusal_on_all_ranks() -> None:
-    reasons = [outcome.value for outcome in run_fresh(3, open_in_tiny_shm)]
+def test_a_full_shm_is_a_refusal_on_all_ranks(tmp_path: Path) -> None:
+    outcomes = run_fresh(3, open_in_tiny_shm, str(tmp_path))
+    assert not any(outcome.error for outcome in outcomes), outcomes
+    reasons = [outcome.value for outcome in outcomes]
     if "skip" in reasons:
         pytest.skip("this user may not mount a tmpfs in a namespace of its own")
     assert len(set(reasons)) == 1
     assert re.match(
-        r"rank 1: allocation failed: shared memory: \d+ bytes are needed in /tmp, which has \d+ "
+        r"rank 1: allocation failed: shared memory: \d+ bytes are needed in /\S+, which has \d+ "
         r"bytes free of 102400; make it larger",
         reasons[0],
     ), reasons[0]

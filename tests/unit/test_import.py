@@ -10,14 +10,27 @@ from communicators import native
 from communicators.errors import NativeLibraryError
 
 
-def test_importing_touches_not_even_torch():
+def test_importing_touches_neither_torch_nor_our_environment():
     code = (
-        "import sys, os; os.environ = None; import communicators; "
-        "assert 'torch' not in sys.modules; print(communicators.__version__)"
+        "import os, sys\n"
+        "class Seen(dict):\n"
+        "    asked = []\n"
+        "    def get(self, key, default=None):\n"
+        "        self.asked.append(key)\n"
+        "        return dict.get(self, key, default)\n"
+        "    def __getitem__(self, key):\n"
+        "        self.asked.append(key)\n"
+        "        return dict.__getitem__(self, key)\n"
+        "os.environ = Seen(os.environ)\n"
+        "import communicators, kvcache_ops.reference\n"
+        "from communicators import Group, Settings, parallel_state\n"
+        "ours = [k for k in Seen.asked if k.startswith(('COMMUNICATORS', 'KVCACHE', 'WORLD'))]\n"
+        "assert not ours, ours\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == communicators.__version__
+    bare = "import sys, communicators; assert 'torch' not in sys.modules"
+    for source in (code, bare):
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_exists():
