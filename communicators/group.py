@@ -186,3 +186,10 @@ class Group:
             f"group {self.name}: rank {self.rank} lost the store that the ranks meet at; the "
             f"process that hosts it (usually rank 0 or the launcher) is gone: {error}"
         )
+
+
+def rank_span(ranks: Sequence[int]) -> str:
+    """'0-7' for neighbours in order, '0.3.1' for others."""
+    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ".".join(map(str, ranks))

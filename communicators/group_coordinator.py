@@ -18,7 +18,7 @@ from .arguments import check_dim, check_peer, check_root, check_sizes
 from .backends.pynccl import PyNcclCommunicator
 from .dispatcher import Dispatcher
 from .errors import CommunicatorError, InvalidArgumentError, TopologyError
-from .group import Group
+from .group import Group, rank_span
 from .object_broadcast import ObjectBroadcaster
 from .open_groups import OPEN_GROUPS
 from .settings import Settings
@@ -70,7 +70,7 @@ class GroupCoordinator:
             self.rank_in_group,
             self.world_size,
             ranks=self.ranks,
-            name=f"{name}[{_span(self.ranks)}]",  # groups of one name may lie side by side
+            name=f"{name}[{rank_span(self.ranks)}]",  # groups of one name may lie side by side
             settings=self.settings,
         )
         self.cpu_group = self._process_group("gloo")
@@ -397,10 +397,3 @@ class GroupCoordinator:
                 f"group {self.name}: x is on {x.device}; rank {self.rank_in_group} communicates "
                 f"from {' and '.join(self._dispatchers) or 'nowhere: it is alone'}"
             ) from None
-
-
-def _span(ranks: Sequence[int]) -> str:
-    """'0-7' for neighbours in order, '0.3.1' for others."""
-    if list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ".".join(map(str, ranks))

@@ -19,6 +19,8 @@
 #define __global__
 #define __forceinline__ inline
 #define __noinline__
+#define GPU_COLD
+#define COMMUNICATORS_HIP 0
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define GPU_NAME(name) emulated_##name
