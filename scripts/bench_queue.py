@@ -328,7 +328,7 @@ def main() -> None:
         soak(arguments.soak)
         return
     where = (
-        f"{os.cpu_count()} cores, Linux {os.uname().release}, Python {sys.version.split()[0]}, "
+        f"{os.cpu_count()} cores, Linux {os.uname().release.partition('-')[0]}, Python {sys.version.split()[0]}, "
         f"torch {torch.__version__}, pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})"
     )
     print(f"{where}, load {os.getloadavg()[0]:.1f}")
