@@ -327,8 +327,9 @@ def main() -> None:
     if arguments.soak:
         soak(arguments.soak)
         return
+    kernel, python = os.uname().release.partition("-")[0], sys.version.split()[0]
     where = (
-        f"{os.cpu_count()} cores, Linux {os.uname().release.partition('-')[0]}, Python {sys.version.split()[0]}, "
+        f"{os.cpu_count()} cores, Linux {kernel}, Python {python}, "
         f"torch {torch.__version__}, pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})"
     )
     print(f"{where}, load {os.getloadavg()[0]:.1f}")
