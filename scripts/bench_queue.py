@@ -250,6 +250,10 @@ def print_row(readers: int, title: str, best: dict[Any, float], more: bool) -> N
         print(line, flush=True)
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def markdown(readers: int, results: list[tuple[str, dict[Any, float], bool]]) -> str:
     """One table."""
     lines = [
@@ -264,11 +268,11 @@ def markdown(readers: int, results: list[tuple[str, dict[Any, float], bool]]) ->
                 continue
             value, zmq_value, mp_value = best[make], best[ZMQ], best[MP]
             name = title if make is OURS else f"{title}, {label(make).partition(', ')[2]}"
-            oob = f"{best[OOB]:.4g}" if OOB in best else ""
+            oob = f"{number(best[OOB])}" if OOB in best else ""
             ratios = (f"{ratio(value, v, more):.1f}" for v in (zmq_value, mp_value))
             if title.startswith("idle"):
                 ratios = iter(("", ""))
-            cells = (name, f"{value:.4g}", f"{zmq_value:.4g}", oob, f"{mp_value:.4g}", *ratios)
+            cells = (name, number(value), number(zmq_value), oob, number(mp_value), *ratios)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -323,8 +327,9 @@ def main() -> None:
     if arguments.soak:
         soak(arguments.soak)
         return
+    kernel, python = os.uname().release.partition("-")[0], sys.version.split()[0]
     where = (
-        f"{os.cpu_count()} cores, Linux {os.uname().release}, Python {sys.version.split()[0]}, "
+        f"{os.cpu_count()} cores, Linux {kernel}, Python {python}, "
         f"torch {torch.__version__}, pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})"
     )
     print(f"{where}, load {os.getloadavg()[0]:.1f}")

@@ -5,7 +5,6 @@ import os
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,17 @@ from communicators.message_queue import ends
 from communicators.message_queue.deadline import Deadline
 from communicators.message_queue.native_ring import api
 from communicators.shm_broadcast import MessageQueue
-from tests.unit.queue_processes import SETTINGS, Reader, eventually, local_queue, readers
+from tests.unit.queue_processes import (
+    SETTINGS,
+    Reader,
+    eventually,
+    local_queue,
+    readers,
+    traces,
+)
 
 #: A death is noticed within ends.LIVENESS_S; the rest is for a busy machine.
 SOON_S = 2.0
-
-
-def traces() -> list[str]:
-    """What a job could leave on the host: shared memory, and abstract sockets."""
-    sockets = Path("/proc/net/unix").read_text().splitlines()
-    return sorted(os.listdir("/dev/shm")) + sorted(s for s in sockets if "message-queue" in s)
 
 
 def _hang(queue: MessageQueue) -> None:

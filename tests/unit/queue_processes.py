@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from communicators.settings import Settings
@@ -90,6 +92,16 @@ def both_ends(n_reader: int = 1, **options: Any) -> tuple[MessageQueue, list[Mes
     return queue, [
         MessageQueue.create_from_handle(handle, rank, settings=SETTINGS) for rank in range(n_reader)
     ]
+
+
+def traces() -> list[str]:
+    """What a queue could leave on the host: shared memory with a name, and sockets.
+
+    multiprocessing's and torch's own are left out: other programs come and go while we look.
+    """
+    files = [f for f in os.listdir("/dev/shm") if not f.startswith(("sem.", "torch_", "psm_"))]
+    sockets = Path("/proc/net/unix").read_text().splitlines()
+    return sorted(files) + sorted(s for s in sockets if "message-queue" in s)
 
 
 def eventually(check: Callable[[], bool], within: float = 10.0) -> bool:

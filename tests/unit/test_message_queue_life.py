@@ -22,7 +22,7 @@ from communicators.errors import (
     RefusedError,
 )
 from communicators.shm_broadcast import MessageQueue
-from tests.unit.queue_processes import DEADLINE_S, SETTINGS, both_ends, local_queue
+from tests.unit.queue_processes import DEADLINE_S, SETTINGS, both_ends, local_queue, traces
 
 
 def test_what_cannot_be_pickled_is_refused_and_the_queue_goes_on() -> None:
@@ -265,7 +265,7 @@ def test_it_gives_everything_back() -> None:
             return sum("memfd:message-queue" in line for line in maps)
 
     gc.collect()
-    before = open_files(), mapped(), os.listdir("/dev/shm")
+    before = open_files(), mapped(), traces()
     for explicit in (True, False):
         writer, (reader,) = both_ends()
         writer.enqueue(np.zeros(100_000))
@@ -275,4 +275,4 @@ def test_it_gives_everything_back() -> None:
             writer.close()
         del writer, reader
         gc.collect()
-        assert (open_files(), mapped(), os.listdir("/dev/shm")) == before
+        assert (open_files(), mapped(), traces()) == before
