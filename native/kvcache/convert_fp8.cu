@@ -1,13 +1,14 @@
-// Between floats and 8-bit codes on the GPU: 16 elements a step.
+// Between floats and 8-bit codes on the GPU: 8 elements a step, so that the 16-byte stores of a
+// warp fill whole sectors.
 #include "kvcache/cache.h"
 #include "kvcache/runs.cuh"
 
 namespace kvcache {
 namespace {
 
-constexpr int kThreads = 256, kStep = 16, kUnroll = 2;
+constexpr int kThreads = 256, kStep = 8, kUnroll = 4;
 
-// 16 floats as one object of 16-byte parts.
+// The floats of a step, in 16-byte parts.
 template <class T>
 struct Floats {
   static constexpr int kN = gpu::kVec<T>, kParts = kStep / kN;

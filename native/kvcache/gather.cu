@@ -129,10 +129,19 @@ __device__ uint4 load_words(const uint8_t* p) {
   return {w[0], w[1], w[2], w[3]};
 }
 
+// 8 of them, in the first two words.
+__device__ uint4 load_two_words(const uint8_t* p) {
+  const uint32_t* w = reinterpret_cast<const uint32_t*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % 8 != 0) return {w[0], w[1], 0, 0};
+  const uint2 both = *reinterpret_cast<const uint2*>(p);
+  return {both.x, both.y, 0, 0};
+}
+
 template <int kRows>
 __global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
   using T = gpu::BFloat16;
-  constexpr int kCodes = 32, kSteps = kCodes + 8;  // 16 codes a step, then 8 rotary values a step
+  // 8 codes a step, then 8 rotary values a step: a step writes 16 bytes, a warp whole sectors.
+  constexpr int kCodes = 64, kSteps = kCodes + 8;
   __shared__ const uint8_t* entries[kRows];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
   const uint8_t* none = nullptr;
@@ -155,9 +164,10 @@ __global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
       const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
       if (i >= kRows * kSteps || entries[row] == nullptr) continue;
       const bool rope = step >= kCodes;
-      words[u] = load_words(entries[row] + (rope ? kDsMlaRope + (step - kCodes) * 16 : step * 16));
+      const uint8_t* p = entries[row] + (rope ? kDsMlaRope + (step - kCodes) * 16 : step * 8);
+      words[u] = rope ? load_words(p) : load_two_words(p);
       if (!rope) {
-        scale[u] = *reinterpret_cast<const float*>(entries[row] + kDsMlaScales + step / 8 * 4);
+        scale[u] = *reinterpret_cast<const float*>(entries[row] + kDsMlaScales + step / 16 * 4);
       }
     }
 #pragma unroll
@@ -165,27 +175,19 @@ __global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
       const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
       if (i >= kRows * kSteps || entries[row] == nullptr) continue;
       const bool rope = step >= kCodes;
-      T* to = static_cast<T*>(a.dst) + (first + row) * a.dst_stride +
-              (rope ? kDsMlaLatent + (step - kCodes) * 8 : step * 16);
-      gpu::Vec<T, 8> part[2];
+      T* to = static_cast<T*>(a.dst) + (first + row) * a.dst_stride + step * 8;
+      gpu::Vec<T, 8> out;
       if (rope) {
-        memcpy(&part[0], &words[u], 16);
+        memcpy(&out, &words[u], 16);
       } else {
-        gpu::Vec<uint8_t, 16> codes;
-        gpu::Vec<T, 16> out;
-        memcpy(&codes, &words[u], 16);
+        gpu::Vec<uint8_t, 8> codes;
+        memcpy(&codes, &words[u], 8);
         gpu::dequantize<KvFormat::kE4M3>(out, codes, scale[u]);
-        memcpy(part, &out, 32);
       }
-      const bool fits = reinterpret_cast<uintptr_t>(to) % 16 == 0;
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        if (p == 1 && rope) break;
-        if (fits) {
-          gpu::store<true>(to + 8 * p, part[p]);
-        } else {
-          gpu::store<false>(to + 8 * p, part[p]);
-        }
+      if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+        gpu::store<true>(to, out);
+      } else {
+        gpu::store<false>(to, out);
       }
     }
   }

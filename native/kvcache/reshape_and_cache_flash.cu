@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T, KvFormat kFormat, bool kAligned, int kTokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     write_flash(ReshapeAndCacheFlashArgs a, int head_vecs, int row_vecs, int rows_at_once) {
   using C = CacheItemT<T, kFormat>;
   constexpr int kN = gpu::kVec<T>;
@@ -80,7 +80,9 @@ void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Stream stream) {
         if (a.tokens / rows < 1024) {
           go(write_flash<T, kFormat, kAligned, 1>, 1);
         } else {
-          go(write_flash<T, kFormat, kAligned, 4>, 4);
+          // Conversions take registers: fewer tokens keep as many blocks on a multiprocessor.
+          constexpr int kTokens = kFormat == KvFormat::kCopy ? 4 : 2;
+          go(write_flash<T, kFormat, kAligned, kTokens>, kTokens);
         }
       });
     });
