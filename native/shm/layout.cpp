@@ -9,8 +9,10 @@ namespace shm {
 namespace {
 
 constexpr size_t kPage = 4096;
-// All ranks of a group together take no more than this: containers often have 64 MB of /dev/shm.
-constexpr size_t kGroupBytes = size_t{32} << 20;
+// The ranks of a group share this much: containers often have 64 MB of /dev/shm, and a job has
+// several groups (world, tensor, pipeline, data). Large groups still give each rank kRankBytes.
+constexpr size_t kGroupBytes = size_t{16} << 20;
+constexpr size_t kRankBytes = size_t{512} << 10;
 constexpr size_t kMaxSlot = size_t{512} << 10;  // more would not stay in a core's cache
 constexpr size_t kMaxRing = size_t{256} << 10;
 constexpr size_t kMinRing = 1024;
@@ -25,7 +27,7 @@ Layout::Layout(int ranks, size_t shm_bytes) : world_size(ranks) {
                              std::to_string(ranks) + " is not in 2..64");
   }
   const auto w = static_cast<size_t>(ranks);
-  const size_t budget = std::min(shm_bytes, kGroupBytes / w);
+  const size_t budget = std::min(shm_bytes, std::max(kGroupBytes / w, kRankBytes));
   channels = round_up(sizeof(Control), kPage);
   rings = round_up(channels + w * sizeof(Channel), kPage);
   // A two-shot all_reduce needs room for a line-aligned part of each other rank.
