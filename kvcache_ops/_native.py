@@ -40,8 +40,8 @@ _OPS = frozenset(
         "swigluoai_and_mul",
     }
 )
-# Ops whose kernels have landed, by device; the others still run kvcache_ops.reference.
-_NATIVE: dict[str, frozenset[str]] = {"cpu": _OPS, "cuda": _OPS}
+# Every op has a kernel for these; tensors on other devices run kvcache_ops.reference.
+_NATIVE_DEVICES = ("cpu", "cuda")
 _loaded: set[str] = set()
 _check_slots = False
 
@@ -72,7 +72,7 @@ def _load(device_type: str) -> bool:
 def op(name: str, where: Tensor) -> Callable[..., None]:
     """The callable of op ``name`` for tensors on ``where``'s device."""
     device_type = where.device.type
-    if name not in _NATIVE.get(device_type, ()):
+    if device_type not in _NATIVE_DEVICES:
         function: Callable[..., None] = getattr(reference, name)
         return function
     if device_type not in _loaded:
