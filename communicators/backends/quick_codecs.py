@@ -58,7 +58,10 @@ def encode(x: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor
     m = extremes(x, dtype)
     most = 1 << (bits - 1)
     usable = m.isfinite() & (m != 0)
-    inverse = torch.where(usable, -most / torch.where(usable, m.float(), 1), 0)
+    # A tensor as dividend: torch computes number / tensor by a reciprocal, which is subnormal for
+    # the largest m.
+    dividend = torch.full_like(m, -most, dtype=torch.float32)
+    inverse = torch.where(usable, dividend / torch.where(usable, m.float(), 1), 0)
     # The product of two fp32 numbers is exact in fp64, so this is one rounding, as the fma's.
     finite = torch.where(m.isfinite()[:, None], x, 0)
     quotient = (finite.double() * inverse.double()[:, None]).round()
