@@ -31,7 +31,7 @@ MISSING = 77  # the exit status by which test drivers know a skip
 #: have data in place of both. The exact sums pick vectors out of an array by the rank, which this
 #: compiler keeps in memory from four ranks on.
 KERNELS = {
-    "quick_all_reduce": (2, 4, 0),
+    "quick_all_reduce": (0, 0, 0),
     "all_reduce_one_shot": (0, 0, 128),
     "all_reduce_two_shot": (0, 0, 128),
     "all_reduce_streamed": (1, 1, 0),

@@ -1,8 +1,13 @@
 // The kernel of the quantized two-shot all-reduce, see quick_all_reduce.h.
 //
-// A block does the same tiles in all three steps, and a thread the same vectors, so in place needs
-// no further care. A block waits only for blocks of its own number on other ranks.
+// Work is cut into messages: number k of an owner is the k-th group of 4 vectors a lane among its
+// rows. A thread does the numbers k, k + threads of the grid, ... in all three steps, so in place
+// needs no further care, and the steps of different numbers overlap: while it reads the parts of
+// one, those of the next are on their way. It waits for single messages and meets no other thread.
 #include "collectives/quick_all_reduce.h"
+
+#include <algorithm>
+
 #include "collectives/quick_wire.h"
 #include "prim/gpu_launch.h"
 #include "prim/gpu_spin.h"
@@ -15,172 +20,177 @@ struct Number {
   static constexpr int value = N;
 };
 
-// (epoch, tiles of this call) as one rising number.
-__device__ __forceinline__ uint64_t progress(uint64_t epoch, uint64_t tiles) {
-  return (epoch << 24) + tiles;
-}
+struct Work {
+  uint32_t messages;  // of each owner
+  uint32_t room;      // messages of a part of an area
+  uint32_t ahead;
+};
 
 template <Codec C, Half H, int W>
 class Kernel {
  public:
-  static constexpr int kRows = kTileRows / W;  // a rank's of a tile
-  using Part = Encoded<C, H, kRows>;
+  using Sent = Message<C, H>;
   using Span = gpu::SpanOf<typename Element<H>::type>;
 
   __device__ __forceinline__ Kernel(const View& view, const Span& inp, const Span& out,
-                                    uint64_t epoch)
-      : view_(view), inp_(inp), out_(out), epoch_(epoch) {}
+                                    const Work& work, uint64_t epoch)
+      : view_(view), inp_(inp), out_(out), work_(work), epoch_(epoch) {}
 
-  // Encodes the peers' rows into their buffers.
-  __device__ __forceinline__ void scatter(uint32_t tiles) {
-    uint64_t done = 0;
-    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-#pragma unroll
-      for (int turn = 1; turn < W; ++turn) {
-        const uint32_t peer = (view_.rank + turn) % W;  // not everybody to the same peer at once
-        Part part;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          part.encode(row, Floats<H>(inp_.load(vector(tile, peer, row))));
-        }
-        part.store(place(peer, view_.rank, tile, 0));
-      }
-      announce(0, ++done);
+  // Sends the peers their rows of message k.
+  __device__ __forceinline__ void scatter(uint32_t k) {
+#pragma unroll 1
+    for (uint32_t turn = 1; turn < W; ++turn) {
+      const uint32_t peer = (view_.rank + turn) % W;  // not everybody to the same peer at once
+      Sent sent;
+      sent.encode(load(peer, k));
+      sent.seal();
+      sent.store(part(peer, view_.rank, 0), k, work_.room);
     }
   }
 
-  // Sums this rank's rows, keeps them, and sends them to the peers.
-  __device__ __forceinline__ void reduce(uint32_t tiles) {
-    uint64_t done = 0;
-    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      Part parts[W];  // the own one is left as it is
-      wait(0, ++done);
+  // Sums this rank's rows of message k, keeps them, and sends them to the peers.
+  __device__ __forceinline__ void reduce(uint32_t k) {
+    const Vectors own = load(view_.rank, k);
+    Floats<H> sum[kQuad] = {minus_zeros(), minus_zeros(), minus_zeros(), minus_zeros()};
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < W; ++rank) {
+      if (rank == view_.rank) {
 #pragma unroll
-      for (int rank = 0; rank < W; ++rank) {
-        if (rank != static_cast<int>(view_.rank))
-          parts[rank].load(place(view_.rank, rank, tile, 0));
+        for (int s = 0; s < kQuad; ++s) gpu::accumulate(sum[s], Floats<H>(own.of[s]));
+      } else {
+        receive(rank, k, 0).decode(
+            [&](int s, const Floats<H>& values) { gpu::accumulate(sum[s], values); });
       }
-      Part sums;
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const uint64_t at = vector(tile, view_.rank, row);
-        const Floats<H> own(inp_.load(at));
-        Floats<H> total(own);
-#pragma unroll
-        for (int rank = 0; rank < W; ++rank) {
-          Floats<H> theirs(own);
-          if (rank != static_cast<int>(view_.rank)) parts[rank].decode(row, theirs);
-          if (rank == 0) {
-            total = theirs;
-          } else {
-            gpu::accumulate(total, theirs);
-          }
-        }
-        sums.encode(row, total);
-        sums.decode(row, total);
-        out_.store(at, total.rounded());
-      }
-#pragma unroll
-      for (int turn = 1; turn < W; ++turn) {
-        const uint32_t peer = (view_.rank + turn) % W;
-        sums.store(place(peer, view_.rank, tile, 1));
-      }
-      announce(1, done);
+    }
+    Sent sent;
+    sent.encode_sum(sum);
+    store(view_.rank, k, sent);
+    sent.seal();
+#pragma unroll 1
+    for (uint32_t turn = 1; turn < W; ++turn) {
+      const uint32_t peer = (view_.rank + turn) % W;
+      sent.store(part(peer, view_.rank, 1), k, work_.room);
     }
   }
 
-  // Decodes the sums of the other owners.
-  __device__ __forceinline__ void gather(uint32_t tiles) {
-    uint64_t done = 0;
-    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      wait(1, ++done);
-#pragma unroll
-      for (int turn = 1; turn < W; ++turn) {
-        const uint32_t peer = (view_.rank + turn) % W;
-        Part part;
-        part.load(place(view_.rank, peer, tile, 1));
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          Floats<H> values(make_uint4(0, 0, 0, 0));
-          part.decode(row, values);
-          out_.store(vector(tile, peer, row), values.rounded());
-        }
-      }
+  // Decodes the other owners' sums of message k.
+  __device__ __forceinline__ void gather(uint32_t k) {
+#pragma unroll 1
+    for (uint32_t turn = 1; turn < W; ++turn) {
+      const uint32_t peer = (view_.rank + turn) % W;
+      store(peer, k, receive(peer, k, 1));
     }
   }
 
  private:
-  __device__ __forceinline__ uint64_t vector(uint32_t tile, uint32_t owner, int row) const {
-    return (uint64_t{tile} * kTileRows + owner * kRows + row) * kRowVectors + threadIdx.x;
+  // What x + it leaves as it is, of all x.
+  static __device__ __forceinline__ Floats<H> minus_zeros() {
+    constexpr uint32_t kPair = 0x80008000u;
+    return Floats<H>(make_uint4(kPair, kPair, kPair, kPair));
   }
 
-  // Where `sender`'s part of a tile lies in `owner`'s buffer.
-  __device__ __forceinline__ char* place(uint32_t owner, uint32_t sender, uint32_t tile,
-                                         int shot) const {
+  // Where vector 0 of this lane is; the next ones are 32 further on each.
+  static __device__ __forceinline__ uint64_t first_vector(uint32_t owner, uint32_t k) {
+    constexpr uint32_t kOfTile = messages_of_tile(W);
+    const uint32_t within = k % kOfTile;
+    return uint64_t{k / kOfTile} * kTileVectors + (owner * kOfTile + (within & ~31u)) * kQuad +
+           within % 32;
+  }
+
+  __device__ __forceinline__ Vectors load(uint32_t owner, uint32_t k) const {
+    const uint64_t first = first_vector(owner, k);
+    Vectors v;
+    if (inp_.whole(first + 32 * (kQuad - 1))) {
+#pragma unroll
+      for (int s = 0; s < kQuad; ++s) {
+        v.of[s] = reinterpret_cast<const uint4*>(inp_.data)[first + 32 * s];
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kQuad; ++s) v.of[s] = inp_.load(first + 32 * s);
+    }
+    return v;
+  }
+
+  __device__ __forceinline__ void store(uint32_t owner, uint32_t k, const Sent& sums) const {
+    const uint64_t first = first_vector(owner, k);
+    const bool whole = out_.whole(first + 32 * (kQuad - 1));
+    sums.decode([&](int s, const Floats<H>& values) {
+      if (whole) {
+        reinterpret_cast<uint4*>(out_.data)[first + 32 * s] = values.rounded();
+      } else {
+        out_.store(first + 32 * s, values.rounded());
+      }
+    });
+  }
+
+  // `sender`'s part of an area of `owner`.
+  __device__ __forceinline__ char* part(uint32_t owner, uint32_t sender, int shot) const {
     const uint32_t among = sender < owner ? sender : sender - 1;
-    return view_.area(owner, epoch_, shot) + (uint64_t{tile} * (W - 1) + among) * part_bytes(C, W);
+    constexpr uint32_t kBytes = part_bytes(C, W) / messages_of_tile(W);
+    return view_.area(owner, epoch_, shot) + uint64_t{among} * work_.room * kBytes;
   }
 
-  // Tells every peer that this block's parts of one more tile are there. Each thread releases its
-  // own stores before the barrier: on AMD GPUs those of other wavefronts may still be in flight
-  // when one thread releases its own.
-  __device__ __forceinline__ void announce(int shot, uint64_t tiles) {
-    gpu::fence_sys();
-    __syncthreads();
-    if (threadIdx.x < W && threadIdx.x != view_.rank) {
-      Control& peer = view_.control(threadIdx.x);
-      gpu::st_release_sys(&peer.arrived[shot][view_.rank][blockIdx.x], progress(epoch_, tiles));
+  __device__ __forceinline__ Sent receive(uint32_t sender, uint32_t k, int shot) {
+    char* from = part(view_.rank, sender, shot);
+    Sent sent;
+    spin_.begin();
+    for (;;) {
+      sent.load(from, k, work_.room);
+      if (sent.arrived() || spin_.give_up(view_.spin, sender, epoch_, k, 0, 0)) break;
     }
-  }
-
-  __device__ __forceinline__ void wait(int shot, uint64_t tiles) {
-    if (threadIdx.x < W && threadIdx.x != view_.rank) {
-      gpu::wait_acquire(spin_, view_.spin,
-                        &view_.control(view_.rank).arrived[shot][threadIdx.x][blockIdx.x],
-                        progress(epoch_, tiles), threadIdx.x, epoch_, tiles);
-    }
-    __syncthreads();
+    Sent::clear(from, k, work_.room);
+    sent.unseal();
+    return sent;
   }
 
   const View& view_;
   const Span& inp_;
   const Span& out_;
+  const Work& work_;
   const uint64_t epoch_;
   gpu::Spin spin_;
 };
 
+// Another call is in flight, on another stream: they use the same places.
+__device__ __forceinline__ void mark_busy(const View& view, StateWord& word, uint64_t epoch) {
+  const uint64_t before = gpu::fetch_or_relaxed_gpu(&word.state, 1);
+  if ((before & 1) == 0) return;
+  gpu::report_once(view.spin, gpu::kSpinBusy, view.rank, epoch, blockIdx.x, epoch * 2, before, 0);
+}
+
 template <Codec C, Half H, int W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMaxThreads, 2)
     quick_all_reduce_kernel(const __grid_constant__ View view,
-                            const gpu::SpanOf<typename Element<H>::type> inp,
-                            const gpu::SpanOf<typename Element<H>::type> out, uint32_t tiles) {
-  __shared__ uint64_t before;
-  __shared__ uint32_t aborted;
+                            const __grid_constant__ gpu::SpanOf<typename Element<H>::type> inp,
+                            const __grid_constant__ gpu::SpanOf<typename Element<H>::type> out,
+                            const __grid_constant__ Work work) {
   gpu::dependency_wait();
   gpu::launch_dependents();
   Control& control = view.control(view.rank);
-  if (threadIdx.x == 0) {
-    aborted = gpu::ld_relaxed_sys(&control.aborted);
-    before = gpu::fetch_or_relaxed_gpu(&control.state[blockIdx.x], 1);
-  }
-  __syncthreads();
-  if (aborted != 0) return;
-  const uint64_t epoch = before >> 1;
-  if ((before & 1) != 0) {  // a second call in flight, on another stream
-    if (threadIdx.x == 0) {
-      gpu::report_once(view.spin, gpu::kSpinBusy, view.rank, epoch, blockIdx.x, epoch, before, 0);
+  const auto seen =
+      gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(&control.words[blockIdx.x]));
+  const uint64_t epoch = seen.x >> 1;
+  if (seen.y != 0) return;
+  Kernel<C, H, W> kernel(view, inp, out, work, epoch);
+  const uint32_t stride = gridDim.x * blockDim.x;
+  const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
+  // Whole warps enter and leave the steps together: the lanes of a quad exchange values.
+  const uint32_t lag = work.ahead * stride;
+  for (uint32_t k = first; k < work.messages + 2 * lag; k += stride) {
+    if (k < work.messages) kernel.scatter(k);
+    if (k == threadIdx.x + blockIdx.x * blockDim.x && threadIdx.x == 0) {
+      mark_busy(view, control.words[blockIdx.x], epoch);
     }
-    return;
+    if (k - lag < work.messages) kernel.reduce(k - lag);
+    if (k - 2 * lag < work.messages) kernel.gather(k - 2 * lag);
   }
-  Kernel<C, H, W> kernel(view, inp, out, epoch);
-  kernel.scatter(tiles);
-  kernel.reduce(tiles);
-  kernel.gather(tiles);
+  __syncthreads();  // all threads have read the state
   // The next call may have more blocks: block b keeps the words b, b + G, ... at the same epoch,
   // and no block reads a word that another block of its call writes.
   for (uint32_t b = blockIdx.x + threadIdx.x * gridDim.x; b < kMaxBlocks;
        b += blockDim.x * gridDim.x) {
-    gpu::st_relaxed_sys(&control.state[b], (epoch + 1) * 2);
+    gpu::st_relaxed_sys(&control.words[b].state, (epoch + 1) * 2);
   }
 }
 
@@ -217,8 +227,13 @@ uint64_t tiles_at_once(const View& view, uint32_t world, Codec codec) {
 void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const void* inp,
                 void* out, uint64_t bytes, const Launch& launch, gpu::Stream stream) {
   const auto tiles = static_cast<uint32_t>((bytes + kTileBytes - 1) / kTileBytes);
+  const uint32_t of_tile = messages_of_tile(world);
+  const Work work{tiles * of_tile,
+                  static_cast<uint32_t>(tiles_at_once(view, world, codec)) * of_tile,
+                  static_cast<uint32_t>(launch.ahead)};
+  const auto threads = static_cast<uint32_t>(launch.threads);
   const int blocks =
-      static_cast<int>(tiles) < launch.blocks ? static_cast<int>(tiles) : launch.blocks;
+      std::min(static_cast<int>((work.messages + threads - 1) / threads), launch.blocks);
   by_world(world, [&](auto number) {
     by_codec(codec, [&](auto chosen) {
       const auto go = [&](auto dtype) {
@@ -226,9 +241,9 @@ void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const 
         constexpr Codec C = decltype(chosen)::value;
         constexpr Half H = decltype(dtype)::value;
         using Span = gpu::SpanOf<typename Element<H>::type>;
-        gpu::launch<quick_all_reduce_kernel<C, H, W>>({blocks, kThreads, stream, launch.overlap},
-                                                      "quick_all_reduce", view, Span(inp, bytes),
-                                                      Span(out, bytes), tiles);
+        gpu::launch<quick_all_reduce_kernel<C, H, W>>(
+            {blocks, launch.threads, stream, launch.overlap}, "quick_all_reduce", view,
+            Span(inp, bytes), Span(out, bytes), work);
       };
       if (half == Half::kBFloat16) {
         go(std::integral_constant<Half, Half::kBFloat16>{});

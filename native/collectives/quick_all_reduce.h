@@ -3,21 +3,23 @@
 //
 // Every rank owns one buffer that its peers map and store into; nobody reads a peer's memory:
 //
-//   Control            128 KB   the words of the table below
-//   area[parity][shot] 4 x      encoded parts; anything at rest. Shot 0: other ranks' parts of the
-//                               rows that this rank owns. Shot 1: the sums of the other owners.
+//   Control            32 KB    the words of the table below
+//   area[parity][shot] 4 x      messages (quick_wire.h), zeros at rest. Shot 0: other ranks' parts of
+//                               the rows that this rank owns. Shot 1: the sums of the other owners.
 //
-// In an area, part (tile, sender) lies at a place that depends on the codec and the world size
-// alone. Calls use the parities in turn.
+// Data is its own arrival flag, so there are no fences and no counters, and a thread waits for
+// messages alone. A message's place in an area depends on the codec, the world size and its number
+// among its owner's, not on the grid. Calls use the parities in turn.
 //
-// Why two parities and no barrier are enough: every block of a call waits for words from every
-// peer, so a rank that starts call e + 2 has ended call e + 1, hence every peer has started e + 1,
-// hence has ended e, and with it all reading of what call e + 2 overwrites.
+// Why two parities and no barrier are enough: a kernel ends when it has all of its messages, each
+// of which it has replaced by zeros. So a rank that starts call e + 2 has ended call e + 1, hence
+// every peer has started e + 1, hence has ended e, and with it all reading and clearing of what call
+// e + 2 writes.
 //
 // | word             | owner | writer            | transition                     | at rest       |
 // |------------------|-------|-------------------|--------------------------------|---------------|
-// | state[b]         | rank  | its block b       | 2e -> 2e+1 enter -> 2e+2 leave | even, 2*epoch |
-// | arrived[s][p][b] | rank  | peer p's block b  | raised to (e, tiles of shot s) | any           |
+// | words[b].state   | rank  | its block b       | 2e -> 2e+1 busy -> 2e+2 leave  | even, 2*epoch |
+// | words[b].aborted | rank  | its first failure | 0 -> 1, never back             | 0             |
 // | aborted          | rank  | its first failure | 0 -> 1, never back             | 0             |
 //
 // Epochs live here, in device memory, so graphs can be replayed any number of times and between
@@ -35,18 +37,23 @@
 namespace quick {
 
 inline constexpr int kMaxWorld = 8;
-inline constexpr int kMaxBlocks = 512;
-inline constexpr int kThreads = 256;
-inline constexpr int kTileRows = 8;
-inline constexpr uint32_t kRowVectors = kThreads;  // vectors of 16 bytes, one a thread
-inline constexpr uint64_t kTileBytes = kTileRows * kRowVectors * 16;
+inline constexpr int kMaxBlocks = 1024;
+inline constexpr int kMaxThreads = 256;
+inline constexpr uint32_t kTileRows = 8;
+inline constexpr uint32_t kRowVectors = 256;  // of 16 bytes
+inline constexpr uint32_t kTileVectors = kTileRows * kRowVectors;
+inline constexpr uint64_t kTileBytes = kTileVectors * 16;
 
+// Both halves are read in one load.
+struct alignas(16) StateWord {
+  uint64_t state;
+  uint64_t aborted;
+};
 struct Control {
-  uint64_t state[kMaxBlocks];
-  uint64_t arrived[2][kMaxWorld][kMaxBlocks];
+  StateWord words[kMaxBlocks];
   uint32_t aborted;
 };
-inline constexpr uint64_t kControlBytes = 128 * 1024;
+inline constexpr uint64_t kControlBytes = 32 * 1024;
 static_assert(sizeof(Control) <= kControlBytes, "Control has outgrown its place");
 
 // One rank's view of all buffers; a kernel parameter.
@@ -64,11 +71,11 @@ struct View {
   }
 };
 
-// Bytes of one sender's part of one tile: kTileRows / world rows, encoded.
+// Messages of 32 values in one sender's part of one tile: kTileRows / world rows.
+constexpr uint32_t messages_of_tile(uint32_t world) { return kTileVectors / 4 / world; }
 constexpr uint64_t part_bytes(Codec codec, uint32_t world) {
-  const uint64_t values = kTileBytes / 2 / world;
-  const uint64_t extremes = codec == Codec::kFp ? 0 : values / kBlock * 2;
-  return values * bits_of(codec) / 8 + extremes;
+  const uint64_t m = codec == Codec::kFp ? 0 : 2;
+  return messages_of_tile(world) * (kBlock * bits_of(codec) / 8 + m);
 }
 
 // Thrown with the codes that the C interface returns.
@@ -81,7 +88,9 @@ class Error : public std::runtime_error {
 
 // Launches the all-reduce of `bytes`, at most `tiles_at_once` tiles, on the current device.
 struct Launch {
-  int blocks;
+  int blocks;    // at most; all of them must be resident together
+  int threads;   // a block: 64, 128 or 256
+  int ahead;     // messages that a thread sends before it reads, and reads before it gathers
   bool overlap;  // programmatic dependent launch
 };
 void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const void* inp,
@@ -105,9 +114,13 @@ class QuickAllReduce {
   // Makes every kernel on this rank's buffer from now on end at once.
   void retire();
   void set_timeout_ns(uint64_t timeout_ns) { view_.spin.timeout_ns = timeout_ns; }
-  void set_blocks(int blocks);
+  // 0: the default.
+  void set_shape(int blocks, int threads, int ahead);
   void set_overlap(bool overlap) { overlap_ = overlap && can_overlap_; }
   int device() const { return device_; }
+
+  // The shape of a launch over `tiles`.
+  Launch shape(uint64_t tiles) const;
 
   static uint64_t buffer_bytes(uint64_t area_bytes) { return kControlBytes + 4 * area_bytes; }
 
@@ -115,7 +128,10 @@ class QuickAllReduce {
   View view_{};
   uint32_t world_ = 0;
   int device_ = 0;
+  int processors_ = 0;
   int blocks_ = 0;
+  int threads_ = 0;
+  int ahead_ = 0;
   bool can_overlap_ = false;
   bool overlap_ = false;
   gpu::SpinReport* report_ = nullptr;  // pinned

@@ -32,14 +32,17 @@ QuickAllReduce::QuickAllReduce(const std::vector<char*>& bases, int rank, uint64
   }
   GPU_CHECK(GPU_NAME(GetDevice)(&device_));
   can_overlap_ = overlap_ = gpu::has_dependent_launch(device_);
-  blocks_ = std::min(2 * gpu::multiprocessors(device_), kMaxBlocks);
+  processors_ = gpu::multiprocessors(device_);
   void* pinned = nullptr;
   GPU_CHECK(GPU_NAME(HostAlloc)(&pinned, sizeof(gpu::SpinReport), GPU_NAME(HostAllocMapped)));
   report_ = new (pinned) gpu::SpinReport{};
   try {
     void* seen_by_device = nullptr;
     GPU_CHECK(GPU_NAME(HostGetDevicePointer)(&seen_by_device, pinned, 0));
-    view_.spin.aborted = &view_.control(view_.rank).aborted;
+    Control& control = view_.control(view_.rank);
+    view_.spin.aborted = &control.aborted;
+    view_.spin.copies = reinterpret_cast<ulonglong2*>(control.words);
+    view_.spin.copies_count = kMaxBlocks;
     view_.spin.report = static_cast<gpu::SpinReport*>(seen_by_device);
     view_.spin.timeout_ns = uint64_t{300} * 1000000000;
     view_.spin.rank = view_.rank;
@@ -52,12 +55,28 @@ QuickAllReduce::QuickAllReduce(const std::vector<char*>& bases, int rank, uint64
 // The caller has seen to it that no kernel of ours is in flight.
 QuickAllReduce::~QuickAllReduce() { (void)GPU_NAME(FreeHost)(report_); }
 
-void QuickAllReduce::set_blocks(int blocks) {
-  if (blocks < 1 || blocks > kMaxBlocks) {
-    throw Error(Failure::kArgument,
-                std::to_string(blocks) + " blocks are not in 1.." + std::to_string(kMaxBlocks));
+void QuickAllReduce::set_shape(int blocks, int threads, int ahead) {
+  const bool warps = threads == 0 || threads == 32 || threads == 64 || threads == 128 ||
+                     threads == kMaxThreads;
+  if (blocks < 0 || blocks > kMaxBlocks || !warps || ahead < 0 || ahead > 64) {
+    throw Error(Failure::kArgument, std::to_string(blocks) + " blocks of " +
+                                        std::to_string(threads) + " threads, " +
+                                        std::to_string(ahead) + " messages ahead: at most " +
+                                        std::to_string(kMaxBlocks) +
+                                        " of 32, 64, 128 or 256 threads and 64 are accepted");
   }
   blocks_ = blocks;
+  threads_ = threads;
+  ahead_ = ahead;
+}
+
+Launch QuickAllReduce::shape(uint64_t tiles) const {
+  // Small messages take small blocks, to reach all multiprocessors.
+  const uint64_t messages = tiles * messages_of_tile(world_);
+  const int few = messages <= uint64_t{128} * processors_ ? 64 : 128;
+  const int threads = threads_ > 0 ? threads_ : few;
+  const int blocks = blocks_ > 0 ? blocks_ : std::min(processors_ * 512 / threads, kMaxBlocks);
+  return {blocks, threads, ahead_ > 0 ? ahead_ : 1, overlap_};
 }
 
 void QuickAllReduce::run(Codec codec, Half half, const void* inp, void* out, uint64_t bytes,
@@ -65,8 +84,9 @@ void QuickAllReduce::run(Codec codec, Half half, const void* inp, void* out, uin
   check();
   const uint64_t most = tiles_at_once(view_, world_, codec) * kTileBytes;
   for (uint64_t begin = 0; begin < bytes; begin += most) {
+    const uint64_t part = std::min(bytes - begin, most);
     all_reduce(view_, world_, codec, half, static_cast<const char*>(inp) + begin,
-               static_cast<char*>(out) + begin, std::min(bytes - begin, most), {blocks_, overlap_},
+               static_cast<char*>(out) + begin, part, shape((part + kTileBytes - 1) / kTileBytes),
                stream);
   }
 }
@@ -83,16 +103,20 @@ void QuickAllReduce::check() const {
     throw Error(Failure::kBusy, text.str());
   }
   text << " waited " << static_cast<double>(report.waited_ns) * 1e-9 << " s for rank "
-       << report.peer << " (tile " << report.position << " of a block, expected " << report.expected
-       << ", saw " << report.seen << "); ranks must make the same calls with the same sizes";
+       << report.peer << " (message " << report.position
+       << "); ranks must make the same calls with the same sizes and codec";
   throw Error(Failure::kTimeout, text.str());
 }
 
 void QuickAllReduce::retire() {
   const uint32_t yes = 1;
+  Control& control = view_.control(view_.rank);
   GPU_CHECK(GPU_NAME(DeviceSynchronize)());
-  GPU_CHECK(GPU_NAME(Memcpy)(&view_.control(view_.rank).aborted, &yes, sizeof(yes),
-                             GPU_NAME(MemcpyHostToDevice)));
+  GPU_CHECK(GPU_NAME(Memcpy)(&control.aborted, &yes, sizeof(yes), GPU_NAME(MemcpyHostToDevice)));
+  // Any value but zero will do for the copies.
+  GPU_CHECK(GPU_NAME(Memset2D)(&control.words[0].aborted, sizeof(StateWord), 1, sizeof(uint64_t),
+                               kMaxBlocks));
+  GPU_CHECK(GPU_NAME(DeviceSynchronize)());
 }
 
 }  // namespace quick
@@ -161,9 +185,11 @@ EXPORTED void communicators_qr_set_timeout_ns(void* handle, uint64_t timeout_ns)
   of(handle).set_timeout_ns(timeout_ns);
 }
 
-EXPORTED int communicators_qr_set_launch(void* handle, int blocks, int overlap) {
+// Zeros: the defaults. All ranks of one GPU must fit on it together.
+EXPORTED int communicators_qr_set_launch(void* handle, int blocks, int threads, int ahead,
+                                         int overlap) {
   return guarded([&] {
-    of(handle).set_blocks(blocks);
+    of(handle).set_shape(blocks, threads, ahead);
     of(handle).set_overlap(overlap != 0);
   });
 }

@@ -26,9 +26,9 @@
 
 namespace quick {
 
-inline constexpr int kBlock = 32;     // values that share an m
-inline constexpr int kPerThread = 8;  // values that one thread encodes
-inline constexpr int kThreadsPerBlock = kBlock / kPerThread;
+inline constexpr int kBlock = 32;  // values that share an m
+inline constexpr int kGroup = 8;   // values that are encoded together: 16 bytes of the tensor
+inline constexpr int kGroups = kBlock / kGroup;
 
 enum class Codec : int { kFp = 0, kQ8 = 1, kQ6 = 2, kQ4 = 3 };
 enum class Half : int { kFloat16 = 0, kBFloat16 = 1 };  // the 16-bit dtype of the tensor
@@ -40,31 +40,28 @@ constexpr int bits_of(Codec codec) {
 inline constexpr uint32_t kInf = 0x7f800000u;
 inline constexpr uint32_t kSmallest = uint32_t{127 - 118} << 23;  // 2^-118
 
+HOST_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
 // Magnitudes, as the bits of an fp32, of the largest value of each sign. NaN is above inf.
 struct Extreme {
   uint32_t positive = 0;
   uint32_t negative = 0;
 };
 
-HOST_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-HOST_DEVICE Extreme merge(Extreme a, Extreme b) {
-  return {larger(a.positive, b.positive), larger(a.negative, b.negative)};
-}
-
-HOST_DEVICE Extreme extreme_of(const float (&x)[kPerThread]) {
-  Extreme found;
+template <int N>
+HOST_DEVICE Extreme extreme_of(const float (&x)[N]) {
+  // Among the bits of floats, the positive ones are the larger as signed integers, and the negative
+  // ones as unsigned integers.
+  int32_t positive = 0;
+  uint32_t negative = 0;
   UNROLL
-  for (int i = 0; i < kPerThread; ++i) {
+  for (int i = 0; i < N; ++i) {
     const uint32_t bits = std::bit_cast<uint32_t>(x[i]);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    if (bits >> 31) {
-      found.negative = larger(found.negative, magnitude);
-    } else {
-      found.positive = larger(found.positive, magnitude);
-    }
+    const auto number = static_cast<int32_t>(bits);
+    positive = positive > number ? positive : number;
+    negative = larger(negative, bits);
   }
-  return found;
+  return {static_cast<uint32_t>(positive), negative >> 31 ? negative & 0x7fffffffu : 0};
 }
 
 // m as fp32 bits; of two equal magnitudes the positive one.
@@ -111,12 +108,13 @@ HOST_DEVICE float widen(uint16_t half) {
   }
 }
 
-// What values are multiplied with to encode, and to decode. m is finite.
+// What values are multiplied with to encode them; NaN for a block that is inf or NaN as a whole.
 template <int B>
 HOST_DEVICE float inverse_step(float m) {
+  if ((std::bit_cast<uint32_t>(m) & kInf) == kInf) return std::bit_cast<float>(0x7fc00000u);
   return m == 0.0f ? 0.0f : -static_cast<float>(1 << (B - 1)) / m;
 }
-// inf and NaN pass: q * inf is NaN or inf, see decode().
+// What codes are multiplied with to decode them.
 template <int B>
 HOST_DEVICE float step_of(float m) {
   return m * (-1.0f / static_cast<float>(1 << (B - 1)));
@@ -125,63 +123,123 @@ HOST_DEVICE float step_of(float m) {
 inline constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 inline constexpr uint32_t kRoundBits = 0x4b400000u;
 
-// q + 2^(b-1), which is not negative. One rounding, to the nearest integer, ties to even.
+// The code q + 2^(b-1) in the low bits, kRoundBits above it. One rounding, to the nearest integer,
+// ties to even.
 template <int B>
 HOST_DEVICE uint32_t encode(float x, float inverse) {
-  constexpr int32_t kMost = (1 << (B - 1)) - 1;
-  const float rounded = fmaf(x, inverse, kRound);
-  const int32_t q = static_cast<int32_t>(std::bit_cast<uint32_t>(rounded) - kRoundBits);
-  return static_cast<uint32_t>((q < kMost ? q : kMost) + (1 << (B - 1)));
+  constexpr uint32_t kMost = kRoundBits + (1u << B) - 1;
+  const auto bits = std::bit_cast<uint32_t>(fmaf(x, inverse, kRound + float{1 << (B - 1)}));
+  return bits < kMost ? bits : kMost;
+}
+
+// Four values, a byte each. A block that is inf or NaN as a whole has no values: its codes are
+// zeros, whose q times a step of inf or NaN is m again.
+template <int B>
+HOST_DEVICE uint32_t encode4(const float* x, float inverse) {
+  constexpr uint32_t kConstant = kRoundBits * 0x01010101u;
+  const uint32_t sum = encode<B>(x[0], inverse) + (encode<B>(x[1], inverse) << 8) +
+                       (encode<B>(x[2], inverse) << 16) + (encode<B>(x[3], inverse) << 24);
+  return inverse == inverse ? sum - kConstant : 0;
 }
 
 template <int B>
-HOST_DEVICE float decode(uint32_t code, float step) {
-  // The integer in the low bits of 1.5 * 2^23 is that much more than it.
-  const float q = std::bit_cast<float>(kRoundBits - (1u << (B - 1)) + code) - kRound;
-  return q * step;
-}
-
-// What one thread puts on the wire for its 8 values, beside the block's m: `low` holds 8 or 4 bits
-// a value, `high` the upper 2 bits of 6.
-struct Codes {
-  uint32_t low[2];
-  uint32_t high;
-};
-
-template <int B>
-HOST_DEVICE Codes encode_thread(const float (&x)[kPerThread], float m) {
-  Codes codes{{0, 0}, 0};
-  // A block that is inf or NaN as a whole has no values; its codes are zeros.
-  const bool finite = (std::bit_cast<uint32_t>(m) & kInf) != kInf;
-  const float inverse = finite ? inverse_step<B>(m) : 0.0f;
+HOST_DEVICE void decode4(uint32_t codes, float step, float* x) {
   UNROLL
-  for (int i = 0; i < kPerThread; ++i) {
-    const uint32_t code = finite ? encode<B>(x[i], inverse) : 0;
+  for (int i = 0; i < 4; ++i) {
+    // The integer in the low bits of 1.5 * 2^23 is that much more than it.
+    const float shifted = std::bit_cast<float>(kRoundBits | (codes >> (8 * i) & 255u));
+    x[i] = (shifted - (kRound + float{1 << (B - 1)})) * step;
+  }
+}
+
+// 32 codes, a byte each, as B words and back. 6 bits are 4 and 2: the nibbles of two words share
+// one, and the upper pairs of four.
+template <int B>
+HOST_DEVICE void pack(const uint32_t (&codes)[kBlock / 4], uint32_t (&words)[B]) {
+  UNROLL
+  for (int i = 0; i < B; ++i) {
     if constexpr (B == 8) {
-      codes.low[i / 4] |= code << (i % 4 * 8);
+      words[i] = codes[i];
+    } else if (i < 4) {
+      words[i] = (codes[2 * i] & 0x0f0f0f0fu) | (codes[2 * i + 1] & 0x0f0f0f0fu) << 4;
     } else {
-      codes.low[0] |= (code & 15u) << (i * 4);
-      if constexpr (B == 6) codes.high |= (code >> 4) << (i * 2);
+      const uint32_t* four = codes + 4 * (i - 4);
+      words[i] = (four[0] >> 4 & 0x03030303u) | (four[1] >> 2 & 0x0c0c0c0cu) |
+                 (four[2] & 0x30303030u) | (four[3] << 2 & 0xc0c0c0c0u);
     }
   }
-  return codes;
 }
 
 template <int B>
-HOST_DEVICE void decode_thread(const Codes& codes, float m, float (&x)[kPerThread]) {
-  const bool finite = (std::bit_cast<uint32_t>(m) & kInf) != kInf;
-  const float step = step_of<B>(m);
+HOST_DEVICE void unpack(const uint32_t (&words)[B], uint32_t (&codes)[kBlock / 4]) {
   UNROLL
-  for (int i = 0; i < kPerThread; ++i) {
-    uint32_t code;
+  for (int i = 0; i < kBlock / 4; ++i) {
     if constexpr (B == 8) {
-      code = codes.low[i / 4] >> (i % 4 * 8) & 255u;
+      codes[i] = words[i];
     } else {
-      code = codes.low[0] >> (i * 4) & 15u;
-      if constexpr (B == 6) code |= (codes.high >> (i * 2) & 3u) << 4;
+      codes[i] = words[i / 2] >> (i % 2 * 4) & 0x0f0f0f0fu;
+      if constexpr (B == 6) {
+        const uint32_t pairs = words[4 + i / 4];
+        constexpr uint32_t kMask = 0x30303030u;
+        codes[i] |= (i % 4 < 2 ? pairs << (4 - i % 4 * 2) : pairs >> (i % 4 * 2 - 4)) & kMask;
+      }
     }
-    x[i] = finite ? decode<B>(code, step) : m;
   }
+}
+
+// On the wire data is its own arrival flag (see prim/gpu_packet.h): a place at rest is zero, and no
+// word that is sent, nor m, is zero. So codes and m travel inverted; zero then stands for words
+// whose codes are all the largest, and for an m that no block has. A message with such a word says
+// so by an m of 0xfff0 + n, a NaN: word n, the first of them, carries the true m in its upper half,
+// below it a bit that is set, and a bit for each of the others.
+inline constexpr uint32_t kAbsent = 0;
+inline constexpr uint16_t kSpecial = 0xfff0;
+
+template <int N>
+HOST_DEVICE uint16_t seal(uint32_t (&words)[N], uint16_t m) {
+  static_assert(N <= 8);
+  bool special = false;
+  UNROLL
+  for (int i = 0; i < N; ++i) {
+    words[i] = ~words[i];
+    special = special || words[i] == kAbsent;
+  }
+  uint16_t sent = m;
+  if (special) [[unlikely]] {
+    int first = N;
+    uint32_t others = 0;
+    UNROLL
+    for (int i = N - 1; i >= 0; --i) {
+      if (words[i] != kAbsent) continue;
+      if (first < N) others |= 1u << first;
+      first = i;
+    }
+    UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (words[i] == kAbsent) words[i] = i == first ? uint32_t{m} << 16 | 0x100u | others : 1u;
+    }
+    sent = static_cast<uint16_t>(kSpecial + first);
+  }
+  return static_cast<uint16_t>(~sent);
+}
+
+template <int N>
+HOST_DEVICE uint16_t unseal(uint32_t (&words)[N], uint16_t sent) {
+  auto m = static_cast<uint16_t>(~sent);
+  if ((m & 0xfff8u) == kSpecial) [[unlikely]] {
+    const int first = m & 7;
+    uint32_t content = 0;
+    UNROLL
+    for (int i = 0; i < N; ++i) content = i == first ? words[i] : content;
+    UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (i == first || (content >> i & 1u) != 0) words[i] = kAbsent;
+    }
+    m = static_cast<uint16_t>(content >> 16);
+  }
+  UNROLL
+  for (int i = 0; i < N; ++i) words[i] = ~words[i];
+  return m;
 }
 
 }  // namespace quick

@@ -46,6 +46,18 @@ __device__ __forceinline__ uint32_t round_to_bfloat16s(float low, float high) {
   return round_to_bfloat16(low) | round_to_bfloat16(high) << 16;
 }
 
+using Int16x2 = int16_t __attribute__((ext_vector_type(2)));
+using Uint16x2 = uint16_t __attribute__((ext_vector_type(2)));
+
+__device__ __forceinline__ uint32_t max_s16x2(uint32_t a, uint32_t b) {
+  return std::bit_cast<uint32_t>(
+      __builtin_elementwise_max(std::bit_cast<Int16x2>(a), std::bit_cast<Int16x2>(b)));
+}
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return std::bit_cast<uint32_t>(
+      __builtin_elementwise_max(std::bit_cast<Uint16x2>(a), std::bit_cast<Uint16x2>(b)));
+}
+
 #else
 
 using Half = __half;
@@ -64,6 +76,10 @@ __device__ __forceinline__ uint32_t round_to_bfloat16s(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
 }
+
+// The larger of both halves of two words, as signed or unsigned integers.
+__device__ __forceinline__ uint32_t max_s16x2(uint32_t a, uint32_t b) { return __vmaxs2(a, b); }
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 
 #endif
 

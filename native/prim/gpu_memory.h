@@ -1,6 +1,7 @@
 // Device-side memory accesses whose names say their ordering and scope, the clock, and programmatic
 // dependent launch.
-//   relaxed   no ordering with other accesses; each 32- or 64-bit word is read or written whole
+//   relaxed   no ordering with other accesses; each word of 16, 32 or 64 bits is read or written
+//             whole
 //   release   everything that this thread did before is seen by whoever acquires the value
 //   acquire   the counterpart
 //   sys       the scope: this GPU, its peers and the host; gpu: this GPU alone
@@ -42,6 +43,16 @@ __device__ __forceinline__ void st_relaxed_sys(ulonglong2* address, ulonglong2 v
   asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(value.x),
                "l"(value.y)
                : "memory");
+}
+
+__device__ __forceinline__ uint16_t ld_relaxed_sys(const uint16_t* address) {
+  uint16_t value;
+  asm volatile("ld.relaxed.sys.global.u16 %0, [%1];" : "=h"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ void st_relaxed_sys(uint16_t* address, uint16_t value) {
+  asm volatile("st.relaxed.sys.global.u16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
 }
 
 __device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* address) {

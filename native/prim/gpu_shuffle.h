@@ -16,6 +16,15 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
 #endif
 }
 
+// The value of lane `lane` (0 to 3) of this lane's quad: 4 neighbours.
+__device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
+#if COMMUNICATORS_HIP
+  return static_cast<uint32_t>(__shfl(static_cast<int>(value), lane, 4));
+#else
+  return __shfl_sync(0xffffffffu, value, lane, 4);
+#endif
+}
+
 // The value of lane 0 of the first 32, in all of them.
 __device__ __forceinline__ uint32_t shuffle_first(uint32_t value) {
 #if COMMUNICATORS_HIP

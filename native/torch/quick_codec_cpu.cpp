@@ -13,28 +13,29 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int kWords = quick::kBlock / 4;  // of a block's codes, a byte each
+
+// By way of what the wire carries, where nothing may look absent.
 template <int B, quick::Half H>
-void encode_block(const float* x, uint16_t* extreme, quick::Codes* codes) {
-  quick::Extreme found;
-  float values[quick::kThreadsPerBlock][quick::kPerThread];
-  for (int t = 0; t < quick::kThreadsPerBlock; ++t) {
-    for (int i = 0; i < quick::kPerThread; ++i) values[t][i] = x[t * quick::kPerThread + i];
-    found = quick::merge(found, quick::extreme_of(values[t]));
+void encode_block(const float (&x)[quick::kBlock], uint16_t* extreme, uint32_t (&codes)[kWords]) {
+  const uint16_t m = quick::away_from_zero<H>(quick::signed_extreme(quick::extreme_of(x)));
+  const float inverse = quick::inverse_step<B>(quick::widen<H>(m));
+  for (int i = 0; i < kWords; ++i) codes[i] = quick::encode4<B>(x + 4 * i, inverse);
+  uint32_t words[B];
+  quick::pack<B>(codes, words);
+  const uint16_t sent = quick::seal(words, m);
+  STD_TORCH_CHECK(sent != quick::kAbsent, "quick_encode: an extreme value that looks absent");
+  for (const uint32_t word : words) {
+    STD_TORCH_CHECK(word != quick::kAbsent, "quick_encode: a word that looks absent");
   }
-  *extreme = quick::away_from_zero<H>(quick::signed_extreme(found));
-  const float m = quick::widen<H>(*extreme);
-  for (int t = 0; t < quick::kThreadsPerBlock; ++t) {
-    codes[t] = quick::encode_thread<B>(values[t], m);
-  }
+  *extreme = quick::unseal(words, sent);
+  quick::unpack<B>(words, codes);
 }
 
 template <int B, quick::Half H>
-void decode_block(uint16_t extreme, const quick::Codes* codes, float* x) {
-  float values[quick::kPerThread];
-  for (int t = 0; t < quick::kThreadsPerBlock; ++t) {
-    quick::decode_thread<B>(codes[t], quick::widen<H>(extreme), values);
-    for (int i = 0; i < quick::kPerThread; ++i) x[t * quick::kPerThread + i] = values[i];
-  }
+void decode_block(uint16_t extreme, const uint32_t (&codes)[kWords], float* x) {
+  const float step = quick::step_of<B>(quick::widen<H>(extreme));
+  for (int i = 0; i < kWords; ++i) quick::decode4<B>(codes[i], step, x + 4 * i);
 }
 
 template <typename Body>
@@ -53,7 +54,7 @@ void by_codec(int64_t bits, bool bfloat16, const char* op, Body body) {
   STD_TORCH_CHECK(false, op, ": bits must be 8, 6 or 4, got ", bits);
 }
 
-// fp32 x [N, 32] -> m as int16 [N], codes as int32 [N, 4, 3] (low, low, high of each thread).
+// fp32 x [N, 32] -> m as int16 [N], codes as int32 [N, 8], a byte each.
 std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
   constexpr const char* op = "quick_encode(x, bits, bfloat16)";
   STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
@@ -62,15 +63,12 @@ std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
   const auto cpu = torch::stable::Device(torch::headeronly::DeviceType::CPU, 0);
   const int64_t blocks = x.size(0);
   Tensor extremes = torch::stable::empty({blocks}, ScalarType::Short, std::nullopt, cpu);
-  Tensor codes = torch::stable::empty({blocks, quick::kThreadsPerBlock, 3}, ScalarType::Int,
-                                      std::nullopt, cpu);
-  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  Tensor codes = torch::stable::empty({blocks, kWords}, ScalarType::Int, std::nullopt, cpu);
+  const auto* from = static_cast<const float(*)[quick::kBlock]>(x.const_data_ptr());
   auto* m = static_cast<uint16_t*>(extremes.mutable_data_ptr());
-  auto* to = static_cast<quick::Codes*>(codes.mutable_data_ptr());
+  auto* to = static_cast<uint32_t(*)[kWords]>(codes.mutable_data_ptr());
   by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
-    for (int64_t n = 0; n < blocks; ++n) {
-      encode_block<B, H>(from + n * quick::kBlock, m + n, to + n * quick::kThreadsPerBlock);
-    }
+    for (int64_t n = 0; n < blocks; ++n) encode_block<B, H>(from[n], m + n, to[n]);
   });
   return {extremes, codes};
 }
@@ -81,18 +79,16 @@ Tensor quick_decode(Tensor extremes, Tensor codes, int64_t bits, bool bfloat16) 
   STD_TORCH_CHECK(extremes.is_cpu() && extremes.scalar_type() == ScalarType::Short &&
                       extremes.is_contiguous() && codes.is_cpu() &&
                       codes.scalar_type() == ScalarType::Int && codes.is_contiguous() &&
-                      codes.numel() == extremes.numel() * quick::kThreadsPerBlock * 3,
-                  op, ": extremes must be int16 [N] and codes int32 [N, 4, 3], both on the CPU");
+                      codes.numel() == extremes.numel() * kWords,
+                  op, ": extremes must be int16 [N] and codes int32 [N, 8], both on the CPU");
   const int64_t blocks = extremes.numel();
   Tensor x = torch::stable::empty({blocks, quick::kBlock}, ScalarType::Float, std::nullopt,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
   const auto* m = static_cast<const uint16_t*>(extremes.const_data_ptr());
-  const auto* from = static_cast<const quick::Codes*>(codes.const_data_ptr());
+  const auto* from = static_cast<const uint32_t(*)[kWords]>(codes.const_data_ptr());
   auto* to = static_cast<float*>(x.mutable_data_ptr());
   by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
-    for (int64_t n = 0; n < blocks; ++n) {
-      decode_block<B, H>(m[n], from + n * quick::kThreadsPerBlock, to + n * quick::kBlock);
-    }
+    for (int64_t n = 0; n < blocks; ++n) decode_block<B, H>(m[n], from[n], to + n * quick::kBlock);
   });
   return x;
 }

@@ -27,7 +27,9 @@ AREA = 18 << 20
 class QuickRanks:
     """W ranks on the current device, a stream each; their kernels are resident together."""
 
-    def __init__(self, world_size: int, area: int = AREA, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, world_size: int, area: int = AREA, timeout_s: float = 5.0, ahead: int = 1
+    ) -> None:
         self.library = quick_ar.load()
         device = torch.device("cuda", torch.cuda.current_device())
         nbytes = self.library.bytes(area)
@@ -38,7 +40,8 @@ class QuickRanks:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         for handle in self.handles:
             self.library.set_timeout_ns(handle, int(timeout_s * 1e9))
-            self.library.check(self.library.set_launch(handle, processors // world_size, 0))
+            blocks = processors // world_size
+            self.library.check(self.library.set_launch(handle, blocks, 128, ahead, 0))
 
     def all_reduce(
         self,

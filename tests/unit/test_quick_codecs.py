@@ -35,20 +35,20 @@ def hard_blocks(dtype):
     limits[2] *= -1
     limits[3] = torch.finfo(dtype).tiny / 3
     every16 = torch.arange(-32768, 32768).to(torch.int16).view(dtype).float().view(-1, 32)
+    mixed = torch.randint(-32768, 32768, (2000, 32), generator=generator).to(torch.int16)
+    # Words of nothing but the largest code, which the wire has to tell from an empty place.
+    signs = (torch.rand(1000, 32, generator=generator) < 0.95).float() * -2 + 1
+    signs[:, 8:16] = -1
+    signs[-1], signs[-2, 24:], signs[-1, 5] = -1, -1, 1
+    largest = [signs, signs * 0.75 + 0.25 * signs.sign().clamp(min=0), signs.flip(1)]
     blocks = [normal * scales, uniform, heavy, steps, tie, lost, limits, every16]
+    blocks += [mixed.view(dtype).float(), *largest]
     return torch.cat([*blocks, normal.to(dtype).float()])
 
 
 def unpacked(codes, bits):
-    """int32 [N, 4, 3] of the native encoder -> q int32 [N, 32]."""
-    words = codes.long() & 0xFFFFFFFF
-    if bits == 8:
-        low = torch.stack([words[:, :, i // 4] >> (i % 4 * 8) & 255 for i in range(8)], 2)
-    else:
-        low = torch.stack([words[:, :, 0] >> (i * 4) & 15 for i in range(8)], 2)
-        if bits == 6:
-            low += torch.stack([words[:, :, 2] >> (i * 2) & 3 for i in range(8)], 2) << 4
-    return (low.reshape(-1, 32) - (1 << (bits - 1))).int()
+    """int32 [N, 8] of the native encoder, a byte a code -> q int32 [N, 32]."""
+    return codes.view(torch.uint8).int() - (1 << (bits - 1))
 
 
 def same(a, b):

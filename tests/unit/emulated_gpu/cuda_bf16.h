@@ -1,4 +1,6 @@
 #pragma once
+#include <bit>
+
 #include "prim/gpu.h"
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -6,6 +8,10 @@ struct __nv_bfloat16 {
 struct __nv_bfloat162 {
   uint32_t bits;
 };
-inline __nv_bfloat162 __floats2bfloat162_rn(float, float) {
-  throw std::logic_error("bf16 is not emulated");
+inline uint32_t rounded_to_bfloat16(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+  return {rounded_to_bfloat16(low) | rounded_to_bfloat16(high) << 16};
 }

@@ -3,6 +3,7 @@
 // GPU's.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <chrono>
@@ -48,14 +49,22 @@ inline thread_local std::barrier<>* block_barrier = nullptr;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline void __syncwarp() {}
 // Of a block that is one warp.
-inline thread_local uint32_t* warp_word = nullptr;
-inline uint32_t __shfl_sync(uint32_t, uint32_t value, int lane) {
-  if (threadIdx.x == static_cast<uint32_t>(lane)) *warp_word = value;
+inline thread_local uint32_t* warp_words = nullptr;
+inline uint32_t exchange(uint32_t value, uint32_t lane) {
+  warp_words[threadIdx.x] = value;
   block_barrier->arrive_and_wait();
-  const uint32_t result = *warp_word;
+  const uint32_t result = warp_words[lane];
   block_barrier->arrive_and_wait();
   return result;
 }
+inline uint32_t max_halves(uint32_t a, uint32_t b, auto type) {
+  using T = decltype(type);
+  const T low = std::max(static_cast<T>(a), static_cast<T>(b));
+  const T high = std::max(static_cast<T>(a >> 16), static_cast<T>(b >> 16));
+  return static_cast<uint16_t>(low) | static_cast<uint32_t>(static_cast<uint16_t>(high)) << 16;
+}
+inline uint32_t __vmaxs2(uint32_t a, uint32_t b) { return max_halves(a, b, int16_t{}); }
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max_halves(a, b, uint16_t{}); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline uint32_t atomicExch(uint32_t* address, uint32_t value) {
   return std::atomic_ref(*address).exchange(value);
@@ -77,13 +86,14 @@ struct LaunchConfig {
 template <auto kernel, typename... Arguments>
 void launch(const LaunchConfig& config, const char*, Arguments... arguments) {
   std::vector<std::unique_ptr<std::barrier<>>> barriers;
-  std::vector<uint32_t> words(config.blocks);
+  std::vector<uint32_t> words(static_cast<size_t>(config.blocks) * config.threads);
   std::vector<std::jthread> threads;
   for (int b = 0; b < config.blocks; ++b) {
     barriers.push_back(std::make_unique<std::barrier<>>(config.threads));
     for (int t = 0; t < config.threads; ++t) {
-      threads.emplace_back([=, barrier = barriers.back().get(), word = &words[b]] {
-        warp_word = word;
+      threads.emplace_back([=, barrier = barriers.back().get(),
+                            first = &words[static_cast<size_t>(b) * config.threads]] {
+        warp_words = first;
         threadIdx = {static_cast<uint32_t>(t)};
         blockIdx = {static_cast<uint32_t>(b)};
         blockDim = {static_cast<uint32_t>(config.threads)};

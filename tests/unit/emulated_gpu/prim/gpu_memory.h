@@ -35,6 +35,8 @@ inline void st_relaxed_sys(ulonglong2* a, ulonglong2 v) {
   std::this_thread::yield();
   st_word(&a->x, v.x, kRelaxed);
 }
+inline uint16_t ld_relaxed_sys(const uint16_t* a) { return ld_word(a, kRelaxed); }
+inline void st_relaxed_sys(uint16_t* a, uint16_t v) { st_word(a, v, kRelaxed); }
 inline uint32_t ld_relaxed_sys(const uint32_t* a) { return ld_word(a, kRelaxed); }
 inline uint64_t ld_relaxed_sys(const uint64_t* a) { return ld_word(a, kRelaxed); }
 inline void st_relaxed_sys(uint32_t* a, uint32_t v) { st_word(a, v, kRelaxed); }
