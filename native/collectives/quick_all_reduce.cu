@@ -2,8 +2,9 @@
 //
 // Work is cut into messages: number k of an owner is the k-th group of 4 vectors a lane among its
 // rows. A thread does the numbers k, k + threads of the grid, ... in all three steps, so in place
-// needs no further care, and the steps of different numbers overlap: while it reads the parts of
-// one, those of the next are on their way. It waits for single messages and meets no other thread.
+// needs no further care. A turn of its loop sends one number, reduces an earlier one and gathers one
+// earlier still, whose parts arrived meanwhile; all that the turn reads is loaded before it works.
+// A thread waits for single messages and meets no other thread.
 #include "collectives/quick_all_reduce.h"
 
 #include <algorithm>
@@ -36,53 +37,84 @@ class Kernel {
                                     const Work& work, uint64_t epoch)
       : view_(view), inp_(inp), out_(out), work_(work), epoch_(epoch) {}
 
-  // Sends the peers their rows of message k.
-  __device__ __forceinline__ void scatter(uint32_t k) {
-#pragma unroll 1
-    for (uint32_t turn = 1; turn < W; ++turn) {
-      const uint32_t peer = (view_.rank + turn) % W;  // not everybody to the same peer at once
-      Sent sent;
-      sent.encode(load(peer, k));
-      sent.seal();
-      sent.store(part(peer, view_.rank, 0), k, work_.room);
+  // One turn: what each step reads first is loaded before the first step works.
+  __device__ __forceinline__ void turn(uint32_t sent, uint32_t reduced, uint32_t gathered) {
+    Vectors theirs, own;
+    Sent part, sum;
+    constexpr bool kEarly = C != Codec::kFp;  // whose messages take too many registers
+    if (sent < work_.messages) theirs = load(peer(1), sent);
+    if (reduced < work_.messages) {
+      part.load(this->part(view_.rank, sender(0), 0), reduced, work_.room);
+      own = load(view_.rank, reduced);
+    }
+    const auto look = [&] { sum.load(this->part(view_.rank, peer(1), 1), gathered, work_.room); };
+    if (kEarly && gathered < work_.messages) look();
+    if (sent < work_.messages) scatter(sent, theirs);
+    if (reduced < work_.messages) reduce(reduced, own, part);
+    if (gathered < work_.messages) {
+      if (!kEarly) look();
+      gather(gathered, sum);
     }
   }
 
-  // Sums this rank's rows of message k, keeps them, and sends them to the peers.
-  __device__ __forceinline__ void reduce(uint32_t k) {
-    const Vectors own = load(view_.rank, k);
-    Floats<H> sum[kQuad] = {minus_zeros(), minus_zeros(), minus_zeros(), minus_zeros()};
+ private:
+  // The peers in an order in which not everybody turns to the same one at once.
+  __device__ __forceinline__ uint32_t peer(uint32_t turn) const { return (view_.rank + turn) % W; }
+  // The peers in rank order.
+  __device__ __forceinline__ uint32_t sender(uint32_t place) const {
+    return place < view_.rank ? place : place + 1;
+  }
+
+  // Sends the peers their rows of message k; `values` are those of the first.
+  __device__ __forceinline__ void scatter(uint32_t k, Vectors values) {
 #pragma unroll 1
-    for (uint32_t rank = 0; rank < W; ++rank) {
-      if (rank == view_.rank) {
-#pragma unroll
-        for (int s = 0; s < kQuad; ++s) gpu::accumulate(sum[s], Floats<H>(own.of[s]));
-      } else {
-        receive(rank, k, 0).decode(
-            [&](int s, const Floats<H>& values) { gpu::accumulate(sum[s], values); });
-      }
+    for (uint32_t turn = 1; turn < W; ++turn) {
+      Sent sent;
+      sent.encode(values);
+      if (turn + 1 < W) values = load(peer(turn + 1), k);
+      sent.seal();
+      sent.store(part(peer(turn), view_.rank, 0), k, work_.room);
     }
+  }
+
+  // Sums this rank's rows of message k, keeps them, and sends them to the peers. `next` is a first
+  // look at the first sender's.
+  __device__ __forceinline__ void reduce(uint32_t k, const Vectors& own, Sent next) {
+    Floats<H> sum[kQuad] = {minus_zeros(), minus_zeros(), minus_zeros(), minus_zeros()};
+    const auto add_own = [&] {
+#pragma unroll
+      for (int s = 0; s < kQuad; ++s) gpu::accumulate(sum[s], Floats<H>(own.of[s]));
+    };
+#pragma unroll 1
+    for (uint32_t place = 0; place < W - 1; ++place) {
+      if (place == view_.rank) add_own();
+      receive(next, sender(place), k, 0);
+      const Sent theirs = next;
+      if (place + 1 < W - 1) next.load(part(view_.rank, sender(place + 1), 0), k, work_.room);
+      theirs.decode([&](int s, const Floats<H>& values) { gpu::accumulate(sum[s], values); });
+    }
+    if (view_.rank == W - 1) add_own();
     Sent sent;
     sent.encode_sum(sum);
     store(view_.rank, k, sent);
     sent.seal();
 #pragma unroll 1
     for (uint32_t turn = 1; turn < W; ++turn) {
-      const uint32_t peer = (view_.rank + turn) % W;
-      sent.store(part(peer, view_.rank, 1), k, work_.room);
+      sent.store(part(peer(turn), view_.rank, 1), k, work_.room);
     }
   }
 
-  // Decodes the other owners' sums of message k.
-  __device__ __forceinline__ void gather(uint32_t k) {
+  // Decodes the other owners' sums of message k. `next` is a first look at the first one's.
+  __device__ __forceinline__ void gather(uint32_t k, Sent next) {
 #pragma unroll 1
     for (uint32_t turn = 1; turn < W; ++turn) {
-      const uint32_t peer = (view_.rank + turn) % W;
-      store(peer, k, receive(peer, k, 1));
+      receive(next, peer(turn), k, 1);
+      const Sent sums = next;
+      if (turn + 1 < W) next.load(part(view_.rank, peer(turn + 1), 1), k, work_.room);
+      store(peer(turn), k, sums);
     }
   }
 
- private:
   // What x + it leaves as it is, of all x.
   static __device__ __forceinline__ Floats<H> minus_zeros() {
     constexpr uint32_t kPair = 0x80008000u;
@@ -114,14 +146,17 @@ class Kernel {
 
   __device__ __forceinline__ void store(uint32_t owner, uint32_t k, const Sent& sums) const {
     const uint64_t first = first_vector(owner, k);
-    const bool whole = out_.whole(first + 32 * (kQuad - 1));
-    sums.decode([&](int s, const Floats<H>& values) {
-      if (whole) {
-        reinterpret_cast<uint4*>(out_.data)[first + 32 * s] = values.rounded();
-      } else {
-        out_.store(first + 32 * s, values.rounded());
+    Vectors v;
+    sums.decode([&](int s, const Floats<H>& values) { v.of[s] = values.rounded(); });
+    if (out_.whole(first + 32 * (kQuad - 1))) {
+#pragma unroll
+      for (int s = 0; s < kQuad; ++s) {
+        reinterpret_cast<uint4*>(out_.data)[first + 32 * s] = v.of[s];
       }
-    });
+    } else {
+#pragma unroll
+      for (int s = 0; s < kQuad; ++s) out_.store(first + 32 * s, v.of[s]);
+    }
   }
 
   // `sender`'s part of an area of `owner`.
@@ -131,17 +166,15 @@ class Kernel {
     return view_.area(owner, epoch_, shot) + uint64_t{among} * work_.room * kBytes;
   }
 
-  __device__ __forceinline__ Sent receive(uint32_t sender, uint32_t k, int shot) {
+  // Waits for a message that has been looked at once, and frees its place.
+  __device__ __forceinline__ void receive(Sent& sent, uint32_t sender, uint32_t k, int shot) {
     char* from = part(view_.rank, sender, shot);
-    Sent sent;
     spin_.begin();
-    for (;;) {
+    while (!sent.arrived() && !spin_.give_up(view_.spin, sender, epoch_, k, 0, 0)) {
       sent.load(from, k, work_.room);
-      if (sent.arrived() || spin_.give_up(view_.spin, sender, epoch_, k, 0, 0)) break;
     }
     Sent::clear(from, k, work_.room);
     sent.unseal();
-    return sent;
   }
 
   const View& view_;
@@ -175,15 +208,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   Kernel<C, H, W> kernel(view, inp, out, work, epoch);
   const uint32_t stride = gridDim.x * blockDim.x;
   const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  // Whole warps enter and leave the steps together: the lanes of a quad exchange values.
+  // Whole warps take part in a step or do not: the lanes of a quad exchange values. Numbers wrap
+  // around where a step has not begun.
   const uint32_t lag = work.ahead * stride;
   for (uint32_t k = first; k < work.messages + 2 * lag; k += stride) {
-    if (k < work.messages) kernel.scatter(k);
-    if (k == threadIdx.x + blockIdx.x * blockDim.x && threadIdx.x == 0) {
-      mark_busy(view, control.words[blockIdx.x], epoch);
-    }
-    if (k - lag < work.messages) kernel.reduce(k - lag);
-    if (k - 2 * lag < work.messages) kernel.gather(k - 2 * lag);
+    if (k == first + stride && threadIdx.x == 0) mark_busy(view, control.words[blockIdx.x], epoch);
+    kernel.turn(k, k - lag, k - 2 * lag);
   }
   __syncthreads();  // all threads have read the state
   // The next call may have more blocks: block b keeps the words b, b + G, ... at the same epoch,

@@ -147,7 +147,7 @@ HOST_DEVICE void decode4(uint32_t codes, float step, float* x) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
     // The integer in the low bits of 1.5 * 2^23 is that much more than it.
-    const float shifted = std::bit_cast<float>(kRoundBits | (codes >> (8 * i) & 255u));
+    const float shifted = std::bit_cast<float>(with_byte(kRoundBits, codes, i));
     x[i] = (shifted - (kRound + float{1 << (B - 1)})) * step;
   }
 }
