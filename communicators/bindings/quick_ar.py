@@ -46,9 +46,7 @@ class QuickArLibrary:
         )
         self.check_ = function("check", number, pointer)
         self.set_timeout_ns = function("set_timeout_ns", None, pointer, size)
-        self.set_launch = function(
-            "set_launch", number, pointer, number, number, number, number
-        )
+        self.set_launch = function("set_launch", number, pointer, number, number, number, number)
 
     def create(self, pointers: Sequence[int], rank: int, area: int) -> int:
         """A handle over the buffers at `pointers`, one a rank, with areas of `area` bytes.

@@ -2,13 +2,12 @@
 //
 // Work is cut into messages: number k of an owner is the k-th group of 4 vectors a lane among its
 // rows. A thread does the numbers k, k + threads of the grid, ... in all three steps, so in place
-// needs no further care. A turn of its loop sends one number, reduces an earlier one and gathers one
-// earlier still, whose parts arrived meanwhile; all that the turn reads is loaded before it works.
-// A thread waits for single messages and meets no other thread.
-#include "collectives/quick_all_reduce.h"
-
+// needs no further care. A turn of its loop sends one number, reduces an earlier one and gathers
+// one earlier still, whose parts arrived meanwhile; all that the turn reads is loaded before it
+// works. A thread waits for single messages and meets no other thread.
 #include <algorithm>
 
+#include "collectives/quick_all_reduce.h"
 #include "collectives/quick_wire.h"
 #include "prim/gpu_launch.h"
 #include "prim/gpu_spin.h"
@@ -85,15 +84,18 @@ class Kernel {
 #pragma unroll
       for (int s = 0; s < kQuad; ++s) gpu::accumulate(sum[s], Floats<H>(own.of[s]));
     };
+    bool complete = true;
 #pragma unroll 1
     for (uint32_t place = 0; place < W - 1; ++place) {
       if (place == view_.rank) add_own();
-      receive(next, sender(place), k, 0);
+      complete = receive(next, sender(place), k, 0) && complete;
       const Sent theirs = next;
       if (place + 1 < W - 1) next.load(part(view_.rank, sender(place + 1), 0), k, work_.room);
       theirs.decode([&](int s, const Floats<H>& values) { gpu::accumulate(sum[s], values); });
     }
     if (view_.rank == W - 1) add_own();
+    // A sum without all of its parts goes nowhere: the peers are late then, too.
+    if (gpu::any_lane(!complete)) return;
     Sent sent;
     sent.encode_sum(sum);
     store(view_.rank, k, sent);
@@ -166,15 +168,17 @@ class Kernel {
     return view_.area(owner, epoch_, shot) + uint64_t{among} * work_.room * kBytes;
   }
 
-  // Waits for a message that has been looked at once, and frees its place.
-  __device__ __forceinline__ void receive(Sent& sent, uint32_t sender, uint32_t k, int shot) {
+  // Waits for a message that has been looked at once, and frees its place. False: it did not come.
+  __device__ __forceinline__ bool receive(Sent& sent, uint32_t sender, uint32_t k, int shot) {
     char* from = part(view_.rank, sender, shot);
     spin_.begin();
-    while (!sent.arrived() && !spin_.give_up(view_.spin, sender, epoch_, k, 0, 0)) {
+    while (!sent.arrived()) {
+      if (spin_.give_up(view_.spin, sender, epoch_, k, 0, 0)) return false;
       sent.load(from, k, work_.room);
     }
     Sent::clear(from, k, work_.room);
     sent.unseal();
+    return true;
   }
 
   const View& view_;

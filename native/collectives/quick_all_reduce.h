@@ -4,7 +4,8 @@
 // Every rank owns one buffer that its peers map and store into; nobody reads a peer's memory:
 //
 //   Control            32 KB    the words of the table below
-//   area[parity][shot] 4 x      messages (quick_wire.h), zeros at rest. Shot 0: other ranks' parts of
+//   area[parity][shot] 4 x      messages (quick_wire.h), zeros at rest. Shot 0: other ranks' parts
+//   of
 //                               the rows that this rank owns. Shot 1: the sums of the other owners.
 //
 // Data is its own arrival flag, so there are no fences and no counters, and a thread waits for
@@ -13,8 +14,8 @@
 //
 // Why two parities and no barrier are enough: a kernel ends when it has all of its messages, each
 // of which it has replaced by zeros. So a rank that starts call e + 2 has ended call e + 1, hence
-// every peer has started e + 1, hence has ended e, and with it all reading and clearing of what call
-// e + 2 writes.
+// every peer has started e + 1, hence has ended e, and with it all reading and clearing of what
+// call e + 2 writes.
 //
 // | word             | owner | writer            | transition                     | at rest       |
 // |------------------|-------|-------------------|--------------------------------|---------------|

@@ -56,8 +56,8 @@ QuickAllReduce::QuickAllReduce(const std::vector<char*>& bases, int rank, uint64
 QuickAllReduce::~QuickAllReduce() { (void)GPU_NAME(FreeHost)(report_); }
 
 void QuickAllReduce::set_shape(int blocks, int threads, int ahead) {
-  const bool warps = threads == 0 || threads == 32 || threads == 64 || threads == 128 ||
-                     threads == kMaxThreads;
+  const bool warps =
+      threads == 0 || threads == 32 || threads == 64 || threads == 128 || threads == kMaxThreads;
   if (blocks < 0 || blocks > kMaxBlocks || !warps || ahead < 0 || ahead > 64) {
     throw Error(Failure::kArgument, std::to_string(blocks) + " blocks of " +
                                         std::to_string(threads) + " threads, " +

@@ -229,8 +229,8 @@ struct Message<Codec::kFp, H> {
   __device__ __forceinline__ void decode(Body body) const {
 #pragma unroll
     for (int s = 0; s < kQuad; ++s) {
-      body(s, Floats<H>(make_uint4(words[4 * s], words[4 * s + 1], words[4 * s + 2],
-                                   words[4 * s + 3])));
+      body(s, Floats<H>(
+                  make_uint4(words[4 * s], words[4 * s + 1], words[4 * s + 2], words[4 * s + 3])));
     }
   }
   __device__ __forceinline__ void seal() {

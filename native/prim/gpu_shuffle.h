@@ -25,6 +25,15 @@ __device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
 #endif
 }
 
+// Whether `value` is true in any lane.
+__device__ __forceinline__ bool any_lane(bool value) {
+#if COMMUNICATORS_HIP
+  return __any(value) != 0;
+#else
+  return __any_sync(0xffffffffu, value) != 0;
+#endif
+}
+
 // The value of lane 0 of the first 32, in all of them.
 __device__ __forceinline__ uint32_t shuffle_first(uint32_t value) {
 #if COMMUNICATORS_HIP

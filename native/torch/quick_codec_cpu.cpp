@@ -64,9 +64,9 @@ std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
   const int64_t blocks = x.size(0);
   Tensor extremes = torch::stable::empty({blocks}, ScalarType::Short, std::nullopt, cpu);
   Tensor codes = torch::stable::empty({blocks, kWords}, ScalarType::Int, std::nullopt, cpu);
-  const auto* from = static_cast<const float(*)[quick::kBlock]>(x.const_data_ptr());
+  const auto* from = static_cast<const float (*)[quick::kBlock]>(x.const_data_ptr());
   auto* m = static_cast<uint16_t*>(extremes.mutable_data_ptr());
-  auto* to = static_cast<uint32_t(*)[kWords]>(codes.mutable_data_ptr());
+  auto* to = static_cast<uint32_t (*)[kWords]>(codes.mutable_data_ptr());
   by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
     for (int64_t n = 0; n < blocks; ++n) encode_block<B, H>(from[n], m + n, to[n]);
   });
@@ -85,7 +85,7 @@ Tensor quick_decode(Tensor extremes, Tensor codes, int64_t bits, bool bfloat16) 
   Tensor x = torch::stable::empty({blocks, quick::kBlock}, ScalarType::Float, std::nullopt,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
   const auto* m = static_cast<const uint16_t*>(extremes.const_data_ptr());
-  const auto* from = static_cast<const uint32_t(*)[kWords]>(codes.const_data_ptr());
+  const auto* from = static_cast<const uint32_t (*)[kWords]>(codes.const_data_ptr());
   auto* to = static_cast<float*>(x.mutable_data_ptr());
   by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
     for (int64_t n = 0; n < blocks; ++n) decode_block<B, H>(m[n], from[n], to + n * quick::kBlock);

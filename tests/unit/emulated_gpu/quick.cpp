@@ -88,8 +88,8 @@ const char* quick_run(void* handle, int codec, int bfloat16, void** inputs, void
   for (int r = 0; r < present; ++r) {
     const Rank& rank = *ranks.of[r];
     if (rank.report.code != gpu::kSpinNone) {
-      ranks.wrong = "rank " + std::to_string(r) + " waited for rank " +
-                    std::to_string(rank.report.peer);
+      ranks.wrong =
+          "rank " + std::to_string(r) + " waited for rank " + std::to_string(rank.report.peer);
       break;
     }
     ranks.wrong = at_rest(rank.view, ranks.calls);
