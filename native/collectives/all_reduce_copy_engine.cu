@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
       gpu::st_release_sys(&ws.control(peer).taken[blockIdx.x], progress(call.epoch, chunk + 1));
     }
   }
-  call.leave(ws);
+  call.leave();
 }
 
 }  // namespace

@@ -236,8 +236,6 @@ void Communicator::tune(const std::string& name, int64_t value) {
     tuning_.shape.threads = number;
   } else if (name == "unroll" && (number == 0 || number == 1 || number == 2 || number == 4)) {
     tuning_.shape.unroll = number;
-  } else if (name == "drain" && number <= 2) {
-    tuning_.shape.drain = number;
   } else if (name == "piece") {
     tuning_.shape.piece = size;
   } else if (name == "overlap") {

@@ -76,6 +76,7 @@ __device__ __forceinline__ void wait_for_warp(const uint4* slot, const Workspace
 template <typename T, int W>
 __device__ __forceinline__ uint4 rank_ordered_sum(uint4 own, const uint4 (&peers)[W - 1],
                                                   uint32_t rank) {
+  if constexpr (W == 2) return gpu::sum_of_two<T>(own, peers[0]);
   const auto of = [&](int r) {  // all indices are known when this is compiled
     if (r == static_cast<int>(rank)) return own;
     if (r == 0) return peers[0];

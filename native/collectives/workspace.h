@@ -18,19 +18,21 @@
 // peer's call e has ended, and with it all reading and clearing of the slot that call e + 2 now
 // writes into.
 //
-// | word         | owner | writer              | transition                        | at rest |
-// |--------------|-------|---------------------|-----------------------------------|----------------|
-// | words[].state| rank  | see class Call      | 2e -> 2e+1 enter -> 2(e+n) leave  | even, 2*epoch
-// | | words[].aborted, | rank | its first failure | 0 -> 1, never back                | 0 | |
-// aborted      |       |                     |                                   |                |
-// | entered      | rank  | blocks of big grids | 0 -> number of blocks -> 0        | 0 | | alive[p]
-// | rank  | peer p, at set-up   | 0 -> 1                            | 1              | | started[p]
-// | rank  | peer p, long calls  | raised to e+1: p has entered e    | <= own epoch   | |
-// consumed[b]  | rank  | peer's reducer b    | raised to the first unread piece  | <= own epoch   |
-// | pushed[b]    | rank  | its own pusher b    | raised to (e, chunks sent)        | any | |
-// arrived[p][b]| rank  | peer p's pusher b   | raised to (e, chunks sent)        | any            |
-// | ready, sent, | rank  | see all_reduce_copy_engine.cu                           | | | landed,
-// taken|       |                                                         |                |
+// clang-format off
+// | word            | owner | writer               | transition                       | at rest        |
+// |-----------------|-------|----------------------|----------------------------------|----------------|
+// | words[].state   | rank  | see class Call       | 2e -> 2e+1 enter -> 2(e+n) leave | even, 2*epoch  |
+// | words[].aborted,| rank  | its first failure    | 0 -> 1, never back               | 0              |
+// | aborted         |       |                      |                                  |                |
+// | entered         | rank  | blocks of big grids  | 0 -> number of blocks -> 0       | 0              |
+// | alive[p]        | rank  | peer p, at set-up    | 0 -> 1                           | 1              |
+// | started[p]      | rank  | peer p, long calls   | raised to e+1: p has entered e   | <= own epoch   |
+// | consumed[b]     | rank  | peer's reducer b     | raised to the first unread piece | <= own epoch   |
+// | pushed[b]       | rank  | its own pusher b     | raised to (e, chunks sent)       | any            |
+// | arrived[p][b]   | rank  | peer p's pusher b    | raised to (e, chunks sent)       | any            |
+// | ready, sent,    | rank  | see all_reduce_copy_engine.cu                           |                |
+// | landed, taken   |       |                                                         |                |
+// clang-format on
 //
 // Epochs live here, in device memory, so that a CUDA graph can be replayed any number of times and
 // between eager calls. They are 63 bits wide and compared by difference. A call of n pieces adds n.
@@ -138,25 +140,30 @@ __host__ __device__ inline uint64_t progress(uint64_t epoch, uint64_t count) {
 // A grid of at most kStateWords blocks shares the words out evenly; a block reads the first word of
 // its share and in the end writes all of it. So a next call may have any number of blocks, and no
 // block writes a word that another one of the same call reads. In a bigger grid the last block to
-// enter writes all words: by then every block has read.
+// enter writes all words: by then every block has read. kSmall promises a grid that is not bigger.
+template <bool kSmall = false>
 class Call {
  public:
   uint64_t epoch = 0;
 
   // Needs no data, so it can stand before gpu::dependency_wait().
   __device__ __forceinline__ explicit Call(const Workspace& ws)
-      : control_(ws.mine()), big_(gridDim.x > kStateWords) {
-    const uint32_t share = big_ ? 1 : kStateWords / gridDim.x;
+      : control_(ws.mine()), big_(!kSmall && gridDim.x > kStateWords) {
+    // A power of two, by shifts: a division would be half of what stands before the first load.
+    const uint32_t share = big_ ? 1 : kStateWords >> gpu::bits_of(gridDim.x - 1);
     first_ = blockIdx.x * share % kStateWords;
     end_ = blockIdx.x + 1 == gridDim.x ? kStateWords : first_ + share;
+    word_ = &control_.words[first_];
   }
+
+  // What stands before gpu::dependency_wait() is to be done before it.
+  __device__ __forceinline__ uint64_t ready() const { return reinterpret_cast<uint64_t>(word_); }
 
   // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
   // been reported.
   __device__ __forceinline__ bool enter(const Workspace& ws) {
-    const auto* word = reinterpret_cast<const ulonglong2*>(&control_.words[first_]);
-    const ulonglong2 seen = gpu::ld_relaxed_sys(word);
+    const ulonglong2 seen = gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(word_));
     epoch = seen.x >> 1;
     if (seen.y != 0) return false;
     if (epoch == 0) wait_alive(ws, control_);
@@ -167,12 +174,14 @@ class Call {
   // wait. Marks the block as busy: a block found busy is a second call in flight, on another
   // stream. The barrier sees to it that no thread reads the state after another has left.
   //
-  // The mark travels behind the block's stores. With `drain` the block waits for its answer, which
-  // comes when the stores have been taken, before it starts to poll; without, leave() looks at it.
-  __device__ __forceinline__ void settle(const Workspace& ws, bool drain = true) {
+  // The mark travels behind the block's stores and is answered when they have been taken. Only then
+  // does the block start to poll: polls that start at once get in the way of its own stores.
+  __device__ __forceinline__ void settle(const Workspace& ws) {
     if (threadIdx.x == 0 && marks()) {
-      before_ = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
-      if (drain || big_) report_if_busy(ws);
+      const uint64_t before = gpu::fetch_or_relaxed_gpu(&word_->state, 1);
+      if ((before & 1) != 0) {
+        gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, before, 0);
+      }
     }
     __syncthreads();
     if (threadIdx.x == 0 && big_) {
@@ -181,7 +190,7 @@ class Call {
   }
 
   // By all threads at the end of every block that settled.
-  __device__ __forceinline__ void leave(const Workspace& ws, uint64_t pieces = 1) {
+  __device__ __forceinline__ void leave(uint64_t pieces = 1) {
     const uint64_t next = (epoch + pieces) * 2;
     if (!big_) {
       for (uint32_t word = first_ + threadIdx.x; word < end_; word += blockDim.x) {
@@ -195,7 +204,6 @@ class Call {
         if (threadIdx.x == 0) gpu::st_relaxed_sys(&control_.entered, 0);
       }
     }
-    if (threadIdx.x == 0 && marks()) report_if_busy(ws);
   }
 
  private:
@@ -213,17 +221,12 @@ class Call {
   // In a big grid blocks share words, and block 0 marks for all.
   __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
 
-  __device__ __forceinline__ void report_if_busy(const Workspace& ws) const {
-    if ((before_ & 1) == 0) return;
-    gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, before_, 0);
-  }
-
   Control& control_;
   uint32_t first_;
   uint32_t end_;
   bool big_;
+  StateWord* word_;
   uint32_t others_;  // of thread 0: how many blocks had entered before this one
-  uint64_t before_;  // of thread 0: the word before the mark
 };
 
 }  // namespace collectives

@@ -23,10 +23,11 @@ from communicators.settings import Settings
 from tests.gpu.virtual_ranks import rank_ordered_sum, same_bits
 from tests.multigpu.harness import Rank, Ranks
 
-pytestmark = pytest.mark.multigpu
-
-if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
-    pytest.skip("fewer than two CUDA GPUs", allow_module_level=True)
+# A mark and not a skip of the module, which ranks that see one GPU import too.
+pytestmark = [
+    pytest.mark.multigpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs"),
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 8, 333, 4096, 65536, 262145, 1 << 20, (3 << 20) + 5, 12 << 20)

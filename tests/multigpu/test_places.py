@@ -17,10 +17,10 @@ from communicators.workspace import SharedBuffer
 from tests.multigpu import test_custom_all_reduce as two
 from tests.multigpu.harness import Rank, Ranks
 
-pytestmark = pytest.mark.multigpu
-
-if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
-    pytest.skip("fewer than two CUDA GPUs", allow_module_level=True)
+pytestmark = [
+    pytest.mark.multigpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs"),
+]
 
 
 # Four processes on two GPUs. Their kernels take turns on a GPU, so every wait on a peer of the same
