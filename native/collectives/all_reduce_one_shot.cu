@@ -19,54 +19,45 @@ constexpr int kMaxThreads = 512;
 constexpr int kMaxSmallThreads = 512;
 
 // One aligned vector a thread. A grid that is not small moves so much that it would push out of the
-// L2 what the kernels around it need: its input and its slots, which nobody reads again, go first.
+// L2 what the kernels around it need: its slots, which nobody reads for two calls, go first.
 template <typename T, int W, bool kSmall>
 __global__ void __launch_bounds__(kMaxSmallThreads)
     one_shot_kernel(const __grid_constant__ Workspace ws, const uint4* inp, uint4* out,
                     uint32_t vectors) {
-  // Everything that comes from the parameters is ready before the predecessor ends.
   Call<kSmall> call(ws);
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = i < vectors;
-  char* theirs[W];  // where this rank writes, in the peer `turn` ranks on
-#pragma unroll
-  for (int turn = 1; turn < W; ++turn) {
-    // Not everybody to the same peer at once.
-    theirs[turn] = ws.slot_area((ws.rank + turn) % W, ws.rank) + uint64_t{i} * gpu::kVectorBytes;
-  }
-  char* ours = ws.base[ws.rank] + ws.layout.slot_offset(0) + uint64_t{i} * gpu::kVectorBytes;
-  const uint64_t second_slot = ws.layout.slot;
   inp += i;
-  out += i;
-  const uint64_t policy = kSmall ? 0 : gpu::first_to_leave();
-  // Never true. Compilers put arithmetic off until after the wait, but not across a branch on it.
-  uint64_t all = call.ready() | second_slot | reinterpret_cast<uint64_t>(ours) |
-                 reinterpret_cast<uint64_t>(inp) | reinterpret_cast<uint64_t>(out);
-#pragma unroll
-  for (int turn = 1; turn < W; ++turn) all |= reinterpret_cast<uint64_t>(theirs[turn]);
-  if (all == 0) return;
+  // Never true. Compilers put arithmetic off until after a wait, but not across a branch on it.
+  if ((call.first_address() | reinterpret_cast<uint64_t>(inp)) == 0) return;
   gpu::dependency_wait();
   gpu::launch_dependents();
+  call.look();
   uint4 own = {};
-  if (inside) own = kSmall ? *inp : gpu::ld_with_policy(inp, policy);
-  if (!call.enter(ws)) return;
-  const uint64_t slot = (call.epoch & 1) != 0 ? second_slot : 0;
+  if (inside) own = *inp;
+  if (call.failed()) return;
+  if (call.first()) {
+    call.wait_for_peers(ws);
+    if (inside) own = *inp;
+  }
+  const uint64_t place = ws.slot_of(call.epoch) + uint64_t{i} * gpu::kVectorBytes;
   if (inside) {
 #pragma unroll
     for (int turn = 1; turn < W; ++turn) {
-      gpu::send_marked(reinterpret_cast<uint4*>(theirs[turn] + slot), own);
+      gpu::send_marked(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + place), own);
     }
   }
   call.settle(ws);
   if (inside) {
+    char* ours = ws.slots + place;
     gpu::Spin spin;
     uint4 peers[W - 1];
-    receive_from_peers<W>(peers, ours + slot, ws.slot_stride, ws, spin, call.epoch, i);
-    *out = rank_ordered_sum<T, W>(own, peers, ws.rank);
+    receive_from_peers<W>(peers, ours, ws.slot_stride, ws, spin, call.epoch, i);
+    out[i] = rank_ordered_sum<T, W>(own, peers, ws.rank);
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
-      auto* done = reinterpret_cast<uint4*>(ours + slot + k * ws.slot_stride);
-      kSmall ? gpu::clear_marked(done) : gpu::clear_marked(done, policy);
+      auto* done = reinterpret_cast<uint4*>(ours + k * ws.slot_stride);
+      kSmall ? gpu::clear_marked(done) : gpu::clear_marked(done, gpu::first_to_leave());
     }
   }
   call.leave();
@@ -84,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   gpu::launch_dependents();
   if (!call.enter(ws)) return;
   const uint64_t slot = ws.slot_of(call.epoch);
-  char* ours = ws.base[ws.rank] + ws.layout.slot_offset(0) + slot;
+  char* ours = ws.slots + slot;
   gpu::Spin spin;
   for (bool settled = false; !settled || i < vectors; settled = true, i += step) {
     const uint64_t place = uint64_t{i} * gpu::kVectorBytes;
@@ -93,8 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       own = inp.load(i);
 #pragma unroll
       for (int turn = 1; turn < W; ++turn) {
-        char* theirs = ws.slot_area((ws.rank + turn) % W, ws.rank) + slot;
-        gpu::send_marked(reinterpret_cast<uint4*>(theirs + place), own);
+        gpu::send_marked(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + slot + place), own);
       }
     }
     if (!settled) call.settle(ws);
@@ -110,10 +100,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   call.leave();
 }
 
-// Few threads a block spread a small message over many multiprocessors; big grids start slower.
+// Measured on two H200. Few threads a block spread a small message over many multiprocessors; the
+// threads of a single block share the state words of the whole grid.
 int threads_for(uint64_t vectors) {
-  if (vectors > 128 && vectors <= 4096) return 128;
-  return 256;
+  if (vectors <= 256) return 512;
+  if (vectors <= 2048) return 128;
+  if (vectors <= 128 * 1024) return 256;
+  return 512;
 }
 
 }  // namespace

@@ -39,6 +39,7 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
   ws_.slot_stride = area(layout.slot);
   ws_.tagged_stride = area(layout.tagged);
   ws_.bulk_stride = area(layout.bulk);
+  ws_.finish();
   tuning_ = default_tuning(ws_.world);
   GPU_CHECK(GPU_NAME(GetDevice)(&device_));
   int major = 0;

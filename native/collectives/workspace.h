@@ -103,6 +103,9 @@ static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its pla
 // One rank's view of all workspaces; a kernel parameter. Divisions are done on the host.
 struct Workspace {
   char* base[kMaxWorld];
+  char* own;                    // base[rank]
+  char* slots;                  // where peers write here, in slot 0
+  char* pushes[kMaxWorld - 1];  // where this rank writes, in slot 0 of the peer 1, 2, ... ranks on
   Layout layout;
   uint64_t slot_stride;    // between senders' areas in a slot; the first half of an area holds raw
   uint64_t tagged_stride;  // vectors and the second half sums, where a call has both
@@ -114,11 +117,21 @@ struct Workspace {
   __host__ __device__ Control& control(uint32_t owner) const {
     return *reinterpret_cast<Control*>(base[owner]);
   }
-  __host__ __device__ Control& mine() const { return control(rank); }
+  __host__ __device__ Control& mine() const { return *reinterpret_cast<Control*>(own); }
 
   // Place of `sender` among the peers of `owner`, 0..world-2.
   __host__ __device__ static uint32_t place(uint32_t sender, uint32_t owner) {
     return sender < owner ? sender : sender - 1;
+  }
+
+  // Fills in what follows from the rest.
+  __host__ void finish() {
+    own = base[rank];
+    slots = own + layout.slot_offset(0);
+    for (uint32_t turn = 1; turn < world; ++turn) {
+      const uint32_t peer = (rank + turn) % world;
+      pushes[turn - 1] = base[peer] + layout.slot_offset(0) + place(rank, peer) * slot_stride;
+    }
   }
 
   // Where `sender` writes its marked vectors in `owner`'s slot 0; slot 1 is layout.slot bytes on.
@@ -126,7 +139,7 @@ struct Workspace {
     return base[owner] + layout.slot_offset(0) + place(sender, owner) * slot_stride;
   }
   __device__ __forceinline__ uint64_t slot_of(uint64_t epoch) const {
-    return (epoch & 1) * layout.slot;
+    return (epoch & 1) != 0 ? layout.slot : 0;
   }
 };
 
@@ -137,8 +150,8 @@ __host__ __device__ inline uint64_t progress(uint64_t epoch, uint64_t count) {
 
 // A block's part in one call on a workspace: which epoch it is, and the turn to the next one.
 //
-// A grid of at most kStateWords blocks shares the words out evenly; a block reads the first word of
-// its share and in the end writes all of it. So a next call may have any number of blocks, and no
+// A grid of at most kStateWords blocks deals the words out; a block reads the word of its number
+// and in the end writes all that it was dealt. So a next call may have any number of blocks, and no
 // block writes a word that another one of the same call reads. In a bigger grid the last block to
 // enter writes all words: by then every block has read. kSmall promises a grid that is not bigger.
 template <bool kSmall = false>
@@ -149,26 +162,35 @@ class Call {
   // Needs no data, so it can stand before gpu::dependency_wait().
   __device__ __forceinline__ explicit Call(const Workspace& ws)
       : control_(ws.mine()), big_(!kSmall && gridDim.x > kStateWords) {
-    // A power of two, by shifts: a division would be half of what stands before the first load.
-    const uint32_t share = big_ ? 1 : kStateWords >> gpu::bits_of(gridDim.x - 1);
-    first_ = blockIdx.x * share % kStateWords;
-    end_ = blockIdx.x + 1 == gridDim.x ? kStateWords : first_ + share;
-    word_ = &control_.words[first_];
+    word_ = &control_.words[blockIdx.x % kStateWords];
   }
 
-  // What stands before gpu::dependency_wait() is to be done before it.
-  __device__ __forceinline__ uint64_t ready() const { return reinterpret_cast<uint64_t>(word_); }
+  // The address that enter() starts with.
+  __device__ __forceinline__ uint64_t first_address() const {
+    return reinterpret_cast<uint64_t>(word_);
+  }
 
   // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
   // been reported.
   __device__ __forceinline__ bool enter(const Workspace& ws) {
-    const ulonglong2 seen = gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(word_));
-    epoch = seen.x >> 1;
-    if (seen.y != 0) return false;
-    if (epoch == 0) wait_alive(ws, control_);
+    look();
+    if (failed()) return false;
+    if (first()) wait_alive(ws, control_);
     return true;
   }
+
+  // enter() in its parts, for a kernel that has other things to do while the word is on its way and
+  // no registers to keep over a call of wait_alive().
+  __device__ __forceinline__ void look() {
+    const ulonglong2 seen = gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(word_));
+    epoch = seen.x >> 1;
+    failed_ = seen.y;
+  }
+  __device__ __forceinline__ bool failed() const { return failed_ != 0; }
+  // The first call of all: peers may not have prepared their slots yet.
+  __device__ __forceinline__ bool first() const { return epoch == 0; }
+  __device__ __forceinline__ void wait_for_peers(const Workspace& ws) { wait_alive(ws, control_); }
 
   // By all threads of every block that entered, between their first stores to peers and their first
   // wait. Marks the block as busy: a block found busy is a second call in flight, on another
@@ -193,7 +215,8 @@ class Call {
   __device__ __forceinline__ void leave(uint64_t pieces = 1) {
     const uint64_t next = (epoch + pieces) * 2;
     if (!big_) {
-      for (uint32_t word = first_ + threadIdx.x; word < end_; word += blockDim.x) {
+      const uint32_t step = gridDim.x * blockDim.x;
+      for (uint32_t word = blockIdx.x + threadIdx.x * gridDim.x; word < kStateWords; word += step) {
         gpu::st_relaxed_sys(&control_.words[word].state, next);
       }
     } else if (threadIdx.x < 32) {
@@ -207,7 +230,6 @@ class Call {
   }
 
  private:
-  // The first call of all: peers may not have prepared their slots yet.
   static GPU_COLD void wait_alive(const Workspace& ws, const Control& control) {
     gpu::Spin spin;
     for (uint32_t peer = 0; peer < ws.world; ++peer) {
@@ -222,10 +244,9 @@ class Call {
   __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
 
   Control& control_;
-  uint32_t first_;
-  uint32_t end_;
   bool big_;
   StateWord* word_;
+  uint64_t failed_;
   uint32_t others_;  // of thread 0: how many blocks had entered before this one
 };
 

@@ -102,20 +102,11 @@ __device__ __forceinline__ uint64_t clock_ns() {
   return now;
 }
 
-// Loads and stores of lines that nobody needs soon: the first to leave the L2 when it is full.
+// Stores to lines that nobody needs soon: the first to leave the L2 when it is full.
 __device__ __forceinline__ uint64_t first_to_leave() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
-}
-
-__device__ __forceinline__ uint4 ld_with_policy(const uint4* address, uint64_t policy) {
-  uint4 value;
-  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address), "l"(policy)
-               : "memory");
-  return value;
 }
 
 __device__ __forceinline__ void st_relaxed_sys_with_policy(uint4* address, uint4 value,
@@ -125,9 +116,6 @@ __device__ __forceinline__ void st_relaxed_sys_with_policy(uint4* address, uint4
       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
       : "memory");
 }
-
-// How many bits a number takes; 0 for 0.
-__device__ __forceinline__ uint32_t bits_of(uint32_t number) { return 32 - __clz(number); }
 
 // Programmatic dependent launch (sm_90 on; nothing before): a kernel launched with it may start
 // while its predecessor in the stream still runs. dependency_wait() returns when the predecessor

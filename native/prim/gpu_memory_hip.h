@@ -75,13 +75,8 @@ __device__ __forceinline__ uint64_t clock_ns() { return __builtin_readsteadycoun
 __device__ __forceinline__ void dependency_wait() {}
 __device__ __forceinline__ void launch_dependents() {}
 
-__device__ __forceinline__ uint32_t bits_of(uint32_t number) {
-  return number == 0 ? 0 : 32 - __builtin_clz(number);
-}
-
 // No word to the L2 about which lines leave first.
 __device__ __forceinline__ uint64_t first_to_leave() { return 0; }
-__device__ __forceinline__ uint4 ld_with_policy(const uint4* address, uint64_t) { return *address; }
 __device__ __forceinline__ void st_relaxed_sys_with_policy(uint4* address, uint4 value, uint64_t) {
   st_relaxed_sys(address, value);
 }

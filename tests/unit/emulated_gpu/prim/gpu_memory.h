@@ -1,8 +1,6 @@
 // Stands in for native/prim/gpu_memory.h: each word is atomic, the vector is not.
 #pragma once
 
-#include <bit>
-
 #include "prim/gpu.h"
 
 namespace gpu {
@@ -44,9 +42,7 @@ inline void st_relaxed_sys(uint64_t* a, uint64_t v) { st_word(a, v, kRelaxed); }
 inline uint64_t ld_acquire_sys(const uint64_t* a) { return ld_word(a, std::memory_order_acquire); }
 inline void st_release_sys(uint64_t* a, uint64_t v) { st_word(a, v, std::memory_order_release); }
 inline void fence_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline uint32_t bits_of(uint32_t number) { return std::bit_width(number); }
 inline uint64_t first_to_leave() { return 0; }
-inline uint4 ld_with_policy(const uint4* a, uint64_t) { return *a; }
 inline void st_relaxed_sys_with_policy(uint4* a, uint4 v, uint64_t) { st_relaxed_sys(a, v); }
 inline uint64_t fetch_or_relaxed_gpu(uint64_t* a, uint64_t bits) {
   return std::atomic_ref(*a).fetch_or(bits, kRelaxed);
