@@ -31,7 +31,7 @@ MISSING = 77  # the exit status by which test drivers know a skip
 #: releasing stores, acquiring loads. In kernels that use marked vectors data is in place of them.
 KERNELS = {
     "quick_all_reduce": {"quick_all_reduce_kernel": (2, 2, 2)},
-    "all_reduce_one_shot": {"one_shot_kernel": (0, 0, 0)},
+    "all_reduce_one_shot": {"one_shot_kernel": (0, 0, 0), "one_shot_rounds_kernel": (0, 0, 0)},
     "all_reduce_two_shot": {"two_shot_kernel": (0, 0, 0)},
     "all_reduce_streamed": {"streamed_kernel": (1, 2, 4)},
     "all_reduce_copy_engine": {
