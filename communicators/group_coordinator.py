@@ -138,10 +138,8 @@ class GroupCoordinator:
     def all_reduce(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """The sum of every rank's `x`, as a new tensor; never aliases `x`.
 
-        Our own paths add in rank order in fp32 and round once: equal bits on all ranks.
-
-        Args:
-            exact: not by the quantized all-reduce, where the group's settings allow it.
+        Our own paths add in rank order in fp32 and round once: equal bits on all ranks. `exact`
+        leaves out the quantized all-reduce, where the group's settings allow that one.
         """
         if torch.compiler.is_compiling():
             return torch.ops.communicators.group_all_reduce(x, self.name, exact)
