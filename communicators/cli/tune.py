@@ -63,8 +63,8 @@ def _rank(args: argparse.Namespace) -> int:
             times = "  ".join(f"{name} {us:.1f} us" for name, us in sorted(cell.us.items()))
             failed = "  ".join(f"({name}: {why})" for name, why in cell.failed.items())
             print(f"{cell.request}: {times} {failed}", flush=True)
+    device, link = backends.machine_shape(world.group, world.device)  # collective
     if world.is_first_rank:
-        device, link = backends.machine_shape(world.group, world.device)
         table = {
             "machine": {"device": device, "link": link, "world_size": world.world_size},
             "measured": {

@@ -26,7 +26,7 @@ template <typename Element, int W>
 __global__ void __launch_bounds__(kMaxThreads)
     small_kernel(const __grid_constant__ Workspace ws, const gpu::Span<Element> inp,
                  const Parts out, uint32_t vectors) {
-  Call call(ws);
+  Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
   if (!call.enter(ws)) return;
@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       out.of<Element>(sender).store(i, make_uint4(a.x, a.y, b.x, b.y));
     }
   }
-  call.leave(ws);
+  call.leave();
 }
 
 template <typename Element, int W>
 __global__ void __launch_bounds__(kMaxThreads)
     bulk_kernel(const __grid_constant__ Workspace ws, const gpu::Span<Element> inp, const Parts out,
                 uint32_t vectors, uint32_t chunks, uint32_t pushers, uint32_t collectors) {
-  Call call(ws);
+  Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
   if (!call.enter(ws)) return;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         const uint32_t i = (chunk * kUnroll + u) * blockDim.x + threadIdx.x;
         if (i < vectors) out.of<Element>(ws.rank).store(i, values[u]);
       }
-      __syncthreads();
+      gpu::sync_before_release();
       ++count;
       if (threadIdx.x < W && threadIdx.x != ws.rank) {
         gpu::st_release_sys(&ws.control(threadIdx.x).arrived[ws.rank][blockIdx.x],
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     }
   }
-  call.leave(ws);
+  call.leave();
 }
 
 // Copies move words where everything is whole words, else bytes.

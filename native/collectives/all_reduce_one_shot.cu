@@ -2,9 +2,11 @@
 // slots for the peers' vectors of the same index and adds them. One trip over the link, no barrier:
 // a vector is its own arrival flag.
 //
-// One vector a thread is the fastest at every size. Blocks that are not resident yet start as
-// others end; they start in order on every rank, so a block's counterparts always come to run. With
-// fewer blocks than that, threads go round.
+// One vector a thread is the fastest at every size: what a thread does once must be fetched by its
+// multiprocessor, so a microsecond's worth of kernel has no instruction to spare. Blocks that are
+// not resident yet start as others end; they start in order on every rank, so a block's
+// counterparts always come to run. With fewer blocks than that, or vectors that are not whole,
+// threads go round in a kernel of their own.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "collectives/marked.h"
@@ -14,52 +16,97 @@ namespace collectives {
 namespace {
 
 constexpr int kMaxThreads = 512;
+constexpr int kMaxSmallThreads = 512;
 
-template <typename T, int W, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads)
-    one_shot_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T, kWhole> inp,
-                    const gpu::SpanOf<T, kWhole> out, uint32_t vectors, bool drain) {
-  // Everything that comes from the parameters is ready before the predecessor ends.
-  Call call(ws);
-  const uint32_t step = gridDim.x * blockDim.x;
-  uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
-  char* theirs[W];  // where this rank writes, in the peer `turn` ranks on
-#pragma unroll
-  for (int turn = 1; turn < W; ++turn) {
-    // Not everybody to the same peer at once.
-    theirs[turn] = ws.slot_area((ws.rank + turn) % W, ws.rank);
-  }
-  char* ours = ws.base[ws.rank] + ws.layout.slot_offset(0);
+// One aligned vector a thread. A grid that is not small moves so much that it would push out of the
+// L2 what the kernels around it need: its slots, which nobody reads for two calls, go first.
+template <typename T, int W, bool kSmall>
+__global__ void __launch_bounds__(kMaxSmallThreads)
+    one_shot_kernel(const __grid_constant__ Workspace ws, const uint4* inp, uint4* out,
+                    uint32_t vectors) {
+  Call<kSmall> call(ws);
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  const bool inside = i < vectors;
+  inp += i;
+  // Never true. Compilers put arithmetic off until after a wait, but not across a branch on it.
+  if ((call.first_address() | reinterpret_cast<uint64_t>(inp)) == 0) return;
   gpu::dependency_wait();
   gpu::launch_dependents();
+  call.look();
   uint4 own = {};
-  if (i < vectors) own = inp.load(i);
+  if (inside) own = *inp;
+  if (call.failed()) return;
+  if (call.first()) {
+    call.wait_for_peers(ws);
+    if (inside) own = *inp;
+  }
+  const uint64_t place = ws.slot_of(call.epoch) + uint64_t{i} * gpu::kVectorBytes;
+  if (inside) {
+#pragma unroll
+    for (int turn = 1; turn < W; ++turn) {
+      gpu::send_marked(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + place), own);
+    }
+  }
+  call.settle(ws);
+  if (inside) {
+    char* ours = ws.slots + place;
+    gpu::Spin spin;
+    uint4 peers[W - 1];
+    receive_from_peers<W>(peers, ours, ws.slot_stride, ws, spin, call.epoch, i);
+    out[i] = rank_ordered_sum<T, W>(own, peers, ws.rank);
+#pragma unroll
+    for (int k = 0; k < W - 1; ++k) {
+      auto* done = reinterpret_cast<uint4*>(ours + k * ws.slot_stride);
+      kSmall ? gpu::clear_marked(done) : gpu::clear_marked(done, gpu::first_to_leave());
+    }
+  }
+  call.leave();
+}
+
+// Any number of vectors a thread, one after the other, at any alignment.
+template <typename T, int W>
+__global__ void __launch_bounds__(kMaxThreads)
+    one_shot_rounds_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T> inp,
+                           const gpu::SpanOf<T> out, uint32_t vectors) {
+  Call<> call(ws);
+  const uint32_t step = gridDim.x * blockDim.x;
+  uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  gpu::dependency_wait();
+  gpu::launch_dependents();
   if (!call.enter(ws)) return;
   const uint64_t slot = ws.slot_of(call.epoch);
+  char* ours = ws.slots + slot;
   gpu::Spin spin;
-  for (bool settled = false;; settled = true) {
-    const uint64_t place = slot + uint64_t{i} * gpu::kVectorBytes;
+  for (bool settled = false; !settled || i < vectors; settled = true, i += step) {
+    const uint64_t place = uint64_t{i} * gpu::kVectorBytes;
+    uint4 own = {};
     if (i < vectors) {
+      own = inp.load(i);
 #pragma unroll
       for (int turn = 1; turn < W; ++turn) {
-        gpu::send_marked(reinterpret_cast<uint4*>(theirs[turn] + place), own);
+        gpu::send_marked(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + slot + place), own);
       }
     }
-    if (!settled) call.settle(ws, drain);
-    if (i < vectors) {
-      uint4 peers[W - 1];
-      receive_from_peers<W>(peers, ours + place, ws.slot_stride, ws, spin, call.epoch, i);
-      out.store(i, rank_ordered_sum<T, W>(own, peers, ws.rank));
-#pragma unroll
-      for (int k = 0; k < W - 1; ++k) {
-        gpu::clear_marked(reinterpret_cast<uint4*>(ours + place + k * ws.slot_stride));
-      }
-    }
-    i += step;
+    if (!settled) call.settle(ws);
     if (i >= vectors) break;
-    own = inp.load(i);
+    uint4 peers[W - 1];
+    receive_from_peers<W>(peers, ours + place, ws.slot_stride, ws, spin, call.epoch, i);
+    out.store(i, rank_ordered_sum<T, W>(own, peers, ws.rank));
+#pragma unroll
+    for (int k = 0; k < W - 1; ++k) {
+      gpu::clear_marked(reinterpret_cast<uint4*>(ours + place + k * ws.slot_stride));
+    }
   }
-  call.leave(ws);
+  call.leave();
+}
+
+// Measured on two H200. Few threads a block spread a small message over many multiprocessors; the
+// threads of a single block share the state words of the whole grid.
+int threads_for(uint64_t vectors) {
+  if (vectors <= 256) return 512;
+  if (vectors <= 2048) return 128;
+  if (vectors <= 128 * 1024) return 256;
+  return 512;
 }
 
 }  // namespace
@@ -69,26 +116,31 @@ uint64_t one_shot_limit(const Workspace& ws) { return ws.slot_stride; }
 void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
-  const int threads =
-      shape.threads > 0 ? shape.threads : (vectors > 128 && vectors <= 4096 ? 128 : 256);
+  const int threads = shape.threads > 0 ? shape.threads : threads_for(vectors);
   const uint64_t needed = (vectors + threads - 1) / threads;
   const int blocks = at_most(needed, shape.blocks > 0 ? shape.blocks : needed);
-  // Polls of a small grid that start at once get in the way of its own stores.
-  const bool drain = shape.drain > 0 ? shape.drain == 2 : blocks <= kStateWords;
+  const gpu::LaunchConfig config{blocks, threads, stream, shape.overlap};
+  const auto count = static_cast<uint32_t>(vectors);
   by_dtype(dtype, [&](auto type) {
     by_world(ws.world, [&](auto world) {
       using T = typename decltype(type)::type;
-      const auto go = [&](auto whole) {
-        constexpr bool kWhole = decltype(whole)::value != 0;
-        gpu::launch<one_shot_kernel<T, decltype(world)::value, kWhole>>(
-            {blocks, threads, stream, shape.overlap}, "all_reduce_one_shot", ws,
-            gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes),
-            static_cast<uint32_t>(vectors), drain);
-      };
+      constexpr int W = decltype(world)::value;
       const gpu::SpanOf<T> from(inp, bytes);
       const gpu::SpanOf<T> to(out, bytes);
-      if (from.all_whole() && to.all_whole()) return go(Number<1>{});
-      return go(Number<0>{});
+      const bool one_each = static_cast<uint64_t>(blocks) == needed && from.all_whole() &&
+                            to.all_whole() && threads <= kMaxSmallThreads;
+      if (!one_each) {
+        return gpu::launch<one_shot_rounds_kernel<T, W>>(config, "all_reduce_one_shot", ws, from,
+                                                         to, count);
+      }
+      const auto* whole_inp = static_cast<const uint4*>(inp);
+      auto* whole_out = static_cast<uint4*>(out);
+      if (blocks <= kStateWords) {
+        return gpu::launch<one_shot_kernel<T, W, true>>(config, "all_reduce_one_shot", ws,
+                                                        whole_inp, whole_out, count);
+      }
+      gpu::launch<one_shot_kernel<T, W, false>>(config, "all_reduce_one_shot", ws, whole_inp,
+                                                whole_out, count);
     });
   });
 }

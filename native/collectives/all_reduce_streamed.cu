@@ -37,7 +37,7 @@ struct Cut {
 };
 
 template <typename T, int U, bool kWhole>
-__device__ __forceinline__ void push(const Workspace& ws, Call& call,
+__device__ __forceinline__ void push(const Workspace& ws, Call<>& call,
                                      const gpu::SpanOf<T, kWhole>& inp, const Cut& cut) {
   const uint32_t peer = 1 - ws.rank;
   const uint64_t epoch = call.epoch;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void push(const Workspace& ws, Call& call,
 }
 
 template <typename T, int U, bool kWhole>
-__device__ __forceinline__ void reduce(const Workspace& ws, Call& call,
+__device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
                                        const gpu::SpanOf<T, kWhole>& inp,
                                        const gpu::SpanOf<T, kWhole>& out, const Cut& cut) {
   const uint32_t peer = 1 - ws.rank;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call& call,
       }
     }
     if (cut.pieces >= 2) {
-      __syncthreads();  // the whole block has read and cleared its places of this piece
+      gpu::sync_before_release();  // the block has read and cleared its places of this piece
       if (threadIdx.x == 0) {
         gpu::st_release_sys(&ws.control(peer).consumed[block], epoch + piece + 1);
       }
@@ -152,7 +152,7 @@ template <typename T, int U, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads)
     streamed_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T, kWhole> inp,
                     const gpu::SpanOf<T, kWhole> out, const Cut cut) {
-  Call call(ws);
+  Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
   if (!call.enter(ws)) return;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   } else {
     reduce<T, U, kWhole>(ws, call, inp, out, cut);
   }
-  call.leave(ws, cut.pieces);
+  call.leave(cut.pieces);
 }
 
 }  // namespace

@@ -129,7 +129,7 @@ template <typename T, int W>
 __global__ void __launch_bounds__(kMaxThreads)
     two_shot_kernel(const __grid_constant__ Workspace ws, const char* inp, char* out,
                     const Slices slices, const Roles roles) {
-  Call call(ws);
+  Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
   if (!call.enter(ws)) return;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     call.settle(ws);
     collect<T, W>(ws, out, slices, call.epoch, first(), step(roles.collectors));
   }
-  call.leave(ws);
+  call.leave();
 }
 
 void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,

@@ -22,7 +22,6 @@ struct Shape {
   int threads = 0;
   int unroll = 0;       // vectors a thread has in flight
   uint64_t piece = 0;   // bytes a piece
-  int drain = 0;        // one-shot: 1 poll at once, 2 once the block's own stores have drained
   bool overlap = true;  // programmatic dependent launch
 };
 

@@ -39,6 +39,7 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
   ws_.slot_stride = area(layout.slot);
   ws_.tagged_stride = area(layout.tagged);
   ws_.bulk_stride = area(layout.bulk);
+  ws_.finish();
   tuning_ = default_tuning(ws_.world);
   GPU_CHECK(GPU_NAME(GetDevice)(&device_));
   int major = 0;
@@ -236,8 +237,6 @@ void Communicator::tune(const std::string& name, int64_t value) {
     tuning_.shape.threads = number;
   } else if (name == "unroll" && (number == 0 || number == 1 || number == 2 || number == 4)) {
     tuning_.shape.unroll = number;
-  } else if (name == "drain" && number <= 2) {
-    tuning_.shape.drain = number;
   } else if (name == "piece") {
     tuning_.shape.piece = size;
   } else if (name == "overlap") {

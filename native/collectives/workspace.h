@@ -18,19 +18,21 @@
 // peer's call e has ended, and with it all reading and clearing of the slot that call e + 2 now
 // writes into.
 //
-// | word         | owner | writer              | transition                        | at rest |
-// |--------------|-------|---------------------|-----------------------------------|----------------|
-// | words[].state| rank  | see class Call      | 2e -> 2e+1 enter -> 2(e+n) leave  | even, 2*epoch
-// | | words[].aborted, | rank | its first failure | 0 -> 1, never back                | 0 | |
-// aborted      |       |                     |                                   |                |
-// | entered      | rank  | blocks of big grids | 0 -> number of blocks -> 0        | 0 | | alive[p]
-// | rank  | peer p, at set-up   | 0 -> 1                            | 1              | | started[p]
-// | rank  | peer p, long calls  | raised to e+1: p has entered e    | <= own epoch   | |
-// consumed[b]  | rank  | peer's reducer b    | raised to the first unread piece  | <= own epoch   |
-// | pushed[b]    | rank  | its own pusher b    | raised to (e, chunks sent)        | any | |
-// arrived[p][b]| rank  | peer p's pusher b   | raised to (e, chunks sent)        | any            |
-// | ready, sent, | rank  | see all_reduce_copy_engine.cu                           | | | landed,
-// taken|       |                                                         |                |
+// clang-format off
+// | word            | owner | writer               | transition                       | at rest        |
+// |-----------------|-------|----------------------|----------------------------------|----------------|
+// | words[].state   | rank  | see class Call       | 2e -> 2e+1 enter -> 2(e+n) leave | even, 2*epoch  |
+// | words[].aborted,| rank  | its first failure    | 0 -> 1, never back               | 0              |
+// | aborted         |       |                      |                                  |                |
+// | entered         | rank  | blocks of big grids  | 0 -> number of blocks -> 0       | 0              |
+// | alive[p]        | rank  | peer p, at set-up    | 0 -> 1                           | 1              |
+// | started[p]      | rank  | peer p, long calls   | raised to e+1: p has entered e   | <= own epoch   |
+// | consumed[b]     | rank  | peer's reducer b     | raised to the first unread piece | <= own epoch   |
+// | pushed[b]       | rank  | its own pusher b     | raised to (e, chunks sent)       | any            |
+// | arrived[p][b]   | rank  | peer p's pusher b    | raised to (e, chunks sent)       | any            |
+// | ready, sent,    | rank  | see all_reduce_copy_engine.cu                           |                |
+// | landed, taken   |       |                                                         |                |
+// clang-format on
 //
 // Epochs live here, in device memory, so that a CUDA graph can be replayed any number of times and
 // between eager calls. They are 63 bits wide and compared by difference. A call of n pieces adds n.
@@ -101,6 +103,9 @@ static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its pla
 // One rank's view of all workspaces; a kernel parameter. Divisions are done on the host.
 struct Workspace {
   char* base[kMaxWorld];
+  char* own;                    // base[rank]
+  char* slots;                  // where peers write here, in slot 0
+  char* pushes[kMaxWorld - 1];  // where this rank writes, in slot 0 of the peer 1, 2, ... ranks on
   Layout layout;
   uint64_t slot_stride;    // between senders' areas in a slot; the first half of an area holds raw
   uint64_t tagged_stride;  // vectors and the second half sums, where a call has both
@@ -112,11 +117,21 @@ struct Workspace {
   __host__ __device__ Control& control(uint32_t owner) const {
     return *reinterpret_cast<Control*>(base[owner]);
   }
-  __host__ __device__ Control& mine() const { return control(rank); }
+  __host__ __device__ Control& mine() const { return *reinterpret_cast<Control*>(own); }
 
   // Place of `sender` among the peers of `owner`, 0..world-2.
   __host__ __device__ static uint32_t place(uint32_t sender, uint32_t owner) {
     return sender < owner ? sender : sender - 1;
+  }
+
+  // Fills in what follows from the rest.
+  __host__ void finish() {
+    own = base[rank];
+    slots = own + layout.slot_offset(0);
+    for (uint32_t turn = 1; turn < world; ++turn) {
+      const uint32_t peer = (rank + turn) % world;
+      pushes[turn - 1] = base[peer] + layout.slot_offset(0) + place(rank, peer) * slot_stride;
+    }
   }
 
   // Where `sender` writes its marked vectors in `owner`'s slot 0; slot 1 is layout.slot bytes on.
@@ -124,7 +139,7 @@ struct Workspace {
     return base[owner] + layout.slot_offset(0) + place(sender, owner) * slot_stride;
   }
   __device__ __forceinline__ uint64_t slot_of(uint64_t epoch) const {
-    return (epoch & 1) * layout.slot;
+    return (epoch & 1) != 0 ? layout.slot : 0;
   }
 };
 
@@ -135,44 +150,60 @@ __host__ __device__ inline uint64_t progress(uint64_t epoch, uint64_t count) {
 
 // A block's part in one call on a workspace: which epoch it is, and the turn to the next one.
 //
-// A grid of at most kStateWords blocks shares the words out evenly; a block reads the first word of
-// its share and in the end writes all of it. So a next call may have any number of blocks, and no
+// A grid of at most kStateWords blocks deals the words out; a block reads the word of its number
+// and in the end writes all that it was dealt. So a next call may have any number of blocks, and no
 // block writes a word that another one of the same call reads. In a bigger grid the last block to
-// enter writes all words: by then every block has read.
+// enter writes all words: by then every block has read. kSmall promises a grid that is not bigger.
+template <bool kSmall = false>
 class Call {
  public:
   uint64_t epoch = 0;
 
   // Needs no data, so it can stand before gpu::dependency_wait().
   __device__ __forceinline__ explicit Call(const Workspace& ws)
-      : control_(ws.mine()), big_(gridDim.x > kStateWords) {
-    const uint32_t share = big_ ? 1 : kStateWords / gridDim.x;
-    first_ = blockIdx.x * share % kStateWords;
-    end_ = blockIdx.x + 1 == gridDim.x ? kStateWords : first_ + share;
+      : control_(ws.mine()), big_(!kSmall && gridDim.x > kStateWords) {
+    word_ = &control_.words[blockIdx.x % kStateWords];
+  }
+
+  // The address that enter() starts with.
+  __device__ __forceinline__ uint64_t first_address() const {
+    return reinterpret_cast<uint64_t>(word_);
   }
 
   // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
   // been reported.
   __device__ __forceinline__ bool enter(const Workspace& ws) {
-    const auto* word = reinterpret_cast<const ulonglong2*>(&control_.words[first_]);
-    const ulonglong2 seen = gpu::ld_relaxed_sys(word);
-    epoch = seen.x >> 1;
-    if (seen.y != 0) return false;
-    if (epoch == 0) wait_alive(ws, control_);
+    look();
+    if (failed()) return false;
+    if (first()) wait_alive(ws, control_);
     return true;
   }
+
+  // enter() in its parts, for a kernel that has other things to do while the word is on its way and
+  // no registers to keep over a call of wait_alive().
+  __device__ __forceinline__ void look() {
+    const ulonglong2 seen = gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(word_));
+    epoch = seen.x >> 1;
+    failed_ = seen.y;
+  }
+  __device__ __forceinline__ bool failed() const { return failed_ != 0; }
+  // The first call of all: peers may not have prepared their slots yet.
+  __device__ __forceinline__ bool first() const { return epoch == 0; }
+  __device__ __forceinline__ void wait_for_peers(const Workspace& ws) { wait_alive(ws, control_); }
 
   // By all threads of every block that entered, between their first stores to peers and their first
   // wait. Marks the block as busy: a block found busy is a second call in flight, on another
   // stream. The barrier sees to it that no thread reads the state after another has left.
   //
-  // The mark travels behind the block's stores. With `drain` the block waits for its answer, which
-  // comes when the stores have been taken, before it starts to poll; without, leave() looks at it.
-  __device__ __forceinline__ void settle(const Workspace& ws, bool drain = true) {
+  // The mark travels behind the block's stores and is answered when they have been taken. Only then
+  // does the block start to poll: polls that start at once get in the way of its own stores.
+  __device__ __forceinline__ void settle(const Workspace& ws) {
     if (threadIdx.x == 0 && marks()) {
-      before_ = gpu::fetch_or_relaxed_gpu(&control_.words[first_].state, 1);
-      if (drain || big_) report_if_busy(ws);
+      const uint64_t before = gpu::fetch_or_relaxed_gpu(&word_->state, 1);
+      if ((before & 1) != 0) {
+        gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, before, 0);
+      }
     }
     __syncthreads();
     if (threadIdx.x == 0 && big_) {
@@ -181,10 +212,11 @@ class Call {
   }
 
   // By all threads at the end of every block that settled.
-  __device__ __forceinline__ void leave(const Workspace& ws, uint64_t pieces = 1) {
+  __device__ __forceinline__ void leave(uint64_t pieces = 1) {
     const uint64_t next = (epoch + pieces) * 2;
     if (!big_) {
-      for (uint32_t word = first_ + threadIdx.x; word < end_; word += blockDim.x) {
+      const uint32_t step = gridDim.x * blockDim.x;
+      for (uint32_t word = blockIdx.x + threadIdx.x * gridDim.x; word < kStateWords; word += step) {
         gpu::st_relaxed_sys(&control_.words[word].state, next);
       }
     } else if (threadIdx.x < 32) {
@@ -195,11 +227,9 @@ class Call {
         if (threadIdx.x == 0) gpu::st_relaxed_sys(&control_.entered, 0);
       }
     }
-    if (threadIdx.x == 0 && marks()) report_if_busy(ws);
   }
 
  private:
-  // The first call of all: peers may not have prepared their slots yet.
   static GPU_COLD void wait_alive(const Workspace& ws, const Control& control) {
     gpu::Spin spin;
     for (uint32_t peer = 0; peer < ws.world; ++peer) {
@@ -213,17 +243,11 @@ class Call {
   // In a big grid blocks share words, and block 0 marks for all.
   __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
 
-  __device__ __forceinline__ void report_if_busy(const Workspace& ws) const {
-    if ((before_ & 1) == 0) return;
-    gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, before_, 0);
-  }
-
   Control& control_;
-  uint32_t first_;
-  uint32_t end_;
   bool big_;
+  StateWord* word_;
+  uint64_t failed_;
   uint32_t others_;  // of thread 0: how many blocks had entered before this one
-  uint64_t before_;  // of thread 0: the word before the mark
 };
 
 }  // namespace collectives

@@ -83,4 +83,21 @@ __device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) { return _
 
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Sums of two pairs, each rounded once. The same bits as a sum in fp32 that is then rounded: a sum
+// of two such numbers that fp32 cannot hold is nowhere near the middle between two of them.
+#define COMMUNICATORS_PACKED_SUMS 1
+__device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
+__device__ __forceinline__ uint32_t add_bfloat16s(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+#endif
+
 }  // namespace gpu

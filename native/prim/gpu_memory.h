@@ -87,6 +87,10 @@ __device__ __forceinline__ void st_release_sys(uint64_t* address, uint64_t value
 
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// A barrier of the block after which one thread may release what all of them have stored: releases
+// are cumulative in PTX's memory model. On AMD GPUs more is needed (gpu_memory_hip.h).
+__device__ __forceinline__ void sync_before_release() { __syncthreads(); }
+
 // Sets bits of a word of this GPU and returns what it held before.
 __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint64_t bits) {
   uint64_t before;
@@ -111,6 +115,21 @@ __device__ __forceinline__ uint64_t clock_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
   return now;
+}
+
+// Stores to lines that nobody needs soon: the first to leave the L2 when it is full.
+__device__ __forceinline__ uint64_t first_to_leave() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void st_relaxed_sys_with_policy(uint4* address, uint4 value,
+                                                           uint64_t policy) {
+  asm volatile(
+      "st.relaxed.sys.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
+      : "memory");
 }
 
 // Programmatic dependent launch (sm_90 on; nothing before): a kernel launched with it may start

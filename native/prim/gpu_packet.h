@@ -40,6 +40,10 @@ __device__ __forceinline__ void clear_marked(uint4* slot) {
   st_relaxed_sys(slot, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
 }
 
+__device__ __forceinline__ void clear_marked(uint4* slot, uint64_t policy) {
+  st_relaxed_sys_with_policy(slot, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty), policy);
+}
+
 // Two packets in one 16-byte store.
 __device__ __forceinline__ void send_tagged(ulonglong2* slot, uint2 data, uint32_t tag) {
   const uint64_t high = static_cast<uint64_t>(tag) << 32;

@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "prim/gpu_half.h"
 #include "prim/gpu_memory.h"
@@ -78,6 +79,23 @@ __device__ __forceinline__ void accumulate(Floats<T>& sum, const Floats<T>& othe
   for (int i = 0; i < static_cast<int>(kVectorBytes / sizeof(T)); ++i) {
     sum.x[i] = __fadd_rn(sum.x[i], other.x[i]);
   }
+}
+
+// a + b, element by element, summed in fp32 and rounded once. Commutes in every bit.
+template <typename T>
+__device__ __forceinline__ uint4 sum_of_two(uint4 a, uint4 b) {
+#if COMMUNICATORS_PACKED_SUMS
+  if constexpr (std::is_same_v<T, Half>) {
+    return make_uint4(add_halves(a.x, b.x), add_halves(a.y, b.y), add_halves(a.z, b.z),
+                      add_halves(a.w, b.w));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return make_uint4(add_bfloat16s(a.x, b.x), add_bfloat16s(a.y, b.y), add_bfloat16s(a.z, b.z),
+                      add_bfloat16s(a.w, b.w));
+  }
+#endif
+  Floats<T> sum(a);
+  accumulate(sum, Floats<T>(b));
+  return sum.rounded();
 }
 
 // A tensor's memory as vectors of 16 bytes. The address need only be aligned to an element and the

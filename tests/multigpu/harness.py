@@ -10,11 +10,12 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +42,17 @@ class RankFailedError(AssertionError):
 
 
 class Ranks:
-    """Starts `world_size` processes; `device_type` "cuda" deals out the GPUs."""
+    """Starts `world_size` processes; `device_type` "cuda" deals out the GPUs that a rank sees.
+
+    `environments` has what each rank's environment gets before CUDA starts in it.
+    """
 
     def __init__(
-        self, world_size: int, device_type: str = "cuda", settings: Settings | None = None
+        self,
+        world_size: int,
+        device_type: str = "cuda",
+        settings: Settings | None = None,
+        environments: Sequence[Mapping[str, str]] = (),
     ) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
@@ -54,10 +62,11 @@ class Ranks:
         self.pipes: list[multiprocessing.connection.Connection] = []
         self.processes = []
         for rank in range(world_size):
+            environment = environments[rank] if environments else {}
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(theirs, rank, world_size, port, device_type, settings),
+                args=(theirs, rank, world_size, port, device_type, settings, environment),
                 daemon=True,
             )
             process.start()
@@ -121,7 +130,9 @@ def _serve(
     port: int,
     device_type: str,
     settings: Settings | None,
+    environment: Mapping[str, str],
 ) -> None:
+    os.environ.update(environment)
     device = torch.device("cpu")
     if device_type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())

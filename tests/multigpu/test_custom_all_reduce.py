@@ -23,10 +23,11 @@ from communicators.settings import Settings
 from tests.gpu.virtual_ranks import rank_ordered_sum, same_bits
 from tests.multigpu.harness import Rank, Ranks
 
-pytestmark = pytest.mark.multigpu
-
-if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
-    pytest.skip("fewer than two CUDA GPUs", allow_module_level=True)
+# A mark and not a skip of the module, which ranks that see one GPU import too.
+pytestmark = [
+    pytest.mark.multigpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs"),
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 8, 333, 4096, 65536, 262145, 1 << 20, (3 << 20) + 5, 12 << 20)
@@ -96,7 +97,7 @@ def _special(me: Rank, algorithm: int) -> None:
     for dtype in DTYPES:
         integers = torch.int32 if dtype == torch.float32 else torch.int16
         generator = torch.Generator(me.device).manual_seed(5)
-        bits = torch.randint(-(2**31), 2**31 - 1, (2, 1 << 20), generator=generator,
+        bits = torch.randint(-(2**31), 2**31 - 1, (me.world_size, 1 << 20), generator=generator,
                              device=me.device).to(integers)  # fmt: skip
         bits[:, ::7] = -1
         inputs = list(bits.view(dtype))
@@ -116,11 +117,12 @@ def test_every_bit_pattern(ranks: Ranks, algorithm: int) -> None:
 def _gather_and_scatter(me: Rank) -> None:
     comm = me.kept["comm"]
     for number, count in enumerate(SIZES):
-        inputs = _inputs(me, count * 2, torch.bfloat16, number)
+        inputs = _inputs(me, count * me.world_size, torch.bfloat16, number)
         got = comm.reduce_scatter(inputs[me.rank])
         gathered = comm.all_gather(inputs[me.rank])
         comm.synchronize()
-        assert torch.equal(got, rank_ordered_sum(inputs).view(2, -1)[me.rank]), count
+        part = rank_ordered_sum(inputs).view(me.world_size, -1)[me.rank]
+        assert torch.equal(got, part), count
         assert torch.equal(gathered, torch.cat(inputs)), count
 
 
@@ -146,7 +148,7 @@ def _graph(me: Rank, algorithm: int, count: int) -> None:
         comm.synchronize()
         expected = rank_ordered_sum(inputs)
         assert torch.equal(first, expected), turn
-        assert torch.equal(second, rank_ordered_sum([expected * 0.5] * 2)), turn
+        assert torch.equal(second, rank_ordered_sum([expected * 0.5] * me.world_size)), turn
         if turn % 2:
             assert torch.equal(eager, expected)
     comm.tune("algorithm", 0)
@@ -238,6 +240,28 @@ def _expandable(me: Rank) -> None:
 
 def test_expandable_segments_need_nothing(ranks: Ranks) -> None:
     ranks.run(_expandable)
+
+
+def _freed_input(me: Rank) -> None:
+    """The memory of a captured input goes back to the allocator; somebody else writes there."""
+    comm = me.kept["comm"]
+    x = torch.zeros(1 << 20, device=me.device)
+    graph = torch.cuda.CUDAGraph()
+    with comm.capture(), torch.cuda.graph(graph):
+        out = comm.all_reduce(x)
+    address = x.data_ptr()
+    del x
+    y = torch.full((1 << 20,), me.rank + 1.0, device=me.device)
+    graph.replay()
+    comm.synchronize()  # the replay ended, on every rank, and reports nothing
+    if me.group.gather_objects("reused", y.data_ptr() == address) == [True] * me.world_size:
+        assert (out == sum(range(1, me.world_size + 1))).all()  # it summed what now lies there
+    assert torch.equal(comm.all_reduce(torch.ones(8, device=me.device)).cpu(),
+                       torch.full((8,), float(me.world_size)))  # fmt: skip
+
+
+def test_a_freed_captured_input_hangs_nobody(ranks: Ranks) -> None:
+    ranks.run(_freed_input)
 
 
 # Faults: each on ranks of its own, since it leaves a communicator unusable.

@@ -39,6 +39,7 @@ Ranks open_ranks(int world, const Layout& layout, double timeout_s) {
     ws.bulk_stride = area(layout.bulk);
     ws.rank = r;
     ws.world = world;
+    ws.finish();
     ws.spin = {&ws.mine().aborted,
                reinterpret_cast<ulonglong2*>(ws.mine().words),
                kStateWords,
