@@ -52,10 +52,11 @@ def main() -> None:
 def check(group: Group, device: torch.device, quick: dict[str, QuickAllReduce]) -> None:
     """Bits of the model before anything is timed."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1_500_000, generator=generator).bfloat16() for _ in group.ranks]
+    drawn = [torch.randn(1_500_000, generator=generator).bfloat16() for _ in group.ranks]
+    inputs = [x.to(device) for x in drawn]
     for codec, communicator in quick.items():
-        out = communicator.quick_all_reduce(inputs[group.rank].to(device))
-        assert torch.equal(out.cpu(), quick_codecs.all_reduce(inputs, codec)), codec
+        out = communicator.quick_all_reduce(inputs[group.rank])
+        assert torch.equal(out, quick_codecs.all_reduce(inputs, codec)), codec
 
 
 if __name__ == "__main__":

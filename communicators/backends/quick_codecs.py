@@ -94,13 +94,13 @@ def all_reduce(inputs: Sequence[torch.Tensor], codec: str) -> torch.Tensor:
     """What the quantized two-shot all-reduce gives on every rank, bit for bit.
 
     Args:
-        inputs: one fp16 or bf16 tensor a rank, of one shape.
+        inputs: one fp16 or bf16 tensor a rank, of one shape and on one device, whichever it is.
     """
     dtype, numel, world_size = inputs[0].dtype, inputs[0].numel(), len(inputs)
-    owner = owners(numel, world_size)
-    total = torch.zeros(owner.numel())
+    owner = owners(numel, world_size).to(inputs[0].device)
+    total = torch.zeros(owner.numel(), device=owner.device)
     for rank, x in enumerate(inputs):
-        wide = torch.zeros(owner.numel())
+        wide = torch.zeros(owner.numel(), device=owner.device)
         wide[:numel] = x.flatten().float()
         # The owner adds its own part as it is; the others' parts were encoded.
         part = torch.where(owner == rank, wide, roundtrip(wide, codec, dtype))

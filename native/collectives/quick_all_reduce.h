@@ -4,9 +4,9 @@
 // Every rank owns one buffer that its peers map and store into; nobody reads a peer's memory:
 //
 //   Control            32 KB    the words of the table below
-//   area[parity][shot] 4 x      messages (quick_wire.h), zeros at rest. Shot 0: other ranks' parts
-//   of
-//                               the rows that this rank owns. Shot 1: the sums of the other owners.
+//   area[parity][shot] 4 x      messages (quick_wire.h), zeros at rest. Shot 0: the other ranks'
+//                               parts of the rows that this rank owns. Shot 1: the sums of the
+//                               other owners.
 //
 // Data is its own arrival flag, so there are no fences and no counters, and a thread waits for
 // messages alone. A message's place in an area depends on the codec, the world size and its number
@@ -121,7 +121,7 @@ class QuickAllReduce {
   int device() const { return device_; }
 
   // The shape of a launch over `tiles`.
-  Launch shape(uint64_t tiles) const;
+  Launch shape(Codec codec, uint64_t tiles) const;
 
   static uint64_t buffer_bytes(uint64_t area_bytes) { return kControlBytes + 4 * area_bytes; }
 

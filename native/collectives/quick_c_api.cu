@@ -70,12 +70,16 @@ void QuickAllReduce::set_shape(int blocks, int threads, int ahead) {
   ahead_ = ahead;
 }
 
-Launch QuickAllReduce::shape(uint64_t tiles) const {
-  // Small messages take small blocks, to reach all multiprocessors.
+// What two H200 did best with (docs/benchmarks/quick_all_reduce.md).
+Launch QuickAllReduce::shape(Codec codec, uint64_t tiles) const {
+  // Small messages take small blocks, to reach all multiprocessors. The few bits of Q4 need fewer
+  // threads to fill the links.
   const uint64_t messages = tiles * messages_of_tile(world_);
   const int few = messages <= uint64_t{128} * processors_ ? 64 : 128;
   const int threads = threads_ > 0 ? threads_ : few;
-  const int blocks = blocks_ > 0 ? blocks_ : std::min(processors_ * 512 / threads, kMaxBlocks);
+  const int of_processor = codec == Codec::kQ4 ? 256 : 512;
+  const int blocks =
+      blocks_ > 0 ? blocks_ : std::min(processors_ * of_processor / threads, kMaxBlocks);
   return {blocks, threads, ahead_ > 0 ? ahead_ : 1, overlap_};
 }
 
@@ -86,8 +90,8 @@ void QuickAllReduce::run(Codec codec, Half half, const void* inp, void* out, uin
   for (uint64_t begin = 0; begin < bytes; begin += most) {
     const uint64_t part = std::min(bytes - begin, most);
     all_reduce(view_, world_, codec, half, static_cast<const char*>(inp) + begin,
-               static_cast<char*>(out) + begin, part, shape((part + kTileBytes - 1) / kTileBytes),
-               stream);
+               static_cast<char*>(out) + begin, part,
+               shape(codec, (part + kTileBytes - 1) / kTileBytes), stream);
   }
 }
 

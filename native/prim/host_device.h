@@ -3,9 +3,14 @@
 
 #if defined(__CUDACC__) || defined(__HIP__)
 #define HOST_DEVICE __host__ __device__ inline __attribute__((always_inline))
-#define UNROLL _Pragma("unroll")
 #else
 #define HOST_DEVICE inline
+#endif
+
+// Before a loop: unrolled on GPUs. The host's compiler does as it likes, and g++ warns of the word.
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL
 #endif
 

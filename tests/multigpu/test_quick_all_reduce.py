@@ -23,6 +23,8 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 
 CODECS = ("FP", "Q8", "Q6", "Q4")
 SIZES = (1, 333, 65_536, (1 << 20) + 5, 3 << 20)
+#: More than an area holds, so that one call is several launches, of many turns of their loops.
+LONG = 60_000_000
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +58,16 @@ def _sums(me: Rank, codec: str) -> None:
         for dtype in (torch.float16, torch.bfloat16):
             inputs = random_inputs(2, count, dtype, seed)
             expected = quick_codecs.all_reduce(inputs, codec)
-            mine = inputs[me.rank].to(me.device)
+            mine = inputs[me.rank].clone()
             for _ in range(5):
                 out = comm.quick_all_reduce(mine)
                 torch.cuda.synchronize()
                 comm.check()
-                assert same(out.cpu(), expected), (count, dtype)
-            assert same(mine.cpu(), inputs[me.rank])
+                assert same(out, expected), (count, dtype)
+            assert same(mine, inputs[me.rank])
             assert comm.quick_all_reduce(mine, out=mine) is mine
             torch.cuda.synchronize()
-            assert same(mine.cpu(), expected), (count, dtype, "in place")
+            assert same(mine, expected), (count, dtype, "in place")
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -74,23 +76,11 @@ def test_the_bits_of_the_model(ranks: Ranks, codec: str) -> None:
 
 
 def _large(me: Rank, codec: str) -> None:
-    """More than an area holds, so that one call is several launches."""
-    count = 60_000_000
-    generator = torch.Generator(me.device).manual_seed(me.rank)
-    mine = torch.randn(count, device=me.device, generator=generator, dtype=torch.bfloat16)
-    both = [torch.empty_like(mine), torch.empty_like(mine)]
-    for rank in range(2):
-        generator = torch.Generator(me.device).manual_seed(rank)
-        both[rank] = torch.randn(count, device=me.device, generator=generator, dtype=mine.dtype)
-    out = me.kept[codec].quick_all_reduce(mine)
+    inputs = random_inputs(2, LONG, torch.bfloat16, 5)
+    out = me.kept[codec].quick_all_reduce(inputs[me.rank])
     torch.cuda.synchronize()
     me.kept[codec].check()
-    exact = both[0].float() + both[1].float()
-    steps = 1 << (quick_codecs.bits_of(codec) - 1)
-    worst = 2.5 * max(float(x.abs().max()) for x in both) * 2 / steps + 0.07
-    assert float((out.float() - exact).abs().max()) < worst
-    sums = me.group.gather_objects("sum", int(out.view(torch.int16).long().sum()))
-    assert len(set(sums)) == 1
+    assert same(out, quick_codecs.all_reduce(inputs, codec))
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -114,9 +104,9 @@ def _graph(me: Rank, codec: str) -> None:
         torch.cuda.synchronize()
         comm.check()
         expected = quick_codecs.all_reduce(inputs, codec)
-        assert same(first.cpu(), expected), turn
-        assert same(second.cpu(), quick_codecs.all_reduce([expected] * 2, codec)), turn
-        assert eager is None or same(eager.cpu(), expected)
+        assert same(first, expected), turn
+        assert same(second, quick_codecs.all_reduce([expected] * 2, codec)), turn
+        assert eager is None or same(eager, expected)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -128,7 +118,7 @@ def _skewed(me: Rank) -> None:
     comm = me.kept["Q8"]
     inputs = random_inputs(2, 40_000, torch.bfloat16, 9)
     expected = quick_codecs.all_reduce(inputs, "Q8")
-    mine = inputs[me.rank].to(me.device)
+    mine = inputs[me.rank]
     outputs = []
     for turn in range(300):
         if turn % 50 == me.rank * 25:
@@ -136,14 +126,14 @@ def _skewed(me: Rank) -> None:
         outputs.append(comm.quick_all_reduce(mine))
     torch.cuda.synchronize()
     comm.check()
-    assert all(same(out.cpu(), expected) for out in outputs)
+    assert all(same(out, expected) for out in outputs)
 
 
 def test_skewed_ranks(ranks: Ranks) -> None:
     ranks.run(_skewed)
 
 
-def _compiled(me: Rank, codec: str) -> None:
+def _compiled(me: Rank, codec: str, backend: str) -> None:
     comm = me.kept[codec]
 
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -151,8 +141,9 @@ def _compiled(me: Rank, codec: str) -> None:
 
     inputs = random_inputs(2, 70_000, torch.bfloat16, 3)
     expected = quick_codecs.all_reduce([x * 2 for x in inputs], codec) + 1
-    mine = inputs[me.rank].to(me.device)
-    assert same(torch.compile(layer, fullgraph=True)(mine).cpu(), expected)
+    mine = inputs[me.rank]
+    torch.compiler.reset()  # one graph a codec
+    assert same(torch.compile(layer, fullgraph=True, backend=backend)(mine), expected)
     out = torch.empty_like(mine)
     arguments = (comm._handle, mine, out, CODECS.index(codec))
     torch.library.opcheck(
@@ -165,7 +156,8 @@ def _compiled(me: Rank, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_compile(ranks: Ranks, codec: str) -> None:
-    ranks.run(_compiled, codec, timeout_s=120)
+    # What the compiler makes of it does not depend on the codec, and takes it many seconds.
+    ranks.run(_compiled, codec, "inductor" if codec == "Q8" else "aot_eager", timeout_s=120)
 
 
 def _bad_input(me: Rank) -> None:

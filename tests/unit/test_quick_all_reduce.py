@@ -187,7 +187,10 @@ EXPORT int communicators_qr_all_reduce(void* h, int codec, int bfloat16, const v
 }
 EXPORT int communicators_qr_check(void* h) { return 1; }
 EXPORT void communicators_qr_set_timeout_ns(void* h, uint64_t ns) {}
-EXPORT int communicators_qr_set_launch(void* h, int blocks, int overlap) { return 0; }
+EXPORT int communicators_qr_set_launch(void* h, int blocks, int threads, int ahead,
+                                       int overlap) {
+  return blocks + threads + ahead + overlap == 10 ? 0 : 3;
+}
 """
 
 
@@ -203,6 +206,7 @@ def test_the_binding(tmp_path):
     with pytest.raises(CommTimeoutError, match="a sentence"):
         library.check(library.check_(7))
     assert library.all_reduce(7, 2, 1, None, None, 20, None) == 2
+    assert library.set_launch(7, 1, 2, 3, 4) == 0
 
 
 def test_the_binding_names_what_the_sources_export():
