@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .backends.cpu import (
         CpuCommunicator as CpuCommunicator,
     )
+    from .backends.custom_all_reduce import (
+        CustomAllreduce as CustomAllreduce,
+    )
     from .backends.hpu import (
         HpuCommunicator as HpuCommunicator,
     )
@@ -29,6 +32,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     )
     from .backends.quick_all_reduce import (
         QuickAllReduce as QuickAllReduce,
+    )
+    from .backends.torch_distributed import (
+        TorchDistributedCommunicator as TorchDistributedCommunicator,
     )
     from .backends.xpu import (
         XpuCommunicator as XpuCommunicator,
@@ -120,6 +126,9 @@ if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ imports on 
     from .settings import (
         Settings as Settings,
     )
+    from .shm_broadcast import (
+        MessageQueue as MessageQueue,
+    )
     from .stateless import (
         StatelessProcessGroup as StatelessProcessGroup,
     )
@@ -141,12 +150,15 @@ _HOMES = {
     "group_coordinator": ("GroupCoordinator",),
     "settings": ("Settings",),
     "backends.cpu": ("CpuCommunicator",),
+    "backends.custom_all_reduce": ("CustomAllreduce",),
     "backends.hpu": ("HpuCommunicator",),
     "backends.npu": ("NpuCommunicator",),
     "backends.pynccl": ("PyNcclCommunicator",),
     "backends.pymscclpp": ("PyMscclppCommunicator",),
     "backends.quick_all_reduce": ("QuickAllReduce",),
+    "backends.torch_distributed": ("TorchDistributedCommunicator",),
     "backends.xpu": ("XpuCommunicator",),
+    "shm_broadcast": ("MessageQueue",),
     "stateless": ("StatelessProcessGroup",),
     "bindings.pynccl_allocator": ("use_symmetric_memory",),
     "parallel_state": (

@@ -20,7 +20,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -56,9 +56,11 @@ class Request:
     dtype: torch.dtype
     nbytes: int  # of the smaller side: what one rank contributes (inp, or out of reduce_scatter)
     mode: str = "eager"
+    exact: bool = False  # nobody who rounds on the way, whatever the user allows in general
 
     def __str__(self) -> str:
-        return f"{self.op} of {self.nbytes} bytes of {dtype_name(self.dtype)}, {self.mode}"
+        exact = ", exact" if self.exact else ""
+        return f"{self.op} of {self.nbytes} bytes of {dtype_name(self.dtype)}, {self.mode}{exact}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Capability:
     min_bytes: int = 0
     multiple: int = 1  # the byte count must be a multiple of this
     deterministic: bool = True  # rank-ordered fp32 sums: the same bits on every rank, always
+    #: How values lose bits on the way; empty: they travel whole.
+    rounds: str = field(default="", compare=False)
 
     def refuses(self, request: Request) -> Refusal | None:
         """Why `request` is not admitted, or None when it is."""
@@ -93,6 +97,8 @@ class Capability:
         if reduces and self.dtypes is not None and request.dtype not in self.dtypes:
             names = ", ".join(sorted(dtype_name(dtype) for dtype in self.dtypes))
             return Refusal(f"it sums {names}, not {dtype_name(request.dtype)}")
+        if request.exact and self.rounds:
+            return Refusal(f"it rounds ({self.rounds}), and this call is exact")
         if self.max_bytes is not None and request.nbytes > self.max_bytes:
             return Refusal(f"{request.nbytes} bytes are more than its {self.max_bytes}")
         if request.nbytes < self.min_bytes:

@@ -48,7 +48,7 @@ class Dispatcher:
         self.refused: dict[str, Refusal] = {
             c.name: c.refusal for c in communicators if c.refusal is not None
         }
-        self._plans: dict[tuple[str, torch.dtype, int, bool], Communicator] = {}
+        self._plans: dict[tuple[str, torch.dtype, int, bool, bool], Communicator] = {}
         self._on_cuda = device.type == "cuda"
         self._debug = group.settings.debug
         facts = (table.digest, [c.name for c in self.live])
@@ -67,10 +67,17 @@ class Dispatcher:
         return choose(request, live, self.table)
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        exact: bool = False,
     ) -> None:
         """Runs one collective on contiguous tensors; shapes as in base.OPS.
 
+        Args:
+            exact: by nobody who rounds on the way (Request.exact).
         Raises CommunicatorError when nobody takes it, and whatever the communicator raises.
         """
         smaller = out if inp is None or op == "reduce_scatter" else inp
@@ -78,7 +85,7 @@ class Dispatcher:
         if self._debug and op not in ("send", "recv"):
             self._compare(op, smaller, root)
         capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
-        key = (op, smaller.dtype, smaller.nbytes, capturing)
+        key = (op, smaller.dtype, smaller.nbytes, capturing, exact)
         communicator = self._plans.get(key)
         if communicator is None:
             communicator = self._plan(key, smaller)
@@ -93,14 +100,16 @@ class Dispatcher:
                     f"rank {self.group.rank} calls {call} and rank {rank} calls {theirs}"
                 )
 
-    def _plan(self, key: tuple[str, torch.dtype, int, bool], tensor: torch.Tensor) -> Communicator:
+    def _plan(
+        self, key: tuple[str, torch.dtype, int, bool, bool], tensor: torch.Tensor
+    ) -> Communicator:
         if tensor.device.type != self.device.type:
             raise InvalidArgumentError(
                 f"{key[0]}: the tensor is on {tensor.device}; rank {self.group.rank} of group "
                 f"{self.group.name} works on {self.device}"
             )
-        op, dtype, nbytes, capturing = key
-        request = Request(op, dtype, nbytes, "capture" if capturing else "eager")
+        op, dtype, nbytes, capturing, exact = key
+        request = Request(op, dtype, nbytes, "capture" if capturing else "eager", exact)
         choice = self.select(request)
         if choice.communicator is None:
             why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())

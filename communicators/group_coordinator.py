@@ -135,32 +135,33 @@ class GroupCoordinator:
 
     # -- reductions ---------------------------------------------------------------------------
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """The sum of every rank's `x`, as a new tensor; never aliases `x`.
 
-        Our own paths add in rank order in fp32 and round once: equal bits on all ranks.
+        Our own paths add in rank order in fp32 and round once: equal bits on all ranks. `exact`
+        leaves out the quantized all-reduce, where the group's settings allow that one.
         """
         if torch.compiler.is_compiling():
-            return torch.ops.communicators.group_all_reduce(x, self.name)
+            return torch.ops.communicators.group_all_reduce(x, self.name, exact)
         x = x.contiguous()
         out = torch.empty_like(x)
         if self.world_size == 1:
             return out.copy_(x)
         if out.numel():
-            self._dispatcher(x).run("all_reduce", out, x)
+            self._dispatcher(x).run("all_reduce", out, x, exact=exact)
         return out
 
-    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce_(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """The same in place; returns `x`."""
         if self.world_size == 1 or x.numel() == 0:
             return x
         if torch.compiler.is_compiling():
-            return x.copy_(torch.ops.communicators.group_all_reduce(x, self.name))
+            return x.copy_(torch.ops.communicators.group_all_reduce(x, self.name, exact))
         if x.is_contiguous():
-            self._dispatcher(x).run("all_reduce", x, x)
+            self._dispatcher(x).run("all_reduce", x, x, exact=exact)
             return x
         staged = x.contiguous()
-        self._dispatcher(x).run("all_reduce", staged, staged)
+        self._dispatcher(x).run("all_reduce", staged, staged, exact=exact)
         return x.copy_(staged)
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -31,12 +31,12 @@ def open_group(name: str) -> GroupCoordinator:
 
 
 @torch.library.custom_op("communicators::group_all_reduce", mutates_args=())
-def _group_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    return open_group(group).all_reduce(x)
+def _group_all_reduce(x: torch.Tensor, group: str, exact: bool = False) -> torch.Tensor:
+    return open_group(group).all_reduce(x, exact=exact)
 
 
 @_group_all_reduce.register_fake
-def _(x: torch.Tensor, group: str) -> torch.Tensor:
+def _(x: torch.Tensor, group: str, exact: bool = False) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -14,12 +14,13 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from .backends.quick_codecs import bits_of
 from .errors import CommTimeoutError, TopologyError
 from .group import Group
 from .group_coordinator import GroupCoordinator
@@ -115,6 +116,7 @@ def initialize_model_parallel(
     pipeline_model_parallel_size: int = 1,
     *,
     group_ranks: dict[str, Sequence[Sequence[int]]] | None = None,
+    all_reduce_codec: str | None = None,
 ) -> None:
     """Opens the groups of a job, after init_distributed_environment. Collective over all ranks.
 
@@ -124,7 +126,11 @@ def initialize_model_parallel(
     Args:
         group_ranks: further groups, or others in place of "tp", "pp" and "dp": for each name the
             lists of global ranks. Lists may differ in length; a rank may be in no list of a name.
-    Raises TopologyError when the sizes do not divide the world or a list names a rank twice.
+        all_reduce_codec: allows the group "tp" to round in large all-reduces: "Q8", "Q6" or "Q4"
+            (QuickAllReduce); "" does not. Default: COMMUNICATORS_QUICK_CODEC, for every group.
+    Raises:
+        TopologyError: the sizes do not divide the world, or a list names a rank twice.
+        InvalidArgumentError: an unknown codec.
     """
     world = get_world_group()
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
@@ -136,8 +142,13 @@ def initialize_model_parallel(
             f"x pipeline parallel size {pp}; their product must divide it"
         )
     layouts.update(group_ranks or {})
+    settings = world.settings
+    if all_reduce_codec is not None:
+        if all_reduce_codec:
+            bits_of(all_reduce_codec)
+        settings = replace(settings, quick_codec=all_reduce_codec)
     for name, lists in layouts.items():
-        _open_group(name, lists)
+        _open_group(name, lists, settings if name == "tp" else world.settings)
 
 
 def _layouts(world_size: int, tp: int, pp: int) -> dict[str, Sequence[Sequence[int]]]:
@@ -149,7 +160,7 @@ def _layouts(world_size: int, tp: int, pp: int) -> dict[str, Sequence[Sequence[i
     }
 
 
-def _open_group(name: str, lists: Sequence[Sequence[int]]) -> None:
+def _open_group(name: str, lists: Sequence[Sequence[int]], settings: Settings) -> None:
     world = get_world_group()
     flat = [rank for ranks in lists for rank in ranks]
     if len(set(flat)) != len(flat) or not set(flat) <= set(range(world.world_size)):
@@ -159,7 +170,7 @@ def _open_group(name: str, lists: Sequence[Sequence[int]]) -> None:
         )
     for ranks in lists:
         if world.rank in ranks:
-            GroupCoordinator(ranks, world.device, name, world.settings)
+            GroupCoordinator(ranks, world.device, name, settings)
 
 
 def get_group(name: str) -> GroupCoordinator:

@@ -46,6 +46,9 @@ def choose(request: Request, live: Sequence[tuple[str, Capability]], table: Tabl
     if row is not None and measured and row.communicator in admitted:
         chosen = row.communicator
         reason = f"measured fastest, {row.us[chosen]:g} us ({table.describe()})"
+    rounds = next(capability.rounds for name, capability in live if name == chosen)
+    if rounds:
+        reason += f"; it rounds, as allowed: {rounds}"
     for name in admitted:
         if name == chosen:
             continue

@@ -15,13 +15,15 @@ from communicators.backends import quick_codecs as quick
 TOKENS, HIDDEN = 64, 8192
 
 
-def partial_sums(kind: str, world_size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """What the ranks of a tensor-parallel layer hold before its all-reduce, bf16 [tokens, hidden].
+def partial_sums(
+    kind: str, world_size: int, dtype: torch.dtype, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """What the ranks of a tensor-parallel layer hold before its all-reduce, [tokens, hidden].
 
     normal: independent standard normal values. heavy tails: Student's t with 3 degrees of freedom.
     outlier channels: normal, and every 512th channel 100 times as large, in all tokens and ranks,
     as the residual stream of large decoders has them. massive token: as that, and one token 1000
-    times as large in two channels.
+    times as large in two channels (fp16: 20 times, so that the sum of 8 is finite).
     """
     made = []
     for _ in range(world_size):
@@ -32,28 +34,37 @@ def partial_sums(kind: str, world_size: int, generator: torch.Generator) -> list
         if kind in ("outlier channels", "massive token"):
             x[:, ::512] *= 100
         if kind == "massive token":
-            x[0, [0, 4096]] *= 1000
-        made.append(x.bfloat16())
+            x[0, [0, 4096]] *= 1000 if dtype is torch.bfloat16 else 20
+        made.append(x.to(dtype))
     return made
 
 
+def cells(kind: str, world_size: int, codec: str, dtype: torch.dtype) -> list[str]:
+    """Signal over noise in dB; rms error over rms; the same of the channels without outliers; and
+    the largest error over the largest exact value of its block of 32."""
+    inputs = partial_sums(kind, world_size, dtype, torch.Generator().manual_seed(1))
+    exact = torch.stack(inputs).double().sum(0)
+    error = quick.all_reduce(inputs, codec).double() - exact
+    plain = torch.ones(HIDDEN, dtype=torch.bool)
+    plain[::512] = False
+    share = rms(error) / rms(exact)
+    rest = rms(error[:, plain]) / rms(exact[:, plain])
+    largest = exact.view(-1, quick.BLOCK).abs().amax(1, keepdim=True)
+    worst = float((error.view(-1, quick.BLOCK).abs() / largest).max())
+    return [f"{-20 * math.log10(share):.1f}", f"{share:.2%}", f"{rest:.2%}", f"{worst:.1%}"]
+
+
 def main() -> None:
-    print("| data | ranks | codec | SNR, dB | rms error / rms | rms error / rms without outliers |")
-    print("|---|---|---|---|---|---|")
+    columns = "SNR, dB | rms | others | worst"
+    print(f"| data | ranks | codec | bf16: {columns} | fp16: {columns} |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for kind in ("normal", "heavy tails", "outlier channels", "massive token"):
         for world_size in (2, 8):
-            generator = torch.Generator().manual_seed(1)
-            inputs = partial_sums(kind, world_size, generator)
-            exact = torch.stack(inputs).double().sum(0)
-            plain = torch.ones(HIDDEN, dtype=torch.bool)
-            plain[::512] = False
             for codec in quick.CODECS:
-                error = quick.all_reduce(inputs, codec).double() - exact
-                share = rms(error) / rms(exact)
-                rest = rms(error[:, plain]) / rms(exact[:, plain])
-                decibel = -20 * math.log10(share)
-                cells = (f"{decibel:.1f}", f"{share:.2%}", f"{rest:.2%}")
-                print("|", " | ".join((kind, str(world_size), codec, *cells)), "|")
+                row = [kind, str(world_size), codec]
+                for dtype in (torch.bfloat16, torch.float16):
+                    row += cells(kind, world_size, codec, dtype)
+                print("|", " | ".join(row), "|")
 
 
 def rms(x: torch.Tensor) -> float:

@@ -55,7 +55,8 @@ def mscclpp_init_context(
 
     Args:
         unique_id: from mscclpp_generate_unique_id on one rank, sent to all.
-        scratch: device memory for the messages in flight, at least 12 times the largest message.
+        scratch: device memory for the messages in flight, at least 12 times the largest message;
+            it is zeroed, since packets are known by a count that starts anew.
         put_buffer, rank_to_ib: for all-reduce between nodes, which is not offered here; ignored.
         nranks_per_node, rank_to_node: must say that all ranks are on one node.
         context_selection: 1 prefers the one-shot algorithm, 2 the two-shot one.
@@ -75,6 +76,7 @@ def mscclpp_init_context(
         raise InvalidArgumentError(
             f"{where}: context_selection={context_selection} is not one of {sorted(_ONE_NODE)}"
         )
+    scratch.zero_()  # done before any peer can write: MscclppContext waits for the device
     context = MscclppContext(
         _package(),
         bytes(unique_id.cpu().numpy().tobytes()),

@@ -19,6 +19,7 @@ from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..group import Group
 from ..settings import Settings
 from ..workspace import SharedBuffer
+from . import quick_codecs
 
 WORLD_SIZES = (2, 4, 8)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -89,8 +90,8 @@ class QuickAllReduce(Communicator):
     def capability(self) -> Capability | Refusal:
         if not self.codec:
             return Refusal(
-                "it rounds, and no codec was allowed; COMMUNICATORS_QUICK_CODEC is one of "
-                f"{', '.join(quick_ar.CODECS)}"
+                "it rounds, and no codec was allowed (COMMUNICATORS_QUICK_CODEC, or "
+                f"all_reduce_codec of initialize_model_parallel: {', '.join(quick_ar.CODECS)})"
             )
         if self.group.world_size not in WORLD_SIZES:
             return Refusal(f"world size {self.group.world_size} is not one of 2, 4, 8")
@@ -110,7 +111,14 @@ class QuickAllReduce(Communicator):
             modes=frozenset({"eager", "capture"}),
             min_bytes=self.least_bytes,
             deterministic=False,
+            rounds=self._rounds(),
         )
+
+    def _rounds(self) -> str:
+        bits = quick_codecs.bits_of(self.codec)
+        if bits == 16:  # all bits of a value travel
+            return ""
+        return f"{self.codec}, steps of 1/{1 << (bits - 1)} of the largest of 32 values, twice"
 
     def allocate(self) -> tuple[bytes, str]:
         return self.create_shared_buffer(), self.codec
@@ -124,7 +132,7 @@ class QuickAllReduce(Communicator):
                 )
         self._buffer.map_peers([handle for handle, _ in handles])
         with torch.cuda.device(self.device):
-            self._handle = self._library.create(self._buffer.pointers, self.group.rank, AREA)
+            self._handle = self._library.create(self._buffer.pointers, self.group.rank, (AREA,))
         self.set_timeout(self.settings.timeout_s)
 
     def run(
@@ -135,13 +143,18 @@ class QuickAllReduce(Communicator):
         if op != "all_reduce":
             raise InvalidArgumentError(f"{self.name} has no {op}")
         self._check_tensors(inp, out)
+        codec = quick_ar.CODECS.index(self.codec)
+        if torch.compiler.is_compiling():
+            self._captured_ever = True  # the traced graph may become a CUDA graph
+            torch.ops.communicators.quick_all_reduce(self._handle, inp, out, codec)
+            return
         if not self._captured_ever:
             self._captured_ever = torch.cuda.is_current_stream_capturing()
         assert self._library is not None
         self._library.check(
             self._library.all_reduce(
                 self._handle,
-                quick_ar.CODECS.index(self.codec),
+                codec,
                 int(inp.dtype is torch.bfloat16),
                 inp.data_ptr(),
                 out.data_ptr(),

@@ -80,7 +80,7 @@ def qr_open_handles(fa: int, handles: list[torch.Tensor]) -> None:
     library = quick_ar.load()
     opened.buffer.map_peers([bytes(handle.cpu().tolist()) for handle in handles])
     with torch.cuda.device(opened.buffer.device):
-        opened.handle = library.create(opened.buffer.pointers, opened.rank, AREA)
+        opened.handle = library.create(opened.buffer.pointers, opened.rank, (AREA,))
     timeout_s = Settings.from_environment().timeout_s
     library.set_timeout_ns(opened.handle, int(timeout_s * 1e9))
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 
 from .. import native
-from ..errors import CommTimeoutError, CommunicatorError, InvalidArgumentError
+from .collectives_library import NUMBER, POINTER, SIZE, CollectivesLibrary
 
 #: collectives::Dtype
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -23,70 +21,25 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: collectives::Algorithm
 ALGORITHMS = ("automatic", "one_shot", "streamed", "two_shot", "copy_engine")
 
-_FAILURES: dict[int, type[CommunicatorError]] = {
-    1: CommTimeoutError,
-    2: CommunicatorError,
-    3: InvalidArgumentError,
-    4: CommunicatorError,
-}
 
+class CustomArLibrary(CollectivesLibrary):
+    """The exact collectives; the layout of `create` and `bytes` is (slot, tagged, bulk) bytes."""
 
-class CustomArLibrary:
-    """The C functions, typed. Those that return a status are checked with `check`."""
+    prefix = "communicators_ar"
+    layout_sizes = 3
 
     def __init__(self, path: str) -> None:
-        library = ctypes.CDLL(path)
-        pointer, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
-
-        def function(name: str, result: object, *arguments: object) -> ctypes._NamedFuncPointer:
-            found = getattr(library, f"communicators_ar_{name}")
-            found.restype = result
-            found.argtypes = arguments
-            return found
-
-        self.error = function("error", ctypes.c_char_p)
-        self.bytes = function("bytes", size, size, size, size)
-        self.create_ = function(
-            "create", number, ctypes.POINTER(pointer), ctypes.POINTER(size), number, number, size,
-            size, size,
-        )  # fmt: skip
-        self.destroy = function("destroy", None, pointer)
-        self.all_reduce = function(
-            "all_reduce", number, pointer, number, pointer, pointer, size, pointer
-        )
-        self.all_gather = function("all_gather", number, pointer, pointer, pointer, size, pointer)
-        self.reduce_scatter = function(
-            "reduce_scatter", number, pointer, number, pointer, pointer, size, pointer
-        )
-        self.check_ = function("check", number, pointer)
-        self.set_timeout_ns = function("set_timeout_ns", None, pointer, size)
-        self.retire = function("retire", number, pointer)
-        self.tune_ = function("tune", number, pointer, ctypes.c_char_p, ctypes.c_int64)
-        self.algorithm = function("algorithm", number, pointer, size)
-
-    def create(self, pointers: Sequence[int], rank: int, layout: tuple[int, int, int]) -> int:
-        """A handle over the workspaces at `pointers` (one a rank) with (slot, tagged, bulk) bytes.
-
-        The current device is the one that launches go to.
-        """
-        handle = ctypes.c_void_p()
-        bases = (ctypes.c_uint64 * len(pointers))(*pointers)
-        self.check(self.create_(ctypes.byref(handle), bases, len(pointers), rank, *layout))
-        assert handle.value is not None
-        return handle.value
+        super().__init__(path)
+        data = (POINTER, POINTER, SIZE, POINTER)  # input, output, bytes, stream
+        self.all_reduce = self.function("all_reduce", NUMBER, POINTER, NUMBER, *data)
+        self.all_gather = self.function("all_gather", NUMBER, POINTER, *data)
+        self.reduce_scatter = self.function("reduce_scatter", NUMBER, POINTER, NUMBER, *data)
+        self.tune_ = self.function("tune", NUMBER, POINTER, ctypes.c_char_p, ctypes.c_int64)
+        self.algorithm = self.function("algorithm", NUMBER, POINTER, SIZE)
 
     def tune(self, handle: int, name: str, value: int) -> None:
         """Overrides one choice of the algorithms; must be the same on all ranks."""
         self.check(self.tune_(handle, name.encode(), value))
-
-    def check(self, status: int) -> None:
-        """Raises what a status other than 0 stands for."""
-        if status != 0:
-            self.fail(status)
-
-    def fail(self, status: int) -> NoReturn:
-        """CommTimeoutError, InvalidArgumentError or CommunicatorError with the native sentence."""
-        raise _FAILURES[status](self.error().decode())
 
 
 @functools.cache

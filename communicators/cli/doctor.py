@@ -19,6 +19,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..catalog import CATALOG
+
 _PACKAGES = ("torch", "numpy", "pyzmq", "nvidia-ml-py", "rich", "mscclpp")
 _OPTIONAL = {
     "pyzmq": "MessageQueue to other hosts",
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 when something is broken."""
-    findings = [*_machine(), *_libraries(), *_settings()]
+    findings = [*_machine(), *_libraries(), *_settings(), *_communicators()]
     torch_works = not any(f.section == "libraries" and f.ok is False for f in findings)
     if torch_works:
         gpus = _gpus()
@@ -66,13 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(findings: list[Finding], broken: list[Finding]) -> None:
-    section = ""
+    section, width = "", 14
     for finding in findings:
         if finding.section != section:
             section = finding.section
+            width = max(14, *(len(f.name) for f in findings if f.section == section))
             print(f"{section}")
         mark = {True: "ok", False: "BROKEN", None: "-"}[finding.ok]
-        print(f"  {mark:6} {finding.name:14} {finding.text}" if finding.name else finding.text)
+        print(f"  {mark:6} {finding.name:{width}} {finding.text}" if finding.name else finding.text)
     if broken:
         print(f"{len(broken)} broken: {', '.join(finding.name for finding in broken)}")
     else:
@@ -164,6 +167,15 @@ def _settings() -> list[Finding]:
         text += f"; a group of two ranks takes up to {needed >> 20} MiB"
     found.append(Finding("settings", "shared memory", usage.free >= needed, text))
     return found
+
+
+def _communicators() -> list[Finding]:
+    """How far each has been seen to work, anywhere; what runs here is the trial's to say."""
+    return [
+        Finding("communicators", name, None, entry.told())
+        for entry in CATALOG
+        for name in entry.classes
+    ]
 
 
 def _gpus() -> list[Finding]:

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         const uint32_t i = (chunk * kUnroll + u) * blockDim.x + threadIdx.x;
         if (i < vectors) out.of<Element>(ws.rank).store(i, values[u]);
       }
-      __syncthreads();
+      gpu::sync_before_release();
       ++count;
       if (threadIdx.x < W && threadIdx.x != ws.rank) {
         gpu::st_release_sys(&ws.control(threadIdx.x).arrived[ws.rank][blockIdx.x],

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
         out.store(base + i + u * step, rank_ordered_sum<T, 2>(own[u], peer_value, ws.rank));
       }
     }
-    __syncthreads();
+    gpu::sync_before_release();
     if (threadIdx.x == 0) {
       gpu::st_release_sys(&ws.control(peer).taken[blockIdx.x], progress(call.epoch, chunk + 1));
     }
@@ -126,12 +126,11 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void load_copy_engine_kernels() {
-  cudaFuncAttributes attributes;
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, begin_kernel));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, turn_kernel));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<float>));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<gpu::Half>));
-  GPU_CHECK(cudaFuncGetAttributes(&attributes, add_kernel<gpu::BFloat16>));
+  gpu::preload<begin_kernel>();
+  gpu::preload<turn_kernel>();
+  gpu::preload<add_kernel<float>>();
+  gpu::preload<add_kernel<gpu::Half>>();
+  gpu::preload<add_kernel<gpu::BFloat16>>();
 }
 
 void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,

@@ -140,7 +140,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
       }
     }
     if (cut.pieces >= 2) {
-      __syncthreads();  // the whole block has read and cleared its places of this piece
+      gpu::sync_before_release();  // the block has read and cleared its places of this piece
       if (threadIdx.x == 0) {
         gpu::st_release_sys(&ws.control(peer).consumed[block], epoch + piece + 1);
       }

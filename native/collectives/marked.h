@@ -72,6 +72,11 @@ __device__ __forceinline__ void wait_for_warp(const uint4* slot, const Workspace
   __syncwarp();
 }
 
+// Words, not addresses, are chosen: an array that is addressed lies in memory on AMD GPUs.
+__device__ __forceinline__ uint4 choose(bool first, uint4 a, uint4 b) {
+  return make_uint4(first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w);
+}
+
 // Sum in rank order in fp32, rounded once. peers[k] is from the peer in place k.
 template <typename T, int W>
 __device__ __forceinline__ uint4 rank_ordered_sum(uint4 own, const uint4 (&peers)[W - 1],
@@ -81,7 +86,7 @@ __device__ __forceinline__ uint4 rank_ordered_sum(uint4 own, const uint4 (&peers
     if (r == static_cast<int>(rank)) return own;
     if (r == 0) return peers[0];
     if (r == W - 1) return peers[W - 2];
-    return r < static_cast<int>(rank) ? peers[r] : peers[r - 1];
+    return choose(r < static_cast<int>(rank), peers[r], peers[r - 1]);
   };
   gpu::Floats<T> sum(of(0));
 #pragma unroll

@@ -121,12 +121,9 @@ class Kernel {
     return view_.area(owner, epoch_, shot) + (uint64_t{tile} * (W - 1) + among) * part_bytes(C, W);
   }
 
-  // Tells every peer that this block's parts of one more tile are there. Each thread releases its
-  // own stores before the barrier: on AMD GPUs those of other wavefronts may still be in flight
-  // when one thread releases its own.
+  // Tells every peer that this block's parts of one more tile are there.
   __device__ __forceinline__ void announce(int shot, uint64_t tiles) {
-    gpu::fence_sys();
-    __syncthreads();
+    gpu::sync_before_release();
     if (threadIdx.x < W && threadIdx.x != view_.rank) {
       Control& peer = view_.control(threadIdx.x);
       gpu::st_release_sys(&peer.arrived[shot][view_.rank][blockIdx.x], progress(epoch_, tiles));

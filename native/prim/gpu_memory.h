@@ -76,6 +76,10 @@ __device__ __forceinline__ void st_release_sys(uint64_t* address, uint64_t value
 
 __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// A barrier of the block after which one thread may release what all of them have stored: releases
+// are cumulative in PTX's memory model. On AMD GPUs more is needed (gpu_memory_hip.h).
+__device__ __forceinline__ void sync_before_release() { __syncthreads(); }
+
 // Sets bits of a word of this GPU and returns what it held before.
 __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint64_t bits) {
   uint64_t before;

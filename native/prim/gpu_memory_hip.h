@@ -61,6 +61,13 @@ __device__ __forceinline__ void st_release_sys(uint64_t* address, uint64_t value
 
 __device__ __forceinline__ void fence_sys() { __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, ""); }
 
+// A barrier of the block after which one thread may release what all of them have stored. A release
+// waits for the stores of its own wavefront alone, so each thread waits for its own.
+__device__ __forceinline__ void sync_before_release() {
+  fence_sys();
+  __syncthreads();
+}
+
 __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint64_t bits) {
   return __hip_atomic_fetch_or(address, bits, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }

@@ -33,7 +33,7 @@ class QuickRanks:
         nbytes = self.library.bytes(area)
         self.buffers = [SharedBuffer.allocate(nbytes, device, r) for r in range(world_size)]
         pointers = [buffer.own for buffer in self.buffers]
-        self.handles = [self.library.create(pointers, r, area) for r in range(world_size)]
+        self.handles = [self.library.create(pointers, r, (area,)) for r in range(world_size)]
         self.streams = [torch.cuda.Stream() for _ in range(world_size)]
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         for handle in self.handles:

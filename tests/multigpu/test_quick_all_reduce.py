@@ -143,6 +143,31 @@ def test_skewed_ranks(ranks: Ranks) -> None:
     ranks.run(_skewed)
 
 
+def _compiled(me: Rank, codec: str) -> None:
+    comm = me.kept[codec]
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return comm.quick_all_reduce(x * 2) + 1
+
+    inputs = random_inputs(2, 70_000, torch.bfloat16, 3)
+    expected = quick_codecs.all_reduce([x * 2 for x in inputs], codec) + 1
+    mine = inputs[me.rank].to(me.device)
+    assert same(torch.compile(layer, fullgraph=True)(mine).cpu(), expected)
+    out = torch.empty_like(mine)
+    arguments = (comm._handle, mine, out, CODECS.index(codec))
+    torch.library.opcheck(
+        torch.ops.communicators.quick_all_reduce.default, arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="must have the same dtype and size"):
+        torch.ops.communicators.quick_all_reduce(comm._handle, mine, out[1:], 1)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_compile(ranks: Ranks, codec: str) -> None:
+    ranks.run(_compiled, codec, timeout_s=120)
+
+
 def _bad_input(me: Rank) -> None:
     comm = me.kept["Q8"]
     x = torch.ones(64, device=me.device, dtype=torch.half)

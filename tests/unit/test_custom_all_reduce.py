@@ -13,7 +13,7 @@ import torch
 from communicators import allreduce
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.base import Refusal
-from communicators.bindings import custom_ar
+from communicators.bindings import collectives_library, custom_ar
 from communicators.errors import (
     CommTimeoutError,
     CommunicatorError,
@@ -98,7 +98,9 @@ def test_every_exported_function_is_bound() -> None:
     text = (Path(__file__).parents[2] / "native/collectives/c_api.cu").read_text()
     words = text.replace("(", " ").split()
     exported = {w for w in words if w.startswith("communicators_ar_") and "EXPORTED" in text}
-    bound = Path(custom_ar.__file__).read_text()
+    bound = "".join(
+        Path(module.__file__).read_text() for module in (custom_ar, collectives_library)
+    )
     for name in exported:
         short = name.removeprefix("communicators_ar_")
         assert f'"{short}"' in bound, name

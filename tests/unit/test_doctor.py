@@ -32,6 +32,7 @@ def test_a_sound_machine_exits_0(capsys):
     assert findings["torch"]["ok"]
     assert findings["native cpu"]["ok"]
     assert "free of" in findings["shared memory"]["text"]
+    assert "never executed on AMD" in findings["CustomAllreduce"]["text"]
 
 
 def test_an_unusable_shared_memory_directory(capsys, monkeypatch):

@@ -185,6 +185,22 @@ def test_layouts(world_size, tp, pp):
         assert all(rank in group for group in (tp_ranks, pp_ranks, dp_ranks))
 
 
+def codecs(rank, key):
+    with world_of(rank, key) as world:
+        with pytest.raises(InvalidArgumentError, match="codec 'Q5' is not one of FP, Q8, Q6, Q4"):
+            parallel_state.initialize_model_parallel(2, 1, all_reduce_codec="Q5")
+        parallel_state.initialize_model_parallel(2, 1, all_reduce_codec="Q6")
+        found = {name: parallel_state.get_group(name).settings for name in ("tp", "pp", "dp")}
+        assert {name: one.quick_codec for name, one in found.items()} == {
+            "tp": "Q6", "pp": "", "dp": ""
+        }  # fmt: skip
+        assert world.settings.quick_codec == ""
+
+
+def test_only_the_tensor_parallel_group_may_round():
+    pool(2).run(codecs, "codecs")
+
+
 def uneven(rank, key):
     with world_of(rank, key):
         parallel_state.initialize_model_parallel(
@@ -268,7 +284,7 @@ def traced(rank, key):
 
         def layer(x):
             y = world.all_reduce(x * 2)
-            world.all_reduce_(y)
+            world.all_reduce_(y, exact=True)
             return world.all_gather(y + 1, dim=-1)
 
         x = part(world.rank_in_group, 4, 6)

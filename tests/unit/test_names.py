@@ -1,4 +1,5 @@
-"""Every class and function of the systems that this library replaces exists, with its parameters.
+"""The catalog is true: it lists the classes that there are, the README and the doctor print it, and
+every class and function of the systems that this library replaces exists, with its parameters.
 
 The lists are facts about sglang (srt/distributed/device_communicators, and sgl_kernel.allreduce):
 names and parameters in order. A parameter counts as kept when the same name stands at the same
@@ -7,9 +8,17 @@ place, and whatever this library adds behind them has a default.
 
 import importlib
 import inspect
+import pkgutil
 import re
+from pathlib import Path
 
 import pytest
+
+import communicators
+from communicators import backends
+from communicators.base import Communicator
+from communicators.catalog import CATALOG, PROOFS, markdown
+from communicators.cli.doctor import _communicators
 
 #: file, or file.class -> its functions.
 DEVICE_COMMUNICATORS = {
@@ -188,6 +197,42 @@ def problem(home, holder, name, parameters):
 
 
 FUNCTIONS = {key: where for key, *where in listed()}
+#: Classes of the lists above that are communicators: what a job is told to use.
+LISTED = {
+    "CustomAllreduce", "HpuCommunicator", "NpuCommunicator", "PyMscclppCommunicator",
+    "PyNcclCommunicator", "QuickAllReduce", "MessageQueue", "XpuCommunicator",
+}  # fmt: skip
+#: Communicators that those systems have elsewhere, or not as a class.
+OURS = {"CpuCommunicator", "TorchDistributedCommunicator"}
+
+
+def test_the_catalog_lists_the_communicators_that_there_are():
+    catalogued = [name for entry in CATALOG for name in entry.classes]
+    assert len(set(catalogued)) == len(catalogued)
+    assert set(catalogued) == LISTED | OURS
+    holders = {place.partition(".")[2] for place in DEVICE_COMMUNICATORS}
+    assert {name for name in LISTED if name in holders} == LISTED
+    for module in pkgutil.iter_modules(backends.__path__):
+        importlib.import_module(f"{backends.__name__}.{module.name}")
+    concrete, classes = set(), [Communicator]
+    for kind in classes:
+        classes += kind.__subclasses__()
+        if kind.__module__.startswith("communicators.") and not inspect.isabstract(kind):
+            concrete.add(kind)
+    assert {kind.__name__ for kind in concrete} | {"MessageQueue"} == set(catalogued)
+    for name in catalogued:
+        assert inspect.isclass(getattr(communicators, name))
+    for entry in CATALOG:
+        proofs = [proof for proof, of in entry.state if of]
+        assert proofs and proofs == sorted(set(proofs), key=PROOFS.index)
+
+
+def test_the_readme_and_the_doctor_print_the_catalog():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = markdown()
+    assert table in readme, f"README.md must hold this table:\n{table}"
+    printed = {finding.name: finding.text for finding in _communicators()}
+    assert printed == {name: entry.told() for entry in CATALOG for name in entry.classes}
 
 
 def test_the_lists_are_whole():

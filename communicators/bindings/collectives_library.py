@@ -1,0 +1,74 @@
+"""ctypes over one of the CUDA library's C interfaces: what they have in common.
+
+Each has a prefix, handles, statuses that stand for exceptions, and a sentence for the last one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
+
+from ..errors import CommTimeoutError, CommunicatorError, InvalidArgumentError
+
+POINTER, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
+
+#: collectives::Failure and quick::Failure.
+_FAILURES: dict[int, type[CommunicatorError]] = {
+    1: CommTimeoutError,  # a peer did not come
+    2: CommunicatorError,  # two calls in flight on one handle
+    3: InvalidArgumentError,
+    4: CommunicatorError,  # of the platform
+}
+
+
+class CollectivesLibrary:
+    """The functions that every interface has. Those that return a status go through `check`.
+
+    Attributes of a subclass:
+        prefix: of its functions' names.
+        layout_sizes: how many sizes in bytes describe the memory of a rank.
+    """
+
+    prefix: ClassVar[str]
+    layout_sizes: ClassVar[int]
+
+    def __init__(self, path: str) -> None:
+        self._library = ctypes.CDLL(path)
+        sizes = [SIZE] * self.layout_sizes
+        self.error = self.function("error", ctypes.c_char_p)
+        self.bytes = self.function("bytes", SIZE, *sizes)
+        self._create = self.function(
+            "create", NUMBER, ctypes.POINTER(POINTER), ctypes.POINTER(SIZE), NUMBER, NUMBER, *sizes
+        )
+        self.destroy = self.function("destroy", None, POINTER)
+        self.retire = self.function("retire", NUMBER, POINTER)
+        self.check_ = self.function("check", NUMBER, POINTER)
+        self.set_timeout_ns = self.function("set_timeout_ns", None, POINTER, SIZE)
+
+    def function(self, name: str, result: Any, *arguments: Any) -> ctypes._NamedFuncPointer:
+        """The C function `<prefix>_<name>` with its types."""
+        found = getattr(self._library, f"{self.prefix}_{name}")
+        found.restype = result
+        found.argtypes = arguments
+        return found
+
+    def create(self, pointers: Sequence[int], rank: int, layout: Sequence[int]) -> int:
+        """A handle over the memory at `pointers`, one a rank, of the sizes `layout` in bytes.
+
+        The current device is the one that launches go to.
+        """
+        handle = POINTER()
+        bases = (SIZE * len(pointers))(*pointers)
+        self.check(self._create(ctypes.byref(handle), bases, len(pointers), rank, *layout))
+        assert handle.value is not None
+        return handle.value
+
+    def check(self, status: int) -> None:
+        """Raises what a status other than 0 stands for."""
+        if status != 0:
+            self.fail(status)
+
+    def fail(self, status: int) -> NoReturn:
+        """CommTimeoutError, InvalidArgumentError or CommunicatorError with the native sentence."""
+        raise _FAILURES[status](self.error().decode())

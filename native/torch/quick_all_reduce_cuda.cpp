@@ -1,0 +1,43 @@
+// The torch operator over quick::QuickAllReduce, for torch.compile. `fa` is the handle that
+// communicators_qr_create() made, `codec` a quick::Codec.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "collectives/quick_all_reduce.h"
+#include "prim/gpu.h"
+#include "torch/stream.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec) {
+  constexpr const char* op = "quick_all_reduce(fa, inp, out, codec)";
+  STD_TORCH_CHECK(fa != 0, op, ": fa is 0, not a handle of a live QuickAllReduce");
+  auto& communicator = *reinterpret_cast<quick::QuickAllReduce*>(fa);
+  const auto dtype = inp.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+                  ": it sums float16 and bfloat16");
+  STD_TORCH_CHECK(out.scalar_type() == dtype && inp.numel() == out.numel(), op,
+                  ": inp and out must have the same dtype and size");
+  STD_TORCH_CHECK(inp.is_cuda() && out.is_cuda() &&
+                      inp.get_device_index() == communicator.device() &&
+                      out.get_device_index() == communicator.device(),
+                  op, ": inp and out must be on cuda:", communicator.device());
+  STD_TORCH_CHECK(inp.is_contiguous() && out.is_contiguous(), op,
+                  ": inp and out must be contiguous");
+  STD_TORCH_CHECK(codec >= 0 && codec <= 3, op, ": codec must be 0 to 3, got ", codec);
+  const gpu::DeviceGuard guard(communicator.device());
+  communicator.run(static_cast<quick::Codec>(codec),
+                   dtype == ScalarType::BFloat16 ? quick::Half::kBFloat16 : quick::Half::kFloat16,
+                   inp.const_data_ptr(), out.mutable_data_ptr(),
+                   static_cast<uint64_t>(inp.numel()) * 2,
+                   torch_glue::current_stream(communicator.device()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(communicators, CUDA, m) {
+  m.impl("quick_all_reduce", TORCH_BOX(&quick_all_reduce));
+}

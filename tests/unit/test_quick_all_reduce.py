@@ -1,0 +1,221 @@
+"""QuickAllReduce without a GPU: who is allowed to round, its operator, and its binding."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from communicators import Capability, QuickAllReduce, Settings, native
+from communicators.backends import candidates
+from communicators.backends import quick_codecs as quick
+from communicators.base import Communicator, Request
+from communicators.bindings import quick_ar
+from communicators.dispatcher import Dispatcher
+from communicators.errors import CommTimeoutError, InvalidArgumentError
+from communicators.policy import choose
+from communicators.tables import EMPTY
+from tests.threads import run_ranks
+
+LOSSY = ("Q8", "Q6", "Q4")
+SUMS = frozenset({"all_reduce"})
+
+
+class OnCpu(QuickAllReduce):
+    """Live without a GPU: what it would launch goes to the operator's stand-in on the CPU."""
+
+    def __init__(self, group, codec, least_bytes=0):
+        super().__init__(group, "cuda:0", codec, least_bytes)
+        self.device = torch.device("cpu")
+
+    def capability(self):
+        return Capability(SUMS, frozenset({torch.bfloat16}), rounds=self._rounds())
+
+    def allocate(self):
+        return b"", self.codec
+
+    def rendezvous(self, handles):
+        self._handle = 7
+
+    def release(self):
+        self._handle = 0
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    """The operator on CPU tensors, for a world of two whose other rank always holds ones."""
+    native.load("cpu")
+    quick_ar.register_fake()
+    library = torch.library.Library("communicators", "IMPL")
+
+    def run(fa, inp, out, codec):
+        assert fa == 7
+        out.copy_(quick.all_reduce([inp, torch.ones_like(inp)], quick_ar.CODECS[codec]))
+
+    library.impl("quick_all_reduce", run, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("codec", quick_ar.CODECS)
+def test_torch_compile_traces_through_it(stand_in, codec):
+    (comm,) = run_ranks(1, lambda group: OnCpu(group, codec))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(x):
+        y = comm.quick_all_reduce(x * 2)
+        comm.quick_all_reduce(y, out=y)
+        return y + 1
+
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    once = quick.all_reduce([x * 2, torch.ones_like(x)], codec)
+    expected = quick.all_reduce([once, torch.ones_like(x)], codec) + 1
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), expected)
+    (graph,) = graphs
+    assert str(graph.graph).count("communicators.quick_all_reduce") == 2
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+    assert comm._captured_ever, "a graph may hold its kernels: its buffer must outlive close()"
+    comm.close()
+
+
+def test_the_operator_is_sound(stand_in):
+    operator = torch.ops.communicators.quick_all_reduce.default
+    x = torch.ones(64, dtype=torch.bfloat16)
+    torch.library.opcheck(
+        operator, (7, x, torch.empty_like(x), 1), test_utils=("test_schema", "test_faketensor")
+    )
+    fake = torch._subclasses.FakeTensorMode()
+    with fake, pytest.raises(RuntimeError, match="inp and out must have the same size"):
+        operator(7, torch.empty(4, dtype=torch.half), torch.empty(5, dtype=torch.half), 1)
+
+
+def test_it_refuses_unless_a_codec_was_allowed():
+    assert candidates("cuda")[0] is QuickAllReduce
+    assert Settings().quick_codec == ""
+    for comm in run_ranks(2, lambda group: QuickAllReduce(group, "cuda:0")):
+        assert str(comm.refusal).startswith("it rounds, and no codec was allowed")
+        assert not comm.should_quick_allreduce(torch.ones(1 << 23, dtype=torch.half))
+    for error in run_ranks(2, lambda group: QuickAllReduce(group, "cuda:0", "Q5")):
+        assert isinstance(error, InvalidArgumentError)
+
+
+def test_codecs_that_differ_are_a_refusal_on_all_ranks():
+    class Exchanging(OnCpu):
+        rendezvous = QuickAllReduce.rendezvous
+
+        def allocate(self):
+            self._buffer = self._library = object()
+            return super().allocate()
+
+    codecs = ("Q8", "Q4")
+    for comm in run_ranks(2, lambda group: Exchanging(group, codecs[group.rank])):
+        assert "rank 0 has codec Q8 and rank 1 Q4" in str(comm.refusal)
+
+
+class Exact(Communicator):
+    name = "exact"
+
+    def __init__(self, group):
+        self.calls = 0
+        super().__init__(group, torch.device("cpu"))
+
+    def capability(self):
+        return Capability(SUMS)
+
+    def run(self, op, out, inp, root=0):
+        self.calls += 1
+
+
+class Counting(OnCpu):
+    calls = 0
+
+    def run(self, op, out, inp, root=0):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("codec", quick_ar.CODECS)
+def test_an_exact_call_never_rounds(codec):
+    def body(group):
+        opened = [Counting(group, codec), Exact(group)]
+        return Dispatcher(group, torch.device("cpu"), opened)
+
+    (dispatcher,) = run_ranks(1, body)
+    rounding, exact = dispatcher.live
+    x = torch.ones(64, dtype=torch.bfloat16)
+    for _ in range(2):
+        dispatcher.run("all_reduce", x, x)
+        dispatcher.run("all_reduce", x, x, exact=True)
+    # FP sends all bits of a value, so it serves exact calls too.
+    assert (rounding.calls, exact.calls) == ((2, 2) if codec in LOSSY else (4, 0))
+    text = dispatcher.explain()
+    assert (f"; it rounds, as allowed: {codec}, " in text) == (codec in LOSSY)
+
+
+def test_the_policy_says_why():
+    live = [("quick", Capability(SUMS, rounds="Q8")), ("exact", Capability(SUMS))]
+    request = Request("all_reduce", torch.bfloat16, 64)
+    allowed = choose(request, live, EMPTY)
+    assert allowed.communicator == "quick"
+    assert allowed.reason.endswith("; it rounds, as allowed: Q8")
+    refused = choose(Request("all_reduce", torch.bfloat16, 64, exact=True), live, EMPTY)
+    assert refused.communicator == "exact"
+    assert str(refused.refused["quick"]) == "it rounds (Q8), and this call is exact"
+
+
+_STUB = """
+#include <stdint.h>
+#define EXPORT __attribute__((visibility("default")))
+EXPORT const char* communicators_qr_error(void) { return "a sentence"; }
+EXPORT uint64_t communicators_qr_bytes(uint64_t area) { return 4 * area; }
+EXPORT int communicators_qr_create(void** h, const uint64_t* bases, int world, int rank,
+                                   uint64_t area) {
+  if (world == 3) return 3;
+  *h = (void*)(bases[rank] + area);
+  return 0;
+}
+EXPORT void communicators_qr_destroy(void* h) {}
+EXPORT int communicators_qr_retire(void* h) { return 0; }
+EXPORT int communicators_qr_all_reduce(void* h, int codec, int bfloat16, const void* i, void* o,
+                                       uint64_t bytes, void* stream) {
+  return bytes == 20 && bfloat16 == 1 ? codec : 9;
+}
+EXPORT int communicators_qr_check(void* h) { return 1; }
+EXPORT void communicators_qr_set_timeout_ns(void* h, uint64_t ns) {}
+EXPORT int communicators_qr_set_launch(void* h, int blocks, int overlap) { return 0; }
+"""
+
+
+def test_the_binding(tmp_path):
+    source, target = tmp_path / "stub.c", tmp_path / "stub.so"
+    source.write_text(_STUB)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
+    library = quick_ar.QuickArLibrary(str(target))
+    assert library.bytes(10) == 40
+    assert library.create([1000, 2000], 1, (5,)) == 2005
+    with pytest.raises(InvalidArgumentError, match="a sentence"):
+        library.create([1, 2, 3], 0, (5,))
+    with pytest.raises(CommTimeoutError, match="a sentence"):
+        library.check(library.check_(7))
+    assert library.all_reduce(7, 2, 1, None, None, 20, None) == 2
+
+
+def test_the_binding_names_what_the_sources_export():
+    native_sources = Path(__file__).parents[2] / "native/collectives/quick_c_api.cu"
+    exported = {
+        word.partition("(")[0].lstrip("*")
+        for line in native_sources.read_text().splitlines()
+        if line.startswith("EXPORTED")
+        for word in line.split()
+        if "communicators_qr_" in word
+    }
+    stub = {f"communicators_qr_{name}" for name in (
+        "error", "bytes", "create", "destroy", "retire", "all_reduce", "check", "set_timeout_ns",
+        "set_launch",
+    )}  # fmt: skip
+    assert exported == stub
