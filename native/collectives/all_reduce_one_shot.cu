@@ -27,33 +27,41 @@ __global__ void __launch_bounds__(kMaxSmallThreads)
   Call<kSmall> call(ws);
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = i < vectors;
+  const uint64_t offset = uint64_t{i} * gpu::kVectorBytes;
+  const uint64_t second_slot = ws.layout.slot;
   inp += i;
-  // Never true. Compilers put arithmetic off until after a wait, but not across a branch on it.
-  if ((call.first_address() | reinterpret_cast<uint64_t>(inp)) == 0) return;
+  out += i;
+  char* ours = ws.slots + offset;
+  char* theirs[W];  // in the peer 1, 2, ... ranks on: not everybody to the same peer at once
+  uint64_t all = call.first_address() | second_slot | reinterpret_cast<uint64_t>(inp) |
+                 reinterpret_cast<uint64_t>(out) | reinterpret_cast<uint64_t>(ours);
+#pragma unroll
+  for (int turn = 1; turn < W; ++turn) {
+    theirs[turn] = ws.pushes[turn - 1] + offset;
+    all |= reinterpret_cast<uint64_t>(theirs[turn]);
+  }
+  // Never true. Parameters and arithmetic are there before the wait is over, while compilers would
+  // put them off until they are needed; but not across a branch on them.
+  if (all == 0) return;
   gpu::dependency_wait();
   gpu::launch_dependents();
-  call.look();
   uint4 own = {};
   if (inside) own = *inp;
-  if (call.failed()) return;
-  if (call.first()) {
-    call.wait_for_peers(ws);
-    if (inside) own = *inp;
-  }
-  const uint64_t place = ws.slot_of(call.epoch) + uint64_t{i} * gpu::kVectorBytes;
+  if (!call.enter(ws)) return;
+  const uint64_t slot = (call.epoch & 1) != 0 ? second_slot : 0;
   if (inside) {
 #pragma unroll
     for (int turn = 1; turn < W; ++turn) {
-      gpu::send_marked(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + place), own);
+      gpu::send_marked(reinterpret_cast<uint4*>(theirs[turn] + slot), own);
     }
   }
   call.settle(ws);
   if (inside) {
-    char* ours = ws.slots + place;
+    ours += slot;
     gpu::Spin spin;
     uint4 peers[W - 1];
     receive_from_peers<W>(peers, ours, ws.slot_stride, ws, spin, call.epoch, i);
-    out[i] = rank_ordered_sum<T, W>(own, peers, ws.rank);
+    *out = rank_ordered_sum<T, W>(own, peers, ws.rank);
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
       auto* done = reinterpret_cast<uint4*>(ours + k * ws.slot_stride);

@@ -101,18 +101,20 @@ struct Layout {
 static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its place");
 
 // One rank's view of all workspaces; a kernel parameter. Divisions are done on the host.
+// What every kernel starts with stands together, at the end: next to the other parameters, since a
+// multiprocessor fetches parameters line by line.
 struct Workspace {
   char* base[kMaxWorld];
-  char* own;                    // base[rank]
-  char* slots;                  // where peers write here, in slot 0
-  char* pushes[kMaxWorld - 1];  // where this rank writes, in slot 0 of the peer 1, 2, ... ranks on
-  Layout layout;
   uint64_t slot_stride;    // between senders' areas in a slot; the first half of an area holds raw
   uint64_t tagged_stride;  // vectors and the second half sums, where a call has both
   uint64_t bulk_stride;
   uint32_t rank;
   uint32_t world;
+  char* pushes[kMaxWorld - 1];  // where this rank writes, in slot 0 of the peer 1, 2, ... ranks on
   gpu::SpinContext spin;
+  Layout layout;
+  char* slots;  // where peers write here, in slot 0
+  char* own;    // base[rank]
 
   __host__ __device__ Control& control(uint32_t owner) const {
     return *reinterpret_cast<Control*>(base[owner]);
@@ -174,23 +176,12 @@ class Call {
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
   // been reported.
   __device__ __forceinline__ bool enter(const Workspace& ws) {
-    look();
-    if (failed()) return false;
-    if (first()) wait_alive(ws, control_);
-    return true;
-  }
-
-  // enter() in its parts, for a kernel that has other things to do while the word is on its way and
-  // no registers to keep over a call of wait_alive().
-  __device__ __forceinline__ void look() {
     const ulonglong2 seen = gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(word_));
     epoch = seen.x >> 1;
-    failed_ = seen.y;
+    if (seen.y != 0) return false;
+    if (epoch == 0) wait_alive(ws, control_);
+    return true;
   }
-  __device__ __forceinline__ bool failed() const { return failed_ != 0; }
-  // The first call of all: peers may not have prepared their slots yet.
-  __device__ __forceinline__ bool first() const { return epoch == 0; }
-  __device__ __forceinline__ void wait_for_peers(const Workspace& ws) { wait_alive(ws, control_); }
 
   // By all threads of every block that entered, between their first stores to peers and their first
   // wait. Marks the block as busy: a block found busy is a second call in flight, on another
@@ -230,6 +221,7 @@ class Call {
   }
 
  private:
+  // The first call of all: peers may not have prepared their slots yet.
   static GPU_COLD void wait_alive(const Workspace& ws, const Control& control) {
     gpu::Spin spin;
     for (uint32_t peer = 0; peer < ws.world; ++peer) {
@@ -246,7 +238,6 @@ class Call {
   Control& control_;
   bool big_;
   StateWord* word_;
-  uint64_t failed_;
   uint32_t others_;  // of thread 0: how many blocks had entered before this one
 };
 

@@ -1,25 +1,14 @@
-"""CustomAllreduce on two GPUs, one process each: results, graphs, bad input and faults."""
+"""CustomAllreduce on two GPUs, one process each: results, graphs and bad input."""
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 
 from communicators.backends.custom_all_reduce import CustomAllreduce
-from communicators.errors import (
-    CommMismatchError,
-    CommTimeoutError,
-    CommunicatorError,
-    InvalidArgumentError,
-    RefusedError,
-)
-from communicators.settings import Settings
+from communicators.errors import InvalidArgumentError, RefusedError
 from tests.gpu.virtual_ranks import rank_ordered_sum, same_bits
 from tests.multigpu.harness import Rank, Ranks
 
@@ -262,157 +251,3 @@ def _freed_input(me: Rank) -> None:
 
 def test_a_freed_captured_input_hangs_nobody(ranks: Ranks) -> None:
     ranks.run(_freed_input)
-
-
-# Faults: each on ranks of its own, since it leaves a communicator unusable.
-
-
-@pytest.fixture
-def doomed() -> Iterator[Ranks]:
-    made = Ranks(2)
-    made.run(_open, timeout_s=120)
-    yield made
-    made.close()
-
-
-def _mismatch(me: Rank) -> str:
-    comm = me.kept["comm"]
-    comm.set_timeout(0.5)
-    with pytest.raises(CommTimeoutError) as caught:
-        comm.all_reduce(torch.ones(100_000 if me.rank == 0 else 1000, device=me.device))
-        comm.synchronize()
-        comm.all_reduce(torch.ones(1000, device=me.device))
-        comm.synchronize()
-    with pytest.raises(CommTimeoutError):
-        comm.all_reduce(torch.ones(1000, device=me.device))
-    assert torch.ones(8, device=me.device).sum().item() == 8  # the context is not poisoned
-    comm.close()
-    return str(caught.value)
-
-
-def test_different_sizes_meet_the_deadline(doomed: Ranks) -> None:
-    for rank, message in enumerate(doomed.run(_mismatch)):
-        assert f"on rank {rank} of 2" in message
-        assert f"for rank {1 - rank}" in message
-
-
-def _debug(me: Rank) -> None:
-    comm = CustomAllreduce(me.group, me.device, settings=Settings(debug=True))
-    with pytest.raises(CommMismatchError, match=r"of (8|16) .* all_reduce of (16|8) "):
-        comm.all_reduce(torch.ones(8 * (me.rank + 1), device=me.device))
-    comm.close()
-
-
-def test_different_sizes_in_debug_mode(doomed: Ranks) -> None:
-    doomed.run(_debug)
-
-
-def _uneven_capture(me: Rank) -> None:
-    comm = me.kept["comm"]
-    x = torch.ones(64, device=me.device)
-    graph = torch.cuda.CUDAGraph()
-    uneven = pytest.raises(CommMismatchError, match="rank 0: 1, rank 1: 2")
-    with uneven, comm.capture(), torch.cuda.graph(graph):
-        for _ in range(me.rank + 1):
-            comm.all_reduce(x)
-
-
-def test_uneven_captures(doomed: Ranks) -> None:
-    doomed.run(_uneven_capture)
-
-
-def _failed_capture(me: Rank) -> None:
-    comm = me.kept["comm"]
-    if me.rank == 0:
-        with pytest.raises(ZeroDivisionError), comm.capture():
-            raise ZeroDivisionError  # no exchange follows, or rank 1 would be missed
-
-
-def test_a_failed_capture_exchanges_nothing(doomed: Ranks) -> None:
-    doomed.run(_failed_capture)
-
-
-def _replay_after_close(me: Rank) -> None:
-    comm = me.kept["comm"]
-    x = torch.ones(64, device=me.device)
-    graph = torch.cuda.CUDAGraph()
-    with comm.capture(), torch.cuda.graph(graph):
-        comm.all_reduce(x)
-    me.group.barrier()
-    comm.close()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.ones(8, device=me.device).sum().item() == 8
-
-
-def test_replay_after_close_does_not_fault(doomed: Ranks) -> None:
-    doomed.run(_replay_after_close)
-
-
-def _two_streams(me: Rank) -> None:
-    comm = me.kept["comm"]
-    x = torch.ones(64, device=me.device)
-    if me.rank == 1:
-        time.sleep(1)  # rank 0's first call is in flight meanwhile
-    else:
-        out = torch.empty_like(x)  # taken now: an allocation may wait for the device
-        other = torch.cuda.Stream()
-        comm.all_reduce(x, out=out)
-        with torch.cuda.stream(other):
-            comm.all_reduce(x, out=out)
-        with pytest.raises(CommunicatorError, match="another call in flight"):
-            comm.synchronize()
-
-
-def test_two_streams_at_once(doomed: Ranks) -> None:
-    doomed.run(_two_streams)
-
-
-def _with_a_dying_peer(me: Rank, when: str) -> Any:
-    comm = me.kept["comm"]
-    comm.set_timeout(1.0)
-    x = torch.ones(3 << 20, device=me.device)
-    if when != "before":
-        comm.all_reduce(x)
-        comm.synchronize()
-    if me.rank == 1:
-        if when == "during":
-            comm.all_reduce(x)
-        os.kill(os.getpid(), signal.SIGKILL)
-    started = time.monotonic()
-    if when == "during":
-        time.sleep(0.2)
-    with pytest.raises(CommTimeoutError, match="for rank 1"):
-        for _ in range(3):
-            comm.all_reduce(x)
-            comm.synchronize()
-    elapsed = time.monotonic() - started
-    assert torch.ones(8, device=me.device).sum().item() == 8
-    comm.close()
-    return elapsed
-
-
-@pytest.mark.parametrize("when", ("before", "during", "after"))
-def test_a_peer_dies(doomed: Ranks, when: str) -> None:
-    survivor, victim = doomed.attempt(_with_a_dying_peer, when)
-    assert victim[0] == "died"
-    assert survivor[0] == "ok", survivor[1]
-    assert survivor[1] < 10
-
-
-def _cycles(me: Rank, cycles: int) -> int:
-    before = 0
-    for cycle in range(cycles):
-        comm = CustomAllreduce(me.group, me.device)
-        x = torch.ones(1000, device=me.device)
-        assert torch.equal(comm.all_reduce(x), x * 2)
-        comm.close()
-        if cycle == 9:
-            me.group.barrier()
-            before = torch.cuda.mem_get_info(me.device)[0]
-    me.group.barrier()
-    return before - torch.cuda.mem_get_info(me.device)[0]
-
-
-def test_open_and_close_leak_nothing(doomed: Ranks) -> None:
-    assert all(lost < 32 << 20 for lost in doomed.run(_cycles, 200, timeout_s=120))
