@@ -65,8 +65,9 @@ CATALOG = (
         "quantized two-shot all-reduce (Q8, Q6, Q4)",
         "2, 4 or 8 GPUs of one node, when the user allows an error",
         (
-            ("simulation", "the codecs on the CPU, in two implementations with the same bits"),
-            ("compiled only", "sm_90; gfx942, never executed on AMD"),
+            ("hardware", "2 x H200"),
+            ("simulation", "worlds of 4 and 8 as virtual ranks on one H200"),
+            ("compiled only", "gfx942, never executed on AMD"),
         ),
     ),
     Entry(

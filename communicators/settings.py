@@ -135,7 +135,7 @@ class Settings:
     quick_least_bytes: int = _setting(
         2 << 20, "COMMUNICATORS_QUICK_LEAST_BYTES", _size, "bytes, or a number with K, M or G"
     )
-    """Smallest tensor that the quantized all-reduce takes; on two H200 Q8 is faster from 2 MB on."""
+    """Smallest tensor that the quantized all-reduce takes; two H200 gain from 2 MB on."""
 
     debug: bool = _setting(False, "COMMUNICATORS_DEBUG", _flag, "0 or 1")
     """Extra checks before each collective (shapes compared across ranks on the host)."""

@@ -24,7 +24,7 @@ from . import quick_codecs
 WORLD_SIZES = (2, 4, 8)
 DTYPES = (torch.float16, torch.bfloat16)
 
-#: Bytes of one of the four areas of a rank's buffer: 72 MB and 128 KB in all.
+#: Bytes of one of the four areas of a rank's buffer: 72 MB and 32 KB in all.
 AREA = 18 << 20
 
 _ROCM_ARCHS = ("gfx942", "gfx950")

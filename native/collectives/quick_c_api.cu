@@ -72,12 +72,13 @@ void QuickAllReduce::set_shape(int blocks, int threads, int ahead) {
 
 // What two H200 did best with (docs/benchmarks/quick_all_reduce.md).
 Launch QuickAllReduce::shape(Codec codec, uint64_t tiles) const {
-  // Small messages take small blocks, to reach all multiprocessors. The few bits of Q4 need fewer
-  // threads to fill the links.
+  // Few messages take small blocks, to reach all multiprocessors. Many messages of Q4's few bits
+  // are quicker with half of the threads.
   const uint64_t messages = tiles * messages_of_tile(world_);
-  const int few = messages <= uint64_t{128} * processors_ ? 64 : 128;
+  const uint64_t of_each = messages / processors_;  // multiprocessors
+  const int few = of_each < 128 ? 64 : 128;
   const int threads = threads_ > 0 ? threads_ : few;
-  const int of_processor = codec == Codec::kQ4 ? 256 : 512;
+  const int of_processor = codec == Codec::kQ4 && of_each > 1024 ? 256 : 512;
   const int blocks =
       blocks_ > 0 ? blocks_ : std::min(processors_ * of_processor / threads, kMaxBlocks);
   return {blocks, threads, ahead_ > 0 ? ahead_ : 1, overlap_};
