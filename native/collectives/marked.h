@@ -69,7 +69,7 @@ __device__ __forceinline__ void wait_for_warp(const uint4* slot, const Workspace
       if (spin.give_up(ws.spin, sender, epoch, position, 0, gpu::kEmpty)) break;
     }
   }
-  __syncwarp();
+  gpu::sync_warp();
 }
 
 // Words, not addresses, are chosen: an array that is addressed lies in memory on AMD GPUs.

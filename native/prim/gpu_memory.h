@@ -91,6 +91,9 @@ __device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" 
 // are cumulative in PTX's memory model. On AMD GPUs more is needed (gpu_memory_hip.h).
 __device__ __forceinline__ void sync_before_release() { __syncthreads(); }
 
+// Lanes that diverged go on together.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
 // Sets bits of a word of this GPU and returns what it held before.
 __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint64_t bits) {
   uint64_t before;

@@ -76,6 +76,9 @@ __device__ __forceinline__ void sync_before_release() {
   __syncthreads();
 }
 
+// The lanes of a wavefront share one program counter; nothing moves across this.
+__device__ __forceinline__ void sync_warp() { __builtin_amdgcn_wave_barrier(); }
+
 __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint64_t bits) {
   return __hip_atomic_fetch_or(address, bits, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }

@@ -101,7 +101,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("codec", _CODECS)
 def test_the_bits_of_the_model(library: ctypes.CDLL, codec: str, world_size: int) -> None:
     ranks = Ranks(library, world_size, 128 << 10, timeout_s=60)
-    counts = (1, 16384, 40_003) if world_size == 2 else (33_000,) if world_size == 4 else (16384,)
+    counts = (1, 16384, 20_003) if world_size == 2 else (17_000,) if world_size == 4 else (16384,)
     for turn, count in enumerate(counts):
         for dtype in (torch.float16, torch.bfloat16):
             inputs = hard_inputs(world_size, count, dtype, turn)

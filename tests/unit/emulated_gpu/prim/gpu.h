@@ -47,7 +47,6 @@ inline thread_local Dim threadIdx, blockIdx, blockDim, gridDim;
 inline thread_local std::barrier<>* block_barrier = nullptr;
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline void __syncwarp() {}
 // Of a block that is one warp.
 inline thread_local uint32_t* warp_words = nullptr;
 inline uint32_t exchange(uint32_t value, uint32_t lane) {

@@ -47,6 +47,7 @@ inline void fence_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline uint64_t first_to_leave() { return 0; }
 inline void st_relaxed_sys_with_policy(uint4* a, uint4 v, uint64_t) { st_relaxed_sys(a, v); }
 inline void sync_before_release() { __syncthreads(); }
+inline void sync_warp() {}
 inline uint64_t fetch_or_relaxed_gpu(uint64_t* a, uint64_t bits) {
   return std::atomic_ref(*a).fetch_or(bits, kRelaxed);
 }
