@@ -90,7 +90,7 @@ class Error : public std::runtime_error {
 // Launches the all-reduce of `bytes`, at most `tiles_at_once` tiles, on the current device.
 struct Launch {
   int blocks;    // at most; all of them must be resident together
-  int threads;   // a block: 64, 128 or 256
+  int threads;   // a block: 32, 64, 128 or 256
   int ahead;     // messages that a thread sends before it reads, and reads before it gathers
   bool overlap;  // programmatic dependent launch
 };

@@ -102,8 +102,7 @@ def random_inputs(
 
 
 def bit_patterns(world_size: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Every bit pattern, and in a part of the tensor on every rank but one, as blocks that are not
-    lost are wanted too."""
+    """Every bit pattern; in the first part of the tensor rank 0 holds 0.5 instead."""
     generator = torch.Generator("cuda").manual_seed(1)
     shape = (world_size, 70_000)
     bits = torch.randint(-32768, 32768, shape, generator=generator, device="cuda")

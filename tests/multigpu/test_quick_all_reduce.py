@@ -24,7 +24,7 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 CODECS = ("FP", "Q8", "Q6", "Q4")
 SIZES = (1, 333, 65_536, (1 << 20) + 5, 3 << 20)
 #: More than an area holds, so that one call is several launches, of many turns of their loops.
-LONG = 60_000_000
+LONG = 70_000_000
 
 
 @pytest.fixture(scope="module")
