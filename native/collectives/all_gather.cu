@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   const uint64_t offset = ws.layout.tagged_offset(call.epoch & 1);
   const auto area = [&](uint32_t owner, uint32_t sender) {
     return reinterpret_cast<ulonglong2*>(ws.base[owner] + offset +
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   const uint64_t offset = ws.layout.bulk_offset(call.epoch & 1);
   const auto area = [&](uint32_t owner, uint32_t sender) {
     return reinterpret_cast<uint4*>(ws.base[owner] + offset +

@@ -42,10 +42,6 @@ __global__ void begin_kernel(const __grid_constant__ Workspace ws) {
   Control& mine = ws.mine();
   const uint64_t epoch = gpu::ld_relaxed_sys(&mine.words[0].state) >> 1;
   const uint32_t peer = 1 - ws.rank;
-  gpu::Spin spin;
-  while (epoch == 0 && gpu::ld_relaxed_sys(&mine.alive[peer]) == 0) {
-    if (spin.give_up(ws.spin, peer, 0, 0, 1, 0)) return;
-  }
   gpu::st_relaxed_sys(&mine.copy_epoch, epoch);
   gpu::st_release_sys(&ws.control(peer).ready, epoch + 1);
 }
@@ -78,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
                const gpu::SpanOf<T> out, const Ring ring) {
   constexpr int kUnroll = 4;
   Call call(ws);
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   call.settle(ws);
   Control& mine = ws.mine();
   const uint32_t peer = 1 - ws.rank;

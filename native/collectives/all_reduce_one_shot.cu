@@ -16,12 +16,11 @@ namespace collectives {
 namespace {
 
 constexpr int kMaxThreads = 512;
-constexpr int kMaxSmallThreads = 512;
 
 // One aligned vector a thread. A grid that is not small moves so much that it would push out of the
 // L2 what the kernels around it need: its slots, which nobody reads for two calls, go first.
 template <typename T, int W, bool kSmall>
-__global__ void __launch_bounds__(kMaxSmallThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     one_shot_kernel(const __grid_constant__ Workspace ws, const uint4* inp, uint4* out,
                     uint32_t vectors) {
   Call<kSmall> call(ws);
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kMaxSmallThreads)
   out += i;
   char* ours = ws.slots + offset;
   char* theirs[W];  // in the peer 1, 2, ... ranks on: not everybody to the same peer at once
-  uint64_t all = call.first_address() | second_slot | reinterpret_cast<uint64_t>(inp) |
+  uint64_t all = call.prepared() | second_slot | reinterpret_cast<uint64_t>(inp) |
                  reinterpret_cast<uint64_t>(out) | reinterpret_cast<uint64_t>(ours);
 #pragma unroll
   for (int turn = 1; turn < W; ++turn) {
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(kMaxSmallThreads)
   gpu::launch_dependents();
   uint4 own = {};
   if (inside) own = *inp;
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   const uint64_t slot = (call.epoch & 1) != 0 ? second_slot : 0;
   if (inside) {
 #pragma unroll
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   gpu::dependency_wait();
   gpu::launch_dependents();
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   const uint64_t slot = ws.slot_of(call.epoch);
   char* ours = ws.slots + slot;
   gpu::Spin spin;
@@ -108,10 +107,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   call.leave();
 }
 
-// Measured on two H200. Few threads a block spread a small message over many multiprocessors; the
-// threads of a single block share the state words of the whole grid.
+// Measured on two H200. Few threads a block spread a small message over many multiprocessors; many
+// keep the grid of a large one small (class Call).
 int threads_for(uint64_t vectors) {
-  if (vectors <= 256) return 512;
+  if (vectors <= 256) return 256;
   if (vectors <= 2048) return 128;
   if (vectors <= 128 * 1024) return 256;
   return 512;
@@ -135,8 +134,8 @@ void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void
       constexpr int W = decltype(world)::value;
       const gpu::SpanOf<T> from(inp, bytes);
       const gpu::SpanOf<T> to(out, bytes);
-      const bool one_each = static_cast<uint64_t>(blocks) == needed && from.all_whole() &&
-                            to.all_whole() && threads <= kMaxSmallThreads;
+      const bool one_each =
+          static_cast<uint64_t>(blocks) == needed && from.all_whole() && to.all_whole();
       if (!one_each) {
         return gpu::launch<one_shot_rounds_kernel<T, W>>(config, "all_reduce_one_shot", ws, from,
                                                          to, count);

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   if (cut.pieces > 1 && blockIdx.x == 0 && threadIdx.x == 0) {
     gpu::st_release_sys(&ws.control(1 - ws.rank).started[ws.rank], call.epoch + 1);
   }

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Call<> call(ws);
   gpu::dependency_wait();
   gpu::launch_dependents();
-  if (!call.enter(ws)) return;
+  if (!call.enter()) return;
   const bool share = roles.collectors > 0;
   int block = blockIdx.x;
   const auto first = [&] { return static_cast<uint64_t>(block) * blockDim.x + threadIdx.x; };

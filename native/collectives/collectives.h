@@ -32,6 +32,9 @@ uint64_t reduce_scatter_limit(const Workspace& ws);  // of one rank's part
 uint64_t all_gather_small_limit(const Workspace& ws);
 uint64_t all_gather_limit(const Workspace& ws);
 
+// Before the first call: waits on the device until all peers have prepared their workspaces.
+void meet(const Workspace& ws, gpu::Stream stream);
+
 void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream);
 

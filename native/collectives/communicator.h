@@ -61,7 +61,8 @@ class Communicator {
   int device() const { return device_; }
 
  private:
-  Workspace workspace(uint32_t op) const;
+  // This rank's view for a call on `stream`, which waits for the peers before the first one.
+  Workspace workspace(uint32_t op, gpu::Stream stream);
   CopyLanes& lanes();
   [[noreturn]] void throw_report() const;
 
@@ -72,6 +73,7 @@ class Communicator {
   CopyLanes lanes_{};
   bool lanes_made_ = false;
   bool programmatic_launch_ = true;
+  bool met_ = false;  // the peers have been waited for, outside of any graph
 };
 
 }  // namespace collectives

@@ -100,8 +100,8 @@ struct Layout {
 };
 static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its place");
 
-// One rank's view of all workspaces; a kernel parameter. Divisions are done on the host.
-// What every kernel starts with stands together, at the end: next to the other parameters, since a
+// One rank's view of all workspaces; a kernel parameter. Divisions are done on the host. What a
+// kernel starts with stands together, at the end: next to the other parameters, since a
 // multiprocessor fetches parameters line by line.
 struct Workspace {
   char* base[kMaxWorld];
@@ -165,21 +165,23 @@ class Call {
   __device__ __forceinline__ explicit Call(const Workspace& ws)
       : control_(ws.mine()), big_(!kSmall && gridDim.x > kStateWords) {
     word_ = &control_.words[blockIdx.x % kStateWords];
+    first_ = blockIdx.x + threadIdx.x * gridDim.x;
+    step_ = gridDim.x * blockDim.x;
   }
 
-  // The address that enter() starts with.
-  __device__ __forceinline__ uint64_t first_address() const {
-    return reinterpret_cast<uint64_t>(word_);
+  // All that enter() and leave() need of the parameters, for a kernel that sees to it that it is
+  // there before the wait is over.
+  __device__ __forceinline__ uint64_t prepared() const {
+    return reinterpret_cast<uint64_t>(word_) | first_ | step_;
   }
 
   // By all threads of every block, after gpu::dependency_wait(). One trip to the L2 and no barrier:
   // the first store to a peer waits for the epoch. False: leave the kernel at once, a failure has
   // been reported.
-  __device__ __forceinline__ bool enter(const Workspace& ws) {
+  __device__ __forceinline__ bool enter() {
     const ulonglong2 seen = gpu::ld_relaxed_sys(reinterpret_cast<const ulonglong2*>(word_));
     epoch = seen.x >> 1;
     if (seen.y != 0) return false;
-    if (epoch == 0) wait_alive(ws, control_);
     return true;
   }
 
@@ -190,14 +192,14 @@ class Call {
   // The mark travels behind the block's stores and is answered when they have been taken. Only then
   // does the block start to poll: polls that start at once get in the way of its own stores.
   __device__ __forceinline__ void settle(const Workspace& ws) {
-    if (threadIdx.x == 0 && marks()) {
+    if (leads() && marks()) {
       const uint64_t before = gpu::fetch_or_relaxed_gpu(&word_->state, 1);
       if ((before & 1) != 0) {
         gpu::report_once(ws.spin, gpu::kSpinBusy, ws.rank, epoch, blockIdx.x, epoch * 2, before, 0);
       }
     }
     __syncthreads();
-    if (threadIdx.x == 0 && big_) {
+    if (leads() && big_) {
       others_ = gpu::fetch_add_relaxed_gpu(&control_.entered, 1);
     }
   }
@@ -206,8 +208,7 @@ class Call {
   __device__ __forceinline__ void leave(uint64_t pieces = 1) {
     const uint64_t next = (epoch + pieces) * 2;
     if (!big_) {
-      const uint32_t step = gridDim.x * blockDim.x;
-      for (uint32_t word = blockIdx.x + threadIdx.x * gridDim.x; word < kStateWords; word += step) {
+      for (uint32_t word = first_; word < kStateWords; word += step_) {
         gpu::st_relaxed_sys(&control_.words[word].state, next);
       }
     } else if (threadIdx.x < 32) {
@@ -221,23 +222,17 @@ class Call {
   }
 
  private:
-  // The first call of all: peers may not have prepared their slots yet.
-  static GPU_COLD void wait_alive(const Workspace& ws, const Control& control) {
-    gpu::Spin spin;
-    for (uint32_t peer = 0; peer < ws.world; ++peer) {
-      spin.begin();
-      while (peer != ws.rank && gpu::ld_relaxed_sys(&control.alive[peer]) == 0) {
-        if (spin.give_up(ws.spin, peer, 0, 0, 1, 0)) break;
-      }
-    }
-  }
+  // The first thread of the block, told by a number that is at hand.
+  __device__ __forceinline__ bool leads() const { return first_ == blockIdx.x; }
 
   // In a big grid blocks share words, and block 0 marks for all.
   __device__ __forceinline__ bool marks() const { return !big_ || blockIdx.x == 0; }
 
   Control& control_;
   bool big_;
-  StateWord* word_;
+  StateWord* word_;  // the one that this block reads
+  uint32_t first_;   // of those that this thread writes, step_ apart
+  uint32_t step_;
   uint32_t others_;  // of thread 0: how many blocks had entered before this one
 };
 
