@@ -40,6 +40,7 @@ KERNELS = {
         "add_kernel": (1, 1, 1),
     },
     "all_gather": {"small_kernel": (0, 0, 0), "bulk_kernel": (1, 1, 1)},
+    "meet": {"meet_kernel": (0, 0, 0)},
 }
 
 # The reports of late peers have fences of their own, which neither loads nor stores follow at once.
