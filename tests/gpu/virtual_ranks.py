@@ -8,6 +8,7 @@ early, is off.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -22,16 +23,19 @@ class VirtualRanks:
 
     Args:
         world_size: 2, 4, 6 or 8.
-        timeout_s: deadline of the waits on the device.
+        timeout_s: deadline of the waits on the device; by default 5 s, or what
+            COMMUNICATORS_TIMEOUT_S says (compute-sanitizer makes kernels very slow).
         layout: bytes of (slot, tagged, bulk); small ones make messages take several pieces.
     """
 
     def __init__(
         self,
         world_size: int,
-        timeout_s: float = 5.0,
+        timeout_s: float | None = None,
         layout: tuple[int, int, int] = LAYOUT,
     ) -> None:
+        if timeout_s is None:
+            timeout_s = float(os.environ.get("COMMUNICATORS_TIMEOUT_S", "5"))
         self.world_size = world_size
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.library = custom_ar.load()
