@@ -55,10 +55,7 @@ CATALOG = (
         ("PyNcclCommunicator",),
         "NCCL through its C interface",
         "GPUs, also across nodes",
-        (
-            ("hardware", "2 x H200"),
-            ("simulation", "the watch that ends it when a peer dies, over a fake NCCL"),
-        ),
+        (("hardware", "2 x H200, the watch that ends it when a peer dies included"),),
     ),
     Entry(
         ("QuickAllReduce",),
@@ -74,7 +71,10 @@ CATALOG = (
         ("PyMscclppCommunicator",),
         "Microsoft's `mscclpp` package ([how to get it](docs/mscclpp.md))",
         "2 to 8 GPUs of one node",
-        (("simulation", "a stand-in of the package, worlds of 2, 4 and 8"),),
+        (
+            ("hardware", "2 x H200, mscclpp 0.9.0 built without its multicast algorithms"),
+            ("simulation", "a stand-in of the package, worlds of 2, 4 and 8"),
+        ),
     ),
     Entry(
         ("HpuCommunicator", "NpuCommunicator", "XpuCommunicator"),
