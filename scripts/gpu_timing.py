@@ -103,7 +103,7 @@ class Timer:
 
     def eager_us(self, call: Call, nbytes: int, samples: int = 21) -> float:
         """us a call from Python, back to back, by the host's clock until the device is done."""
-        calls = 200 if nbytes <= 1 << 20 else 50 if nbytes <= 8 << 20 else 10
+        calls = 200 if nbytes <= 1 << 20 else 50 if nbytes <= 32 << 20 else 10
         times = []
         with torch.cuda.stream(self.stream):
             for _ in range(samples):
