@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from communicators import tables
+from communicators.backends import candidates
 from communicators.base import Request
 
 
@@ -30,3 +31,15 @@ def test_the_table_of_two_cpu_ranks(tmp_path: Path) -> None:
     assert table is not None
     row = table.find(Request("all_reduce", torch.bfloat16, 1024, "eager"))
     assert row is not None and row.communicator in row.us
+
+
+def test_the_tables_that_ship_are_read() -> None:
+    shipped = sorted((Path(tables.__file__).parent / "tables").glob("*.json"))
+    assert shipped
+    names = {kind.name for kind in candidates("cuda")}  # type: ignore[attr-defined]
+    for path in shipped:
+        table = tables.parse(path.read_text(), str(path))
+        assert {row.communicator for row in table.rows} <= names | {"torch_distributed"}
+    table = tables.load("NVIDIA H200", "NV18", 2)
+    row = table.find(Request("all_reduce", torch.bfloat16, 8192, "capture"))
+    assert row is not None and row.communicator == "custom_all_reduce"
