@@ -37,6 +37,9 @@ bool soon(const Reached& reached) {
   return false;
 }
 
+// A writer notes its core once in so many messages; it costs some nanoseconds.
+constexpr uint64_t kCpuEvery = 8;
+
 // How long a nudged reader expects its message: about what pickling takes.
 constexpr int64_t kNudgeSpinNs = 300'000;
 
@@ -108,24 +111,31 @@ void SpinBudget::waited(int64_t ns) {
   usual_ += (std::min(ns, 4 * most_) - usual_) / 4;  // a long silence is forgotten in a few waits
 }
 
-RingEnd::RingEnd(std::byte* base, SpinBudget spin)
+RingEnd::RingEnd(std::byte* base, prim::AtomicU32& cpu, SpinBudget spin)
     : base_(base),
       header_(reinterpret_cast<RingHeader*>(base)),
       readers_(reader_lines(base)),
       spin_(spin),
+      cpu_(cpu),
       yields_(header_->readers + 1 > cores()) {}
 
+void RingEnd::note_cpu() {
+  const auto cpu = static_cast<uint32_t>(sched_getcpu() + 1);
+  if (prim::load_relaxed(cpu_) != cpu) prim::store_relaxed(cpu_, cpu);
+}
+
 template <typename Reached>
-bool RingEnd::spin(const Reached& reached, int64_t budget_ns) {
+bool RingEnd::spin(const Reached& reached, int64_t budget_ns, const prim::AtomicU32& peer) {
   const int64_t until = prim::monotonic_ns() + budget_ns;
   do {
     for (int i = 0; i < 32; ++i) {
       if (reached()) return true;
       prim::cpu_pause();
     }
-    // The one that is waited for may need this core. Where there are enough of them, a yield would
-    // only let strangers have it, for some milliseconds.
-    if (yields_) sched_yield();
+    // The one that is waited for may need this core: there are too few, or it ran here last and so
+    // does not run now. Otherwise a yield would only let strangers have it, for some milliseconds.
+    note_cpu();
+    if (yields_ || prim::load_relaxed(peer) == prim::load_relaxed(cpu_)) sched_yield();
   } while (!cancelled() && prim::monotonic_ns() < until);
   return reached();
 }
@@ -133,7 +143,7 @@ bool RingEnd::spin(const Reached& reached, int64_t budget_ns) {
 // --- the writer ---------------------------------------------------------------------------------
 
 RingWriter::RingWriter(std::byte* base, int fd, uint64_t unread_limit, SpinBudget spin)
-    : RingEnd(base, spin),
+    : RingEnd(base, reinterpret_cast<RingHeader*>(base)->writer_cpu, spin),
       arena_(fd, header_->arena_offset, header_->region_bytes, unread_limit),
       unread_limit_(unread_limit),
       sent_(header_->first_message),
@@ -183,6 +193,7 @@ void RingWriter::publish(SlotKind kind, uint64_t bytes, uint64_t block) {
     }
     prim::store_relaxed(reinterpret_cast<BlockHeader*>(base_ + block)->holders, holders);
   }
+  if (sent_ % kCpuEvery == 0) note_cpu();
   *reinterpret_cast<SlotHeader*>(slot(sent_)) = SlotHeader{kind, 0, bytes, block};
   ++sent_;
   header_->published.store(word(sent_), std::memory_order_seq_cst);
@@ -236,7 +247,8 @@ WaitResult RingWriter::wait(int64_t timeout_ns, bool again) {
     return !anybody_ || all_consumed_ >= target_;
   };
   if (!again) wait_started_ = prim::monotonic_ns();
-  bool arrived = again ? reached() : spin(reached, spin_.ns());
+  const int64_t budget_ns = std::min(spin_.ns(), timeout_ns);
+  bool arrived = again ? reached() : spin(reached, budget_ns, readers_[slowest_].cpu);
   while (!arrived) {
     const uint32_t bell = header_->bell.load(std::memory_order_seq_cst);
     header_->awaited.store(awaited_word(slowest_, word(target_)), std::memory_order_seq_cst);
@@ -269,7 +281,9 @@ void RingWriter::close() {
 // --- a reader -----------------------------------------------------------------------------------
 
 RingReader::RingReader(std::byte* base, uint32_t index, SpinBudget spin)
-    : RingEnd(base, spin), index_(index), received_(header_->first_message) {
+    : RingEnd(base, reader_lines(base)[index].cpu, spin),
+      index_(index),
+      received_(header_->first_message) {
   taken_.copied = 0;
 }
 
@@ -317,6 +331,7 @@ bool RingReader::take() {
   const uint32_t published = header_->published.load(std::memory_order_acquire) & ~kClosedBit;
   const uint32_t available = (published - static_cast<uint32_t>(received_ << 1)) >> 1;
   if (available == 0) return false;
+  note_cpu();
   uint32_t copied = 0;
   uint64_t used = 0;
   while (copied < std::min<uint32_t>(available, kBatchMessages)) {
@@ -360,7 +375,8 @@ WaitResult RingReader::wait(int64_t timeout_ns, bool again, int writer) {
   const auto deadline = prim::Deadline::after_ns(timeout_ns);
   const auto reached = [this] { return has_message(); };
   if (!again) wait_started_ = prim::monotonic_ns();
-  bool arrived = again ? reached() : spin(reached, spin_.ns());
+  const int64_t budget_ns = std::min(spin_.ns(), timeout_ns);
+  bool arrived = again ? reached() : spin(reached, budget_ns, header_->writer_cpu);
   while (!arrived) {
     const uint64_t mine = bit(index_);
     header_->sleepers.fetch_or(mine, std::memory_order_seq_cst);
@@ -371,7 +387,8 @@ WaitResult RingReader::wait(int64_t timeout_ns, bool again, int writer) {
     }
     header_->sleepers.fetch_and(~mine, std::memory_order_seq_cst);
     // Woken for nothing is nudged: the message is being made.
-    if (woken == prim::FutexResult::kWoken ? spin(reached, kNudgeSpinNs) : reached()) break;
+    const bool nudged = woken == prim::FutexResult::kWoken;
+    if (nudged ? spin(reached, kNudgeSpinNs, header_->writer_cpu) : reached()) break;
     if (cancelled()) return WaitResult::kCancelled;
     if ((seen & kClosedBit) != 0) return WaitResult::kClosed;
     if (woken == prim::FutexResult::kInterrupted) return WaitResult::kInterrupted;

@@ -1,0 +1,210 @@
+#include <cstddef>
+#include <new>
+
+#include "python/plain_codec.h"
+#include "python/queue_ends.h"
+#include "shm/ring.h"
+
+namespace python {
+namespace {
+
+struct ReaderEnd {
+  End end;
+  shm::RingReader* ring;  // null: closed, or in a forked child
+  PyObject* loads;        // of pickle
+  PyObject* nothing;      // what get() returns, if it returns no message
+  PlainDecoder* decoder;
+  uint32_t next;  // of the messages in ring->taken() that were copied
+};
+
+ReaderEnd* of(PyObject* self) { return reinterpret_cast<ReaderEnd*>(self); }
+
+// What look() and receive() say beside shm::WaitResult.
+enum Look : int { kMessage = static_cast<int>(shm::WaitResult::kReady), kInPlace = 6, kEmpty = 7 };
+
+// The next message of enqueue(). Looking at it twice is no harm: used_up() ends it.
+struct Message {
+  const std::byte* from;
+  size_t bytes;
+  bool in_slot;
+};
+
+// `soon`: after a spin of some microseconds if there is nothing yet.
+Look look(ReaderEnd* self, bool soon, Message& message) {
+  const shm::RingReader::Taken& taken = *self->ring->taken();
+  if (self->next >= taken.copied) {
+    if (soon ? !self->ring->take_soon() : !self->ring->take()) return kEmpty;
+    self->next = 0;
+  }
+  if (taken.copied > 0) {
+    const uint32_t begin = self->next == 0 ? 0 : taken.ends[self->next - 1];
+    message = {taken.bytes + begin, taken.ends[self->next] - begin, false};
+    return kMessage;
+  }
+  if (taken.kind != shm::SlotKind::kInline) return kInPlace;
+  message = {self->ring->at(taken.offset), taken.size, true};
+  return kMessage;
+}
+
+void used_up(ReaderEnd* self, const Message& message) {
+  if (self->ring == nullptr) return;  // closed by what ran while it was unpickled
+  if (message.in_slot) {
+    self->ring->done();
+  } else {
+    ++self->next;
+  }
+}
+
+bool is_pickle(const Message& message) {
+  return message.bytes > 0 && message.from[0] == std::byte{kPickleBegin};
+}
+
+// get() -> object, in the usual case: it is plain data, it is there, and no thread is inside. Needs
+// no lock.
+PyObject* get(PyObject* object, PyObject*) {
+  ReaderEnd* self = of(object);
+  Message message;
+  if (self->ring == nullptr || self->end.held || look(self, true, message) != kMessage ||
+      is_pickle(message)) {
+    return Py_NewRef(self->nothing);
+  }
+  PyObject* decoded = self->decoder->decode(message.from, message.bytes);
+  if (decoded == nullptr) {  // receive() will say so
+    PyErr_Clear();
+    return Py_NewRef(self->nothing);
+  }
+  used_up(self, message);
+  return decoded;
+}
+
+// PyBUF_READ, which the headers of the limited API have from Python 3.11 on.
+constexpr int kReadOnly = 0x100;
+
+PyObject* unpickle(ReaderEnd* self, const Message& message) {
+  auto* from = const_cast<char*>(reinterpret_cast<const char*>(message.from));
+  PyObject* view = PyMemoryView_FromMemory(from, static_cast<Py_ssize_t>(message.bytes), kReadOnly);
+  if (view == nullptr) return nullptr;
+  PyObject* decoded = PyObject_CallFunctionObjArgs(self->loads, view, nullptr);
+  Py_DECREF(view);
+  return decoded;
+}
+
+// Waits for a message; what look() said. -1 with an exception set.
+int wait(ReaderEnd* self, PyObject* arguments, Message& message) {
+  long long timeout_ns;
+  int again, writer;
+  if (!PyArg_ParseTuple(arguments, "Lpi", &timeout_ns, &again, &writer)) return -1;
+  while (self->ring != nullptr) {
+    const Look found = look(self, false, message);
+    if (found != kEmpty) return found;
+    shm::RingReader* ring = self->ring;
+    shm::WaitResult result;
+    Py_BEGIN_ALLOW_THREADS;
+    result = ring->wait(timeout_ns, again != 0, writer);
+    Py_END_ALLOW_THREADS;
+    if (result != shm::WaitResult::kReady) return static_cast<int>(result);
+  }
+  return static_cast<int>(shm::WaitResult::kCancelled);  // detach() came in between
+}
+
+// look(timeout_ns, again, writer) -> int, with the lock held: MESSAGE or IN_PLACE (the next message
+// stays where it is), or why it did not come, as a WaitResult. Arguments as for RingReader::wait.
+PyObject* look_locked(PyObject* self, PyObject* arguments) {
+  Message message;
+  const int found = wait(of(self), arguments, message);
+  return found < 0 ? nullptr : PyLong_FromLong(found);
+}
+
+// The exception that is set, as a new reference.
+PyObject* take_exception() {
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
+  PyErr_NormalizeException(&type, &value, &traceback);
+  if (traceback != nullptr) PyException_SetTraceback(value, traceback);
+  Py_XDECREF(type);
+  Py_XDECREF(traceback);
+  return value;
+}
+
+// receive(timeout_ns, again, writer) -> (object, None), or (None, what unpickling raised), or what
+// look() returns; with the lock held. What is no Exception (Ctrl-C) is raised: then the message is
+// still the next one.
+PyObject* receive(PyObject* object, PyObject* arguments) {
+  ReaderEnd* self = of(object);
+  Message message;
+  const int found = wait(self, arguments, message);
+  if (found < 0) return nullptr;
+  if (found != kMessage) return PyLong_FromLong(found);
+  PyObject* decoded = is_pickle(message) ? unpickle(self, message)
+                                         : self->decoder->decode(message.from, message.bytes);
+  PyObject* error = nullptr;
+  if (decoded == nullptr) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
+    error = take_exception();
+  }
+  used_up(self, message);
+  PyObject* both = PyTuple_Pack(2, decoded ? decoded : Py_None, error ? error : Py_None);
+  Py_XDECREF(decoded);
+  Py_XDECREF(error);
+  return both;
+}
+
+// detach(): the ring is not to be touched any more.
+PyObject* detach(PyObject* self, PyObject*) {
+  of(self)->ring = nullptr;
+  return Py_NewRef(Py_None);
+}
+
+PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
+  PyObject *lock, *loads, *nothing;
+  unsigned long long handle;
+  if (!PyArg_ParseTuple(arguments, "OKOO", &lock, &handle, &loads, &nothing)) return nullptr;
+  PyObject* made = PyType_GenericAlloc(type, 0);
+  if (made == nullptr) return nullptr;
+  of(made)->ring = reinterpret_cast<shm::RingReader*>(handle);
+  of(made)->loads = Py_NewRef(loads);
+  of(made)->nothing = Py_NewRef(nothing);
+  try {
+    of(made)->decoder = new PlainDecoder();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  if (of(made)->decoder == nullptr || !end_set_lock(&of(made)->end, lock)) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}
+
+void dealloc(PyObject* self) {
+  delete of(self)->decoder;
+  Py_XDECREF(of(self)->loads);
+  Py_XDECREF(of(self)->nothing);
+  end_dealloc(&of(self)->end);
+}
+
+PyMethodDef methods[] = {
+    {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(end_acquire)),
+     METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"release", end_release, METH_NOARGS, nullptr},
+    {"get", get, METH_NOARGS, nullptr},
+    {"look", look_locked, METH_VARARGS, nullptr},
+    {"receive", receive, METH_VARARGS, nullptr},
+    {"detach", detach, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(make)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
+    {Py_tp_methods, methods},
+    {0, nullptr},
+};
+
+PyType_Spec spec = {"_native_queue.ReaderEnd", sizeof(ReaderEnd), 0, Py_TPFLAGS_DEFAULT, slots};
+
+}  // namespace
+
+bool add_reader_end(PyObject* module) { return add_type(module, &spec, "ReaderEnd"); }
+
+}  // namespace python
