@@ -140,13 +140,14 @@ class MessageQueue(QueueEnd):
         if writer is not None:
             self._end = writer_end(writer, is_only=remote_writer is None)
         elif reader is not None:
-            self._end = reader_end(reader)
+            self._end = reader_end(reader, settings.timeout_s)
         self._try_put: Callable[[Any], int] = _never_sent
-        self._get: Callable[[], Any] = _nothing
+        self._get: Callable[[float | None], Any] = _nothing
+        self._waited: Callable[[], float] = float
         if writer is not None:
             self._try_put = self._end.try_put
         elif reader is not None:
-            self._get = self._end.get
+            self._get, self._waited = self._end.get, self._end.waited
         if self._end is not None:
             self._open(ends, self._end, self._end.detach)
         else:
@@ -319,12 +320,12 @@ class MessageQueue(QueueEnd):
         Raises CommTimeoutError when no message arrived; QueueClosedError or PeerDiedError when the
         writer has closed the queue or died, after everything that it sent was read.
         """
-        obj = self._get()
+        obj = self._get(timeout)
         return self._dequeue(timeout, copy) if obj is NOTHING else obj
 
     def _dequeue(self, timeout: float | None, copy: bool) -> Any:
         """What get() did not find."""
-        deadline = Deadline(timeout, self._settings)
+        deadline = Deadline(timeout, self._settings, self._waited())
         if not self._acquire(False):
             self._wait_for_lock(deadline)
         try:
@@ -333,7 +334,7 @@ class MessageQueue(QueueEnd):
                 return self._receive(deadline)
             again = False
             while True:
-                found = self._end.receive(deadline.slice_ns(SIGNALS_S), again, reader.writer_fd)
+                found = self._end.receive(deadline.slice_ns(SIGNALS_S), again)
                 if type(found) is tuple:
                     obj, error = found
                     if error is not None:
@@ -415,7 +416,7 @@ class MessageQueue(QueueEnd):
                 raise InvalidArgumentError("acquire_read(): this is the writer's end of the queue")
             again = False
             while True:
-                found = self._end.look(deadline.slice_ns(SIGNALS_S), again, reader.writer_fd)
+                found = self._end.look(deadline.slice_ns(SIGNALS_S), again)
                 if found in (MESSAGE, IN_PLACE):
                     break
                 reader.check(found, deadline)
@@ -438,7 +439,7 @@ def _never_sent(obj: Any) -> int:
     return OTHERWISE
 
 
-def _nothing() -> Any:
+def _nothing(timeout: float | None) -> Any:
     return NOTHING
 
 

@@ -63,12 +63,14 @@ def writer_end(writer: RingWriter, is_only: bool) -> Any:
     return found.WriterEnd(threading.Lock(), writer.handle, chunk_bytes)
 
 
-def reader_end(reader: RingReader) -> Any:
-    """The end of `reader`."""
+def reader_end(reader: RingReader, timeout_s: float) -> Any:
+    """The end of `reader`. `timeout_s`: where dequeue() is given none."""
     found = module()
     if found is None:
         return PythonReaderEnd(reader)
-    return found.ReaderEnd(threading.Lock(), reader.handle, pickle.loads, NOTHING)
+    return found.ReaderEnd(
+        threading.Lock(), reader.handle, pickle.loads, NOTHING, reader.writer_fd, timeout_s
+    )
 
 
 class _Nothing:
@@ -113,18 +115,22 @@ class PythonReaderEnd:
         self._handle = ctypes.c_void_p(reader.handle)
         self._taken = reader.taken
         self._ring = reader.ring
+        self._writer = reader.writer_fd
         self._batch = memoryview(reader.taken.bytes).cast("B")
         self._copied: deque[memoryview] = deque()  # messages that the ring needs no more
 
-    def get(self) -> Any:
+    def get(self, timeout: Any) -> Any:
         return NOTHING
 
-    def look(self, timeout_ns: int, again: bool, writer: int) -> int:
+    def waited(self) -> float:
+        return 0.0
+
+    def look(self, timeout_ns: int, again: bool) -> int:
         while handle := self._handle:
             found = self._find()
             if found != EMPTY:
                 return found
-            result: int = api().reader_wait(handle, timeout_ns, again, writer)
+            result: int = api().reader_wait(handle, timeout_ns, again, self._writer)
             if result != READY:
                 return result
         return CANCELLED
@@ -141,8 +147,8 @@ class PythonReaderEnd:
             begin = end
         return MESSAGE if copied > 0 or self._taken.kind == INLINE else IN_PLACE
 
-    def receive(self, timeout_ns: int, again: bool, writer: int) -> Any:
-        found = self.look(timeout_ns, again, writer)
+    def receive(self, timeout_ns: int, again: bool) -> Any:
+        found = self.look(timeout_ns, again)
         if found != MESSAGE:
             return found
         if self._copied:

@@ -28,6 +28,10 @@ struct End {
 PyObject* end_acquire(PyObject* self, PyObject* arguments, PyObject* keywords);
 PyObject* end_release(PyObject* self, PyObject*);
 
+// Takes the lock if it is free; and gives it back.
+bool end_lock(End* end);
+void end_unlock(End* end);
+
 // Takes the two methods of `lock`; false with an exception set.
 bool end_set_lock(End* end, PyObject* lock);
 void end_dealloc(End* end);

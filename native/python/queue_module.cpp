@@ -26,6 +26,29 @@ PyObject* end_release(PyObject* self, PyObject*) {
   return PyObject_CallObject(end->lock_release, nullptr);
 }
 
+bool end_lock(End* end) {
+  PyObject* got = PyObject_CallFunctionObjArgs(end->lock_acquire, Py_False, nullptr);
+  if (got == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool locked = got == Py_True;
+  Py_DECREF(got);
+  if (locked) end->held = true;
+  return locked;
+}
+
+// With or without an exception set.
+void end_unlock(End* end) {
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
+  end->held = false;
+  PyObject* done = PyObject_CallObject(end->lock_release, nullptr);
+  if (done == nullptr) PyErr_Clear();
+  Py_XDECREF(done);
+  PyErr_Restore(type, value, traceback);
+}
+
 bool end_set_lock(End* end, PyObject* lock) {
   end->lock_acquire = PyObject_GetAttrString(lock, "acquire");
   end->lock_release = PyObject_GetAttrString(lock, "release");

@@ -1,6 +1,8 @@
+#include <algorithm>
 #include <cstddef>
 #include <new>
 
+#include "prim/deadline.h"
 #include "python/plain_codec.h"
 #include "python/queue_ends.h"
 #include "shm/ring.h"
@@ -13,9 +15,14 @@ struct ReaderEnd {
   shm::RingReader* ring;  // null: closed, or in a forked child
   PyObject* loads;        // of pickle
   PyObject* nothing;      // what get() returns, if it returns no message
+  int writer;             // pidfd
+  double timeout_s;       // where the caller gives none
   PlainDecoder* decoder;
   uint32_t next;  // of the messages in ring->taken() that were copied
 };
+
+// In this thread's last get().
+thread_local int64_t waited_ns;
 
 ReaderEnd* of(PyObject* self) { return reinterpret_cast<ReaderEnd*>(self); }
 
@@ -59,22 +66,78 @@ bool is_pickle(const Message& message) {
   return message.bytes > 0 && message.from[0] == std::byte{kPickleBegin};
 }
 
-// get() -> object, in the usual case: it is plain data, it is there, and no thread is inside. Needs
-// no lock.
-PyObject* get(PyObject* object, PyObject*) {
-  ReaderEnd* self = of(object);
-  Message message;
-  if (self->ring == nullptr || self->end.held || look(self, true, message) != kMessage ||
-      is_pickle(message)) {
-    return Py_NewRef(self->nothing);
-  }
+// The next message, if it is plain data; else null, without an exception.
+PyObject* take_plain(ReaderEnd* self, const Message& message) {
+  if (is_pickle(message)) return nullptr;
   PyObject* decoded = self->decoder->decode(message.from, message.bytes);
-  if (decoded == nullptr) {  // receive() will say so
-    PyErr_Clear();
-    return Py_NewRef(self->nothing);
+  if (decoded != nullptr) {
+    used_up(self, message);
+  } else {
+    PyErr_Clear();  // receive() will say so
   }
-  used_up(self, message);
   return decoded;
+}
+
+// How long to wait, from the argument of dequeue(); 0 also if that is not what is expected.
+int64_t nanoseconds(const ReaderEnd* self, PyObject* timeout) {
+  const double seconds = timeout == Py_None ? self->timeout_s : PyFloat_AsDouble(timeout);
+  if (PyErr_Occurred()) PyErr_Clear();
+  if (!(seconds > 0)) return 0;
+  return seconds < 1e9 ? static_cast<int64_t>(seconds * 1e9) : int64_t{1'000'000'000'000'000'000};
+}
+
+// Waits, with the lock held. Null with an exception set if a signal handler raised, without one if
+// the longer way is to find out what happened.
+PyObject* wait_for_plain(ReaderEnd* self, int64_t timeout_ns) {
+  // Handlers of signals that another thread of the process took run so often.
+  constexpr int64_t kSignalsNs = 500'000'000;
+  const auto deadline = prim::Deadline::after_ns(timeout_ns);
+  for (bool again = false; self->ring != nullptr; again = true) {
+    Message message;
+    const Look found = look(self, false, message);
+    if (found != kEmpty) return found == kMessage ? take_plain(self, message) : nullptr;
+    shm::RingReader* ring = self->ring;
+    const int64_t left_ns = deadline.left_ns();
+    shm::WaitResult result;
+    Py_BEGIN_ALLOW_THREADS;
+    result = ring->wait(std::min(left_ns, kSignalsNs), again, self->writer);
+    Py_END_ALLOW_THREADS;
+    if (result == shm::WaitResult::kReady) continue;
+    if (PyErr_CheckSignals() != 0) return nullptr;
+    const bool may_go_on =
+        result == shm::WaitResult::kTimedOut || result == shm::WaitResult::kInterrupted;
+    if (!may_go_on || deadline.passed()) return nullptr;
+  }
+  return nullptr;
+}
+
+// get(timeout) -> the next object, in the usual case: it is plain data, and no thread is inside.
+// Waits for it. What is there already needs no lock.
+PyObject* get(PyObject* object, PyObject* timeout) {
+  ReaderEnd* self = of(object);
+  waited_ns = 0;
+  if (self->ring == nullptr || self->end.held) return Py_NewRef(self->nothing);
+  Message message;
+  PyObject* decoded = nullptr;
+  const Look found = look(self, true, message);
+  if (found == kMessage) {
+    decoded = take_plain(self, message);
+  } else if (found == kEmpty) {
+    const int64_t timeout_ns = nanoseconds(self, timeout);
+    if (timeout_ns > 0 && end_lock(&self->end)) {
+      const int64_t began = prim::monotonic_ns();
+      decoded = wait_for_plain(self, timeout_ns);
+      waited_ns = prim::monotonic_ns() - began;
+      end_unlock(&self->end);
+    }
+    if (decoded == nullptr && PyErr_Occurred()) return nullptr;
+  }
+  return decoded != nullptr ? decoded : Py_NewRef(self->nothing);
+}
+
+// waited() -> seconds that this thread's last get() has waited.
+PyObject* waited(PyObject*, PyObject*) {
+  return PyFloat_FromDouble(static_cast<double>(waited_ns) * 1e-9);
 }
 
 // PyBUF_READ, which the headers of the limited API have from Python 3.11 on.
@@ -92,22 +155,22 @@ PyObject* unpickle(ReaderEnd* self, const Message& message) {
 // Waits for a message; what look() said. -1 with an exception set.
 int wait(ReaderEnd* self, PyObject* arguments, Message& message) {
   long long timeout_ns;
-  int again, writer;
-  if (!PyArg_ParseTuple(arguments, "Lpi", &timeout_ns, &again, &writer)) return -1;
+  int again;
+  if (!PyArg_ParseTuple(arguments, "Lp", &timeout_ns, &again)) return -1;
   while (self->ring != nullptr) {
     const Look found = look(self, false, message);
     if (found != kEmpty) return found;
     shm::RingReader* ring = self->ring;
     shm::WaitResult result;
     Py_BEGIN_ALLOW_THREADS;
-    result = ring->wait(timeout_ns, again != 0, writer);
+    result = ring->wait(timeout_ns, again != 0, self->writer);
     Py_END_ALLOW_THREADS;
     if (result != shm::WaitResult::kReady) return static_cast<int>(result);
   }
   return static_cast<int>(shm::WaitResult::kCancelled);  // detach() came in between
 }
 
-// look(timeout_ns, again, writer) -> int, with the lock held: MESSAGE or IN_PLACE (the next message
+// look(timeout_ns, again) -> int, with the lock held: MESSAGE or IN_PLACE (the next message
 // stays where it is), or why it did not come, as a WaitResult. Arguments as for RingReader::wait.
 PyObject* look_locked(PyObject* self, PyObject* arguments) {
   Message message;
@@ -126,7 +189,7 @@ PyObject* take_exception() {
   return value;
 }
 
-// receive(timeout_ns, again, writer) -> (object, None), or (None, what unpickling raised), or what
+// receive(timeout_ns, again) -> (object, None), or (None, what unpickling raised), or what
 // look() returns; with the lock held. What is no Exception (Ctrl-C) is raised: then the message is
 // still the next one.
 PyObject* receive(PyObject* object, PyObject* arguments) {
@@ -158,10 +221,17 @@ PyObject* detach(PyObject* self, PyObject*) {
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   PyObject *lock, *loads, *nothing;
   unsigned long long handle;
-  if (!PyArg_ParseTuple(arguments, "OKOO", &lock, &handle, &loads, &nothing)) return nullptr;
+  int writer;
+  double timeout_s;
+  if (!PyArg_ParseTuple(arguments, "OKOOid", &lock, &handle, &loads, &nothing, &writer,
+                        &timeout_s)) {
+    return nullptr;
+  }
   PyObject* made = PyType_GenericAlloc(type, 0);
   if (made == nullptr) return nullptr;
   of(made)->ring = reinterpret_cast<shm::RingReader*>(handle);
+  of(made)->writer = writer;
+  of(made)->timeout_s = timeout_s;
   of(made)->loads = Py_NewRef(loads);
   of(made)->nothing = Py_NewRef(nothing);
   try {
@@ -187,7 +257,8 @@ PyMethodDef methods[] = {
     {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(end_acquire)),
      METH_VARARGS | METH_KEYWORDS, nullptr},
     {"release", end_release, METH_NOARGS, nullptr},
-    {"get", get, METH_NOARGS, nullptr},
+    {"get", get, METH_O, nullptr},
+    {"waited", waited, METH_NOARGS, nullptr},
     {"look", look_locked, METH_VARARGS, nullptr},
     {"receive", receive, METH_VARARGS, nullptr},
     {"detach", detach, METH_NOARGS, nullptr},

@@ -165,6 +165,9 @@ class RingEnd {
   template <typename Reached>
   bool spin(const Reached& reached, int64_t budget_ns, const prim::AtomicU32& peer);
   void note_cpu();
+  // `peer` does not run now: this end has its core.
+  bool displaces(const prim::AtomicU32& peer);
+  uint32_t other_cores() const { return cores_ > 1 ? cores_ - 1 : 1; }
   bool cancelled() const { return prim::load_relaxed(cancelled_) != 0; }
 
   std::byte* base_;
@@ -176,6 +179,7 @@ class RingEnd {
  private:
   prim::AtomicU32 cancelled_{0};
   prim::AtomicU32& cpu_;
+  uint32_t cores_;
   bool yields_;  // there are more ends than cores
 };
 
@@ -201,8 +205,8 @@ class RingWriter : public RingEnd {
   // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`. A wait that goes on
   // where the last call ended has `again`: it does not spin.
   WaitResult wait(int64_t timeout_ns, bool again);
-  // Wakes readers that sleep, ahead of a message that is being made: their wake-up takes as long
-  // as pickling does after a silence.
+  // Wakes readers that sleep, one for each other core, ahead of a message that is being made: a
+  // wake-up takes longer than that. Those that find no core of their own sleep again.
   void nudge();
   // A hint for whether to do so.
   bool somebody_sleeps() const { return prim::load_relaxed(header_->sleepers) != 0; }
@@ -267,6 +271,7 @@ class RingReader : public RingEnd {
 
  private:
   bool has_message() const;
+  bool await_nudged();
   void store_consumed();
 
   uint32_t index_;
