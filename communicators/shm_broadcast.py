@@ -2,9 +2,10 @@
 
 Readers on the writer's host share a ring in memory with it (native/shm/ring.h); readers on other
 hosts are served over ZeroMQ (message_queue/wire.py). Every reader gets every message, in order,
-once. A small message is copied into a slot of the ring; large buffers (numpy arrays, CPU tensors)
-and long pickles go into a block of the ring's arena, one for each message, where
-`dequeue(copy=False)` lets a reader use them in place.
+once. A small message lies in a slot of the ring, plain data (see native_end.py) in an encoding of
+its own, anything else pickled; large buffers (numpy arrays, CPU tensors) and long pickles go into a
+block of the ring's arena, one for each message, where `dequeue(copy=False)` lets a reader use them
+in place.
 
 Every blocking call takes `timeout`, in seconds; None is COMMUNICATORS_TIMEOUT_S, `math.inf` waits
 as long as the other side lives. CommTimeoutError names who is late; PeerDiedError says that a
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgumentError, RefusedError
 from .message_queue.blocks import read_block, write_block
-from .message_queue.codec import RENEW_BYTES, Encoder, cannot_pickle, cannot_unpickle, decode
+from .message_queue.codec import RENEW_BYTES, Encoder, cannot_pickle, decode
 from .message_queue.deadline import Deadline
 from .message_queue.ends import SIGNALS_S, RingReader, RingWriter
 from .message_queue.handle import VERSION, Handle, join_ring
@@ -336,10 +337,7 @@ class MessageQueue(QueueEnd):
             while True:
                 found = self._end.receive(deadline.slice_ns(SIGNALS_S), again)
                 if type(found) is tuple:
-                    obj, error = found
-                    if error is not None:
-                        raise cannot_unpickle(error) from error
-                    return obj
+                    return found[0]
                 if found == IN_PLACE:
                     return self._read_in_place(copy)
                 self._check_usable()

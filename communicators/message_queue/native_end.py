@@ -1,9 +1,10 @@
 """The ends of a ring for the calls of every message: in the native library, or the same in Python.
 
-The native ones (native/python) send and read plain data in one call each. They cannot be had where
-the interpreter has no lock (its free-threaded builds do not load modules of the limited API) and
-where the library was compiled without Python's headers; there the Python ones below pickle
-everything. Both can stand at the two ends of one queue.
+The native ones (native/python) send and read plain data in one call each: None, bool, int, float,
+str, bytes, list, tuple and dict, of exactly these types. They cannot be had where the interpreter
+has no lock (its free-threaded builds do not load modules of the limited API) and where the library
+was compiled without Python's headers; there the Python ones below pickle everything. Both can stand
+at the two ends of one queue.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from .. import __version__, native
 from ..errors import NativeLibraryError
 from . import plain
+from .codec import cannot_unpickle
 from .ends import RingReader, RingWriter
 from .native_ring import CANCELLED, EMPTY, IN_PLACE, INLINE, MESSAGE, READY, api
 
@@ -68,9 +70,9 @@ def reader_end(reader: RingReader, timeout_s: float) -> Any:
     found = module()
     if found is None:
         return PythonReaderEnd(reader)
-    return found.ReaderEnd(
-        threading.Lock(), reader.handle, pickle.loads, NOTHING, reader.writer_fd, timeout_s
-    )
+    functions = pickle.loads, cannot_unpickle
+    watched = reader.writer_fd, timeout_s
+    return found.ReaderEnd(threading.Lock(), reader.handle, *functions, NOTHING, *watched)
 
 
 class _Nothing:
@@ -159,11 +161,11 @@ class PythonReaderEnd:
             used_up = functools.partial(api().done, self._handle)
         try:
             decoded = (pickle.loads if message[0] == plain.PICKLE_BEGIN else plain.decode)(message)
-        except Exception as error:  # noqa: BLE001  # it is the caller's to raise
+        except Exception as error:
             used_up()
-            return None, error
+            raise cannot_unpickle(error) from error
         used_up()
-        return decoded, None
+        return (decoded,)
 
     def detach(self) -> None:
         self._handle = ctypes.c_void_p()

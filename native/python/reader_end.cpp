@@ -14,6 +14,7 @@ struct ReaderEnd {
   End end;
   shm::RingReader* ring;  // null: closed, or in a forked child
   PyObject* loads;        // of pickle
+  PyObject* wrap_error;   // from what loads() raised, what dequeue() raises
   PyObject* nothing;      // what get() returns, if it returns no message
   int writer;             // pidfd
   double timeout_s;       // where the caller gives none
@@ -66,16 +67,46 @@ bool is_pickle(const Message& message) {
   return message.bytes > 0 && message.from[0] == std::byte{kPickleBegin};
 }
 
-// The next message, if it is plain data; else null, without an exception.
-PyObject* take_plain(ReaderEnd* self, const Message& message) {
-  if (is_pickle(message)) return nullptr;
-  PyObject* decoded = self->decoder->decode(message.from, message.bytes);
-  if (decoded != nullptr) {
-    used_up(self, message);
-  } else {
-    PyErr_Clear();  // receive() will say so
-  }
+// PyBUF_READ, which the headers of the limited API have from Python 3.11 on.
+constexpr int kReadOnly = 0x100;
+
+PyObject* unpickle(ReaderEnd* self, const Message& message) {
+  auto* from = const_cast<char*>(reinterpret_cast<const char*>(message.from));
+  PyObject* view = PyMemoryView_FromMemory(from, static_cast<Py_ssize_t>(message.bytes), kReadOnly);
+  if (view == nullptr) return nullptr;
+  PyObject* decoded = PyObject_CallFunctionObjArgs(self->loads, view, nullptr);
+  Py_DECREF(view);
   return decoded;
+}
+
+// Raises what the program is to see in place of the exception that is set, which becomes its cause.
+void raise_wrapped(ReaderEnd* self) {
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
+  PyErr_NormalizeException(&type, &value, &traceback);
+  if (traceback != nullptr) PyException_SetTraceback(value, traceback);
+  PyObject* wrapped = PyObject_CallFunctionObjArgs(self->wrap_error, value, nullptr);
+  if (wrapped != nullptr) {
+    PyException_SetCause(wrapped, Py_NewRef(value));
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(wrapped)), wrapped);
+    Py_DECREF(wrapped);
+  }
+  Py_XDECREF(type);
+  Py_XDECREF(value);
+  Py_XDECREF(traceback);
+}
+
+// The object. Null with an exception set: the message is used up then, unless it is no Exception
+// (Ctrl-C): then it is still the next one. A pickle needs the lock.
+PyObject* open_message(ReaderEnd* self, const Message& message) {
+  PyObject* object = is_pickle(message) ? unpickle(self, message)
+                                        : self->decoder->decode(message.from, message.bytes);
+  if (object == nullptr) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
+    raise_wrapped(self);
+  }
+  used_up(self, message);
+  return object;
 }
 
 // How long to wait, from the argument of dequeue(); 0 also if that is not what is expected.
@@ -86,16 +117,16 @@ int64_t nanoseconds(const ReaderEnd* self, PyObject* timeout) {
   return seconds < 1e9 ? static_cast<int64_t>(seconds * 1e9) : int64_t{1'000'000'000'000'000'000};
 }
 
-// Waits, with the lock held. Null with an exception set if a signal handler raised, without one if
-// the longer way is to find out what happened.
-PyObject* wait_for_plain(ReaderEnd* self, int64_t timeout_ns) {
+// Waits, with the lock held. Null without an exception: the longer way is to find out what
+// happened.
+PyObject* wait_and_open(ReaderEnd* self, int64_t timeout_ns) {
   // Handlers of signals that another thread of the process took run so often.
   constexpr int64_t kSignalsNs = 500'000'000;
   const auto deadline = prim::Deadline::after_ns(timeout_ns);
   for (bool again = false; self->ring != nullptr; again = true) {
     Message message;
     const Look found = look(self, false, message);
-    if (found != kEmpty) return found == kMessage ? take_plain(self, message) : nullptr;
+    if (found != kEmpty) return found == kMessage ? open_message(self, message) : nullptr;
     shm::RingReader* ring = self->ring;
     const int64_t left_ns = deadline.left_ns();
     shm::WaitResult result;
@@ -111,45 +142,30 @@ PyObject* wait_for_plain(ReaderEnd* self, int64_t timeout_ns) {
   return nullptr;
 }
 
-// get(timeout) -> the next object, in the usual case: it is plain data, and no thread is inside.
-// Waits for it. What is there already needs no lock.
+// get(timeout) -> the next object, in the usual case: it is in the ring or comes in time, small,
+// and no thread is inside. Plain data that is there already needs no lock.
 PyObject* get(PyObject* object, PyObject* timeout) {
   ReaderEnd* self = of(object);
   waited_ns = 0;
   if (self->ring == nullptr || self->end.held) return Py_NewRef(self->nothing);
   Message message;
-  PyObject* decoded = nullptr;
+  PyObject* opened = nullptr;
   const Look found = look(self, true, message);
-  if (found == kMessage) {
-    decoded = take_plain(self, message);
-  } else if (found == kEmpty) {
-    const int64_t timeout_ns = nanoseconds(self, timeout);
-    if (timeout_ns > 0 && end_lock(&self->end)) {
-      const int64_t began = prim::monotonic_ns();
-      decoded = wait_for_plain(self, timeout_ns);
-      waited_ns = prim::monotonic_ns() - began;
-      end_unlock(&self->end);
-    }
-    if (decoded == nullptr && PyErr_Occurred()) return nullptr;
+  if (found == kMessage && !is_pickle(message)) return open_message(self, message);
+  const int64_t timeout_ns = found == kEmpty ? nanoseconds(self, timeout) : 0;
+  if ((found == kMessage || timeout_ns > 0) && end_lock(&self->end)) {
+    const int64_t began = prim::monotonic_ns();
+    opened = found == kMessage ? open_message(self, message) : wait_and_open(self, timeout_ns);
+    waited_ns = prim::monotonic_ns() - began;
+    end_unlock(&self->end);
   }
-  return decoded != nullptr ? decoded : Py_NewRef(self->nothing);
+  if (opened != nullptr || PyErr_Occurred()) return opened;
+  return Py_NewRef(self->nothing);
 }
 
 // waited() -> seconds that this thread's last get() has waited.
 PyObject* waited(PyObject*, PyObject*) {
   return PyFloat_FromDouble(static_cast<double>(waited_ns) * 1e-9);
-}
-
-// PyBUF_READ, which the headers of the limited API have from Python 3.11 on.
-constexpr int kReadOnly = 0x100;
-
-PyObject* unpickle(ReaderEnd* self, const Message& message) {
-  auto* from = const_cast<char*>(reinterpret_cast<const char*>(message.from));
-  PyObject* view = PyMemoryView_FromMemory(from, static_cast<Py_ssize_t>(message.bytes), kReadOnly);
-  if (view == nullptr) return nullptr;
-  PyObject* decoded = PyObject_CallFunctionObjArgs(self->loads, view, nullptr);
-  Py_DECREF(view);
-  return decoded;
 }
 
 // Waits for a message; what look() said. -1 with an exception set.
@@ -178,38 +194,19 @@ PyObject* look_locked(PyObject* self, PyObject* arguments) {
   return found < 0 ? nullptr : PyLong_FromLong(found);
 }
 
-// The exception that is set, as a new reference.
-PyObject* take_exception() {
-  PyObject *type, *value, *traceback;
-  PyErr_Fetch(&type, &value, &traceback);
-  PyErr_NormalizeException(&type, &value, &traceback);
-  if (traceback != nullptr) PyException_SetTraceback(value, traceback);
-  Py_XDECREF(type);
-  Py_XDECREF(traceback);
-  return value;
-}
-
-// receive(timeout_ns, again) -> (object, None), or (None, what unpickling raised), or what
-// look() returns; with the lock held. What is no Exception (Ctrl-C) is raised: then the message is
-// still the next one.
+// receive(timeout_ns, again) -> (object,), or what look() returns; with the lock held. Raises as
+// open_message().
 PyObject* receive(PyObject* object, PyObject* arguments) {
   ReaderEnd* self = of(object);
   Message message;
   const int found = wait(self, arguments, message);
   if (found < 0) return nullptr;
   if (found != kMessage) return PyLong_FromLong(found);
-  PyObject* decoded = is_pickle(message) ? unpickle(self, message)
-                                         : self->decoder->decode(message.from, message.bytes);
-  PyObject* error = nullptr;
-  if (decoded == nullptr) {
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
-    error = take_exception();
-  }
-  used_up(self, message);
-  PyObject* both = PyTuple_Pack(2, decoded ? decoded : Py_None, error ? error : Py_None);
-  Py_XDECREF(decoded);
-  Py_XDECREF(error);
-  return both;
+  PyObject* opened = open_message(self, message);
+  if (opened == nullptr) return nullptr;
+  PyObject* wrapped = PyTuple_Pack(1, opened);
+  Py_DECREF(opened);
+  return wrapped;
 }
 
 // detach(): the ring is not to be touched any more.
@@ -219,12 +216,12 @@ PyObject* detach(PyObject* self, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  PyObject *lock, *loads, *nothing;
+  PyObject *lock, *loads, *wrap_error, *nothing;
   unsigned long long handle;
   int writer;
   double timeout_s;
-  if (!PyArg_ParseTuple(arguments, "OKOOid", &lock, &handle, &loads, &nothing, &writer,
-                        &timeout_s)) {
+  if (!PyArg_ParseTuple(arguments, "OKOOOid", &lock, &handle, &loads, &wrap_error, &nothing,
+                        &writer, &timeout_s)) {
     return nullptr;
   }
   PyObject* made = PyType_GenericAlloc(type, 0);
@@ -233,6 +230,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   of(made)->writer = writer;
   of(made)->timeout_s = timeout_s;
   of(made)->loads = Py_NewRef(loads);
+  of(made)->wrap_error = Py_NewRef(wrap_error);
   of(made)->nothing = Py_NewRef(nothing);
   try {
     of(made)->decoder = new PlainDecoder();
@@ -249,6 +247,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
 void dealloc(PyObject* self) {
   delete of(self)->decoder;
   Py_XDECREF(of(self)->loads);
+  Py_XDECREF(of(self)->wrap_error);
   Py_XDECREF(of(self)->nothing);
   end_dealloc(&of(self)->end);
 }

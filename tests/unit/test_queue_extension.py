@@ -89,14 +89,20 @@ reading = ring.communicators_ring_reader_open(base, 0, *spins)
 assert ring.communicators_ring_join(ctypes.c_void_p(reading), 1, wide(1))
 nothing = object()
 writer = module.WriterEnd(threading.Lock(), writing, 1000)
-reader = module.ReaderEnd(threading.Lock(), reading, pickle.loads, nothing, -2, 10.0)
+reader = module.ReaderEnd(threading.Lock(), reading, pickle.loads, RuntimeError, nothing, -2, 10.0)
 for i in range(50_000):
     sent = {"i": i, "list": [1, 2.5, None, True, (i, "x" * (i % 300))], "b": b"abc", i: 2**40 + i}
     assert writer.try_put(sent) == 1
     assert reader.get(None) == sent
 assert writer.try_put({1, 2}) == 0 and reader.get(0) is nothing
 assert writer.put_pickle(pickle.dumps({1, 2}))
-assert reader.get(0) is nothing and reader.receive(0, False) == ({1, 2}, None)
+assert reader.get(0) == {1, 2}
+assert writer.put_pickle(b"\\x80\\x05nonsense") and writer.put_pickle(pickle.dumps({3}))
+try:
+    raise AssertionError(reader.get(0))
+except RuntimeError as error:
+    assert isinstance(error.__cause__, Exception)
+assert reader.receive(0, False) == ({3},) and reader.receive(0, False) == 1
 timer = threading.Timer(0.2, writer.try_put, ["late"])
 timer.start()
 assert reader.get(5) == "late"
