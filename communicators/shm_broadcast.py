@@ -253,8 +253,11 @@ class MessageQueue(QueueEnd):
         if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
-            if why != OTHERWISE and self._put(obj, timeout):
-                return
+            deadline = None
+            if why != OTHERWISE:
+                deadline = Deadline(timeout, self._settings)
+                if self._put(obj, deadline):
+                    return
             try:
                 self._dump(obj)
             except BaseException as error:
@@ -267,15 +270,14 @@ class MessageQueue(QueueEnd):
                 if len(part) <= RENEW_BYTES and self._end.put_pickle(part):
                     return
                 parts.append(part)
-            self._send(Deadline(timeout, self._settings))
+            self._send(deadline or Deadline(timeout, self._settings))
         finally:
             if self._parts and self._encoder is not None:  # Ctrl-C, between the lines above
                 self._encoder.clear()
             self._release()
 
-    def _put(self, obj: Any, timeout: float | None) -> bool:
+    def _put(self, obj: Any, deadline: Deadline) -> bool:
         """Waits for a slot; whether `obj` was sent: no, if it is to be pickled."""
-        deadline = Deadline(timeout, self._settings)
         while (sent := self._end.put(obj)) == FULL:
             assert self._writer is not None
             if not self._writer.wait_for_slot(deadline):

@@ -92,11 +92,12 @@ class PythonWriterEnd:
         self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
 
     def try_put(self, obj: Any) -> int:
+        return BUSY  # a call into the library is safe with the lock alone
+
+    def put(self, obj: Any) -> int:
         if self._handle and self._sleepers[0]:
             api().nudge(self._handle)
         return OTHERWISE
-
-    put = try_put
 
     def put_pickle(self, stream: bytes) -> bool:
         if not self._handle or len(stream) > self._chunk_bytes:
@@ -129,7 +130,7 @@ class PythonReaderEnd:
 
     def look(self, timeout_ns: int, again: bool) -> int:
         while handle := self._handle:
-            found = self._find()
+            found = self._find(handle)
             if found != EMPTY:
                 return found
             result: int = api().reader_wait(handle, timeout_ns, again, self._writer)
@@ -137,10 +138,10 @@ class PythonReaderEnd:
                 return result
         return CANCELLED
 
-    def _find(self) -> int:
+    def _find(self, handle: ctypes.c_void_p) -> int:
         if self._copied:
             return MESSAGE
-        copied = api().take(self._handle)
+        copied = api().take(handle)
         if copied == 0:
             return EMPTY
         begin = 0
@@ -150,6 +151,7 @@ class PythonReaderEnd:
         return MESSAGE if copied > 0 or self._taken.kind == INLINE else IN_PLACE
 
     def receive(self, timeout_ns: int, again: bool) -> Any:
+        handle = self._handle
         found = self.look(timeout_ns, again)
         if found != MESSAGE:
             return found
@@ -158,7 +160,7 @@ class PythonReaderEnd:
         else:
             begin = self._taken.offset
             message = self._ring.view[begin : begin + self._taken.size]
-            used_up = functools.partial(api().done, self._handle)
+            used_up = functools.partial(api().done, handle)
         try:
             decoded = (pickle.loads if message[0] == plain.PICKLE_BEGIN else plain.decode)(message)
         except Exception as error:
@@ -169,7 +171,6 @@ class PythonReaderEnd:
 
     def detach(self) -> None:
         self._handle = ctypes.c_void_p()
-        self._copied.clear()
 
 
 NOTHING: Any = _Nothing()

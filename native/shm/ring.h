@@ -185,7 +185,8 @@ class RingEnd {
 
 class RingWriter : public RingEnd {
  public:
-  // `fd`: of the region; `unread_limit`: bytes of blocks that may wait to be read.
+  // `fd`: of the region; `unread_limit`: bytes of blocks that may wait to be read, fewer if they
+  // are many.
   RingWriter(std::byte* base, int fd, uint64_t unread_limit, SpinBudget spin);
 
   // Whether a slot is free, and a reader is there to read it. Looks at the readers only when the

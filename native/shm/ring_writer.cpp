@@ -9,6 +9,10 @@ namespace {
 // A writer notes its core once in so many messages; it costs some nanoseconds.
 constexpr uint64_t kCpuEvery = 8;
 
+// So many unread blocks are enough to keep both sides busy: more of them may take only a share of
+// the limit, so that a stream of large messages goes through memory that is in the caches.
+constexpr uint64_t kManyBlocks = 10, kManyShare = 16;
+
 uint64_t awaited_word(uint32_t reader, uint32_t count) {
   return (uint64_t{reader} + 1) << 32 | count;
 }
@@ -91,15 +95,17 @@ bool RingWriter::held(const Arena::Block& block) const {
 int64_t RingWriter::allocate_block(uint64_t bytes) {
   arena_.reclaim([this](const Arena::Block& block) { return held(block); });
   look_at_readers();
-  uint64_t unread = 0, oldest = sent_;
+  uint64_t unread = 0, unread_blocks = 0, oldest = sent_;
   for (const Arena::Block& block : arena_.blocks()) {
     if (block.message < all_consumed_) continue;
     unread += block.bytes;
+    ++unread_blocks;
     oldest = std::min(oldest, block.message);
   }
   // Only what a reader will still read is waited for. What readers hold is given more room: they
   // may hold it for as long as they like.
-  if (anybody_ && unread > 0 && unread + bytes > unread_limit_) {
+  const uint64_t limit = unread_blocks < kManyBlocks ? unread_limit_ : unread_limit_ / kManyShare;
+  if (anybody_ && unread > 0 && unread + bytes > limit) {
     target_ = oldest + 1;
     return kMustWait;
   }
