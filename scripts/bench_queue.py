@@ -220,6 +220,19 @@ ROWS: list[tuple[str, list[Any], str, tuple[Any, ...], bool]] = [
 ]
 
 
+#: What is aimed at: (row, whose, times better than each of these peers, or than every one of them)
+GOALS: list[tuple[str, Any, list[tuple[list[Any], float]]]] = [
+    (ROWS[0][0], OURS, [([ZMQ], 6), ([MP], 4)]),
+    (ROWS[1][0], OURS, [([ZMQ], 3)]),
+    ("100 B dict, messages/s", OURS, [([ZMQ], 2)]),
+    ("10 KB dict, messages/s", OURS, [([ZMQ, MP], 1.2)]),
+    ("1 MB array, messages/s", OURS, [([ZMQ], 2)]),
+    ("1 MB array, messages/s", VIEWS, [([ZMQ], 3)]),
+    ("20 MB tensor, messages/s", OURS, [([ZMQ, MP], 2)]),
+    ("20 MB tensor, messages/s", VIEWS, [([ZMQ, MP], 3)]),
+]
+
+
 def label(make: Any) -> str:
     return LABEL.get(make) or make.name
 
@@ -290,6 +303,28 @@ def markdown(readers: int, results: list[tuple[str, dict[Any, float], bool]]) ->
     return "\n".join(lines) + "\n"
 
 
+def goals(results: dict[int, list[tuple[str, dict[Any, float], bool]]]) -> str:
+    """The table of what is aimed at and what was reached."""
+    readers = " | ".join(f"{n} reader{'s' if n > 1 else ''}" for n in results)
+    lines = [f"| goal | {readers} |", "|---|" + "---|" * len(results)]
+    for title, make, bars in GOALS:
+        wanted, cells = [], []
+        for peers, bar in bars:
+            wanted.append(f"{bar:g} times better than {' and '.join(p.name for p in peers)}")
+        for rows in results.values():
+            found = [(best, more) for name, best, more in rows if name == title]
+            for best, more in found:
+                reached = []
+                for peers, bar in bars:
+                    times = min(ratio(best[make], best[p], more) for p in peers)
+                    reached.append(f"{times:.1f}" + ("" if times >= bar else ", **not reached**"))
+                cells.append("; ".join(reached))
+        if cells:
+            name = f"{title}, copy=False" if make is VIEWS else title
+            lines.append(f"| {name}: {', '.join(wanted)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def soak(count: int) -> None:
     """`count` messages with checksums through three readers, of sizes up to some 200 KB."""
     queue = MessageQueue(3, 3)
@@ -349,7 +384,7 @@ def main() -> None:
     results = {n: run(n, arguments.repeat, arguments.only) for n in arguments.readers}
     if arguments.markdown:
         tables = "\n".join(markdown(readers, rows) for readers, rows in results.items())
-        Path(arguments.markdown).write_text(f"{where}\n\n{tables}")
+        Path(arguments.markdown).write_text(f"{goals(results)}\n{where}\n\n{tables}")
 
 
 if __name__ == "__main__":

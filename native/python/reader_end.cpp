@@ -101,11 +101,9 @@ void raise_wrapped(ReaderEnd* self) {
 PyObject* open_message(ReaderEnd* self, const Message& message) {
   PyObject* object = is_pickle(message) ? unpickle(self, message)
                                         : self->decoder->decode(message.from, message.bytes);
-  if (object == nullptr) {
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
-    raise_wrapped(self);
-  }
+  if (object == nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
   used_up(self, message);
+  if (object == nullptr) raise_wrapped(self);
   return object;
 }
 
