@@ -2,9 +2,10 @@
 
 Readers on the writer's host share a ring in memory with it (native/shm/ring.h); readers on other
 hosts are served over ZeroMQ (message_queue/wire.py). Every reader gets every message, in order,
-once. A small message is copied into a slot of the ring; large buffers (numpy arrays, CPU tensors)
-and long pickles go into a block of the ring's arena, one for each message, where
-`dequeue(copy=False)` lets a reader use them in place.
+once. A small message lies in a slot of the ring, plain data (see native_end.py) in an encoding of
+its own, anything else pickled; large buffers (numpy arrays, CPU tensors) and long pickles go into a
+block of the ring's arena, one for each message, where `dequeue(copy=False)` lets a reader use them
+in place.
 
 Every blocking call takes `timeout`, in seconds; None is COMMUNICATORS_TIMEOUT_S, `math.inf` waits
 as long as the other side lives. CommTimeoutError names who is late; PeerDiedError says that a
@@ -15,10 +16,8 @@ queue.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import pickle
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,11 @@ from .errors import InvalidArgumentError, RefusedError
 from .message_queue.blocks import read_block, write_block
 from .message_queue.codec import RENEW_BYTES, Encoder, cannot_pickle, decode
 from .message_queue.deadline import Deadline
-from .message_queue.ends import RingReader, RingWriter
+from .message_queue.ends import SIGNALS_S, RingReader, RingWriter
 from .message_queue.handle import VERSION, Handle, join_ring
 from .message_queue.lifetime import QueueEnd
-from .message_queue.native_ring import BLOCK, INLINE, RAW, api
+from .message_queue.native_end import FULL, NOTHING, OTHERWISE, SENT, reader_end, writer_end
+from .message_queue.native_ring import IN_PLACE, INLINE, MESSAGE, RAW, api
 from .message_queue.process import pid_space, start_time
 from .message_queue.ring import ShmRingBuffer
 from .settings import Settings
@@ -52,7 +52,8 @@ class MessageQueue(QueueEnd):
         n_local_reader: how many of them run on this host (up to 64).
         local_reader_ranks: the ranks of the local readers; default 0..n_local_reader-1.
         max_chunk_bytes: messages up to this size travel in a slot, larger ones in the arena.
-        max_chunks: slots of the ring: so many messages may be unread before enqueue waits.
+        max_chunks: slots of the ring: so many messages may be unread before enqueue waits. Default:
+            256 here, which take memory as they are used, and 10 by a reader on another host.
         connect_ip: the address of this host that is bound for remote readers; default loopback.
 
     The object belongs to the process that made it. Threads may share it: a call holds the one lock
@@ -65,7 +66,7 @@ class MessageQueue(QueueEnd):
         n_local_reader: int,
         local_reader_ranks: list[int] | None = None,
         max_chunk_bytes: int = 1 << 16,
-        max_chunks: int = 10,
+        max_chunks: int | None = None,
         connect_ip: str | None = None,
         *,
         settings: Settings | None = None,
@@ -82,15 +83,18 @@ class MessageQueue(QueueEnd):
                 "expected, as n_local_reader says"
             )
         settings = settings if settings is not None else Settings.from_environment()
+        # Processes that share few cores take turns: a turn's worth of small messages has to fit.
+        chunks = 256 if max_chunks is None else max_chunks
+        window = 10 if max_chunks is None else max_chunks
         writer: RingWriter | None = None
         remote: RemoteWriter | None = None
         if n_local_reader:
-            buffer = ShmRingBuffer(n_local_reader, max_chunk_bytes, max_chunks)
+            buffer = ShmRingBuffer(n_local_reader, max_chunk_bytes, chunks)
             writer = RingWriter(buffer, list(ranks), settings)
         if n_reader > n_local_reader:
             from .message_queue.remote_writer import RemoteWriter  # needs pyzmq, so only here
 
-            remote = RemoteWriter(n_reader - n_local_reader, max_chunks, connect_ip, settings)
+            remote = RemoteWriter(n_reader - n_local_reader, window, connect_ip, settings)
         if writer is not None and remote is not None:
             writer.others_left, remote.others_left = remote.any_left, writer.any_left
         handle = Handle(
@@ -98,7 +102,8 @@ class MessageQueue(QueueEnd):
             n_reader=n_reader,
             local_reader_ranks=tuple(ranks),
             max_chunk_bytes=max_chunk_bytes,
-            max_chunks=max_chunks,
+            max_chunks=chunks,
+            remote_window=window,
             writer_pid=os.getpid(),
             writer_started=start_time(os.getpid()) or 0,
             pid_space=pid_space(),
@@ -131,35 +136,23 @@ class MessageQueue(QueueEnd):
         if self._encoder is not None:
             self._parts, self._buffers = self._encoder.parts, self._encoder.buffers
             self._dump, self._clear_memo = self._encoder.dump, self._encoder.clear_memo
-        # Read from the ring and not dequeued yet: decoded ones first, then those that are not.
-        self._objects: deque[Any] = deque()
-        self._ready: deque[memoryview] = deque()
-        self._next = self._objects.popleft
-        self._open([e for e in (writer, remote_writer, reader, remote_reader) if e is not None])
-        self._sleepers = memoryview(bytes(8)).cast("Q")
-        # What the short path of enqueue and dequeue needs, one look-up away. While it must not be
-        # taken (closed, forked, remote readers), _ring is null and _inline_bytes -1.
-        self._ring = ctypes.c_void_p()
-        self._inline_bytes = -1
-        if reader is not None:
-            self._ring = ctypes.c_void_p(reader.handle)
-            self._batch = memoryview(reader.taken.bytes).cast("B")
-            self._ends_of = reader.taken.ends
-        elif writer is not None:
-            self._ring = ctypes.c_void_p(writer.handle)
-            # A plain look at a word that readers change: a hint, which costs less than a call.
-            begin = api().sleepers_offset()
-            self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
-            if remote_writer is None:
-                self._inline_bytes = min(handle.max_chunk_bytes, RENEW_BYTES)
-        self._try_write, self._take, self._nudge = api().try_write, api().take, api().nudge
-
-    def _forget(self) -> None:
-        self._ring = ctypes.c_void_p()
-        self._inline_bytes = -1
-        self._sleepers = memoryview(bytes(8)).cast("Q")
-        self._objects.clear()
-        self._ready.clear()
+        ends = [e for e in (writer, remote_writer, reader, remote_reader) if e is not None]
+        self._end: Any = None  # of the ring
+        if writer is not None:
+            self._end = writer_end(writer, is_only=remote_writer is None)
+        elif reader is not None:
+            self._end = reader_end(reader, settings.timeout_s)
+        self._try_put: Callable[[Any], int] = _never_sent
+        self._get: Callable[[float | None], Any] = _nothing
+        self._waited: Callable[[], float] = float
+        if writer is not None:
+            self._try_put = self._end.try_put
+        elif reader is not None:
+            self._get, self._waited = self._end.get, self._end.waited
+        if self._end is not None:
+            self._open(ends, self._end, self._end.detach)
+        else:
+            self._open(ends, threading.Lock(), _no_memory)
 
     # --- joining --------------------------------------------------------------------------------
 
@@ -200,7 +193,7 @@ class MessageQueue(QueueEnd):
         from .message_queue.remote_reader import RemoteReader  # needs pyzmq, so only here
 
         remote = RemoteReader(
-            handle.remote_address, handle.remote_key, rank, handle.max_chunks, settings
+            handle.remote_address, handle.remote_key, rank, handle.remote_window, settings
         )
         queue._set_up(handle, settings, remote_reader=remote)
         return queue
@@ -209,7 +202,7 @@ class MessageQueue(QueueEnd):
     def create_from_process_group(
         pg: dist.ProcessGroup | Group,
         max_chunk_bytes: int = 1 << 16,
-        max_chunks: int = 10,
+        max_chunks: int | None = None,
         writer_rank: int = 0,
         *,
         connect_ip: str | None = None,
@@ -251,11 +244,20 @@ class MessageQueue(QueueEnd):
         CommTimeoutError naming the reader whose unread messages leave no room: then no reader gets
         the message, and the queue can be used on.
         """
+        sent = self._try_put(obj)
+        if sent != SENT:
+            self._enqueue(obj, timeout, sent)
+
+    def _enqueue(self, obj: Any, timeout: float | None, why: int) -> None:
+        """What try_put() did not send."""
         if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
-            if self._sleepers[0]:
-                self._nudge(self._ring)
+            deadline = None
+            if why != OTHERWISE:
+                deadline = Deadline(timeout, self._settings)
+                if self._put(obj, deadline):
+                    return
             try:
                 self._dump(obj)
             except BaseException as error:
@@ -263,17 +265,24 @@ class MessageQueue(QueueEnd):
                 raise
             self._clear_memo()
             parts = self._parts
-            part = parts.pop()
-            if not parts and not self._buffers:
-                size = len(part)
-                if size <= self._inline_bytes and self._try_write(self._ring, part, size):
+            if len(parts) == 1 and not self._buffers and self._end is not None:
+                part = parts.pop()
+                if len(part) <= RENEW_BYTES and self._end.put_pickle(part):
                     return
-            parts.append(part)
-            self._send(Deadline(timeout, self._settings))
+                parts.append(part)
+            self._send(deadline or Deadline(timeout, self._settings))
         finally:
             if self._parts and self._encoder is not None:  # Ctrl-C, between the lines above
                 self._encoder.clear()
             self._release()
+
+    def _put(self, obj: Any, deadline: Deadline) -> bool:
+        """Waits for a slot; whether `obj` was sent: no, if it is to be pickled."""
+        while (sent := self._end.put(obj)) == FULL:
+            assert self._writer is not None
+            if not self._writer.wait_for_slot(deadline):
+                return False
+        return bool(sent == SENT)
 
     def _clear_after(self, error: BaseException, obj: Any) -> None:
         """What a dump() that failed, or was interrupted, left must not be in the next message."""
@@ -296,7 +305,7 @@ class MessageQueue(QueueEnd):
                 self._dump, self._clear_memo = self._encoder.dump, self._encoder.clear_memo
             if self._writer is not None and self._writer.wait_for_slot(deadline):
                 if not buffers and size <= self._handle.max_chunk_bytes:
-                    self._try_write(self._ring, b"".join(parts), size)
+                    self._writer.write(b"".join(parts))
                 else:
                     write_block(self._writer, parts, buffers, deadline)
             if self._remote_writer is not None:
@@ -314,61 +323,37 @@ class MessageQueue(QueueEnd):
         Raises CommTimeoutError when no message arrived; QueueClosedError or PeerDiedError when the
         writer has closed the queue or died, after everything that it sent was read.
         """
-        if self._objects:  # that came together, and were decoded then
-            try:
-                return self._next()
-            except IndexError:
-                pass  # another thread was quicker
+        obj = self._get(timeout)
+        return self._dequeue(timeout, copy) if obj is NOTHING else obj
+
+    def _dequeue(self, timeout: float | None, copy: bool) -> Any:
+        """What get() did not find."""
+        deadline = Deadline(timeout, self._settings, self._waited())
         if not self._acquire(False):
-            self._wait_for_lock(Deadline(timeout, self._settings))
+            self._wait_for_lock(deadline)
         try:
-            if self._objects:  # another thread has brought some
-                return self._next()
-            if self._ready:
-                return decode(self._ready.popleft())
-            if self._reader is None or not self._ring:
-                return self._receive(Deadline(timeout, self._settings))
-            taken = self._take(self._ring)
-            if taken == 0:
-                deadline = Deadline(timeout, self._settings)
-                while taken == 0:
-                    self._reader.wait(deadline)
-                    taken = self._take(self._ring)
-            if taken == 1:
-                return decode(self._batch)  # a pickle says itself where it ends
-            if taken < 0:
-                return self._read_in_place(copy)
-            self._keep(taken)
-            self._decode_ahead()
-            return self._next() if self._objects else decode(self._ready.popleft())
+            reader = self._reader
+            if reader is None:
+                return self._receive(deadline)
+            again = False
+            while True:
+                found = self._end.receive(deadline.slice_ns(SIGNALS_S), again)
+                if type(found) is tuple:
+                    return found[0]
+                if found == IN_PLACE:
+                    return self._read_in_place(copy)
+                self._check_usable()
+                reader.check(found, deadline)
+                again = True
         finally:
             self._release()
-
-    def _decode_ahead(self) -> None:
-        """Decodes what came together: most of the cost of a call is paid once.
-
-        One that cannot be decoded, and those behind it, wait for their turn: it may have to do
-        with what the program does with the messages before.
-        """
-        ready, add, loads = self._ready, self._objects.append, pickle.loads
-        with contextlib.suppress(Exception):
-            while ready:
-                add(loads(ready[0]))
-                ready.popleft()
 
     def _read_in_place(self, copy: bool) -> Any:
         reader = self._reader
         assert reader is not None
-        if reader.taken.kind == BLOCK:
-            return read_block(reader, copy)
         if reader.taken.kind == RAW:
             raise InvalidArgumentError(_RAW)
-        begin = reader.taken.offset
-        try:
-            with reader.ring.view[begin : begin + reader.taken.size] as stream:
-                return decode(stream)
-        finally:
-            api().done(reader.handle)
+        return read_block(reader, copy)
 
     def _receive(self, deadline: Deadline) -> Any:
         """dequeue() of a remote reader."""
@@ -407,14 +392,14 @@ class MessageQueue(QueueEnd):
             if self._writer is None or not has_slot:
                 chunk = memoryview(bytearray(size))
             else:
-                begin = api().slot_payload(self._ring) - self._writer.ring.base
+                begin = api().slot_payload(self._writer.handle) - self._writer.ring.base
                 chunk = self._writer.ring.view[begin : begin + size]
             with chunk:
                 yield chunk
                 if self._remote_writer is not None:
                     self._remote_writer.send(RAW, [bytes(chunk)], [])
-            if has_slot:
-                api().publish(self._ring, RAW, size, 0)
+            if self._writer is not None and has_slot:
+                api().publish(self._writer.handle, RAW, size, 0)
 
     @contextlib.contextmanager
     def acquire_read(self, timeout: float | None = None) -> Iterator[memoryview]:
@@ -429,13 +414,14 @@ class MessageQueue(QueueEnd):
             reader = self._reader
             if reader is None:
                 raise InvalidArgumentError("acquire_read(): this is the writer's end of the queue")
-            if self._objects or self._ready:
-                raise InvalidArgumentError(_NOT_RAW)
-            while (taken := self._take(self._ring)) == 0:
-                reader.wait(deadline)
-            if taken > 0:
-                self._keep(taken)
-            if taken > 0 or reader.taken.kind != RAW:
+            again = False
+            while True:
+                found = self._end.look(deadline.slice_ns(SIGNALS_S), again)
+                if found in (MESSAGE, IN_PLACE):
+                    break
+                reader.check(found, deadline)
+                again = True
+            if found == MESSAGE or reader.taken.kind != RAW:
                 raise InvalidArgumentError(_NOT_RAW)
             begin = reader.taken.offset
             try:
@@ -444,16 +430,21 @@ class MessageQueue(QueueEnd):
             finally:
                 api().done(reader.handle)
 
-    def _keep(self, taken: int) -> None:
-        """Lines up the messages that take() copied."""
-        begin = 0
-        for end in self._ends_of[:taken]:
-            self._ready.append(self._batch[begin:end])
-            begin = end
-
 
 def _not_a_writer(obj: Any) -> None:
     raise InvalidArgumentError("enqueue(obj): this is a reader's end of the queue")
+
+
+def _never_sent(obj: Any) -> int:
+    return OTHERWISE
+
+
+def _nothing(timeout: float | None) -> Any:
+    return NOTHING
+
+
+def _no_memory() -> None:
+    """Ends of other hosts have none that is shared."""
 
 
 _RAW = "dequeue(): the next message was written by acquire_write(); acquire_read() reads it"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CommunicatorError
 from .codec import address_of, decode
 from .deadline import Deadline
 from .ends import RingReader, RingWriter
@@ -79,22 +80,24 @@ def read_block(reader: RingReader, copy: bool) -> Any:
     release = (reader.ring.base, reader.index, block)
     begin, length = spans.pop(0)
     stream = whole[begin : begin + length]
-    if copy:
-        try:
-            return decode(stream, [_private(reader.ring.base + block + b, n) for b, n in spans])
-        finally:
-            api().release_block(*release)
-            api().done(reader.handle)
-    if spans:
-        # Called when the last array or tensor over the block is gone.
-        weakref.finalize(lease, api().release_block, *release).atexit = False
-        api().done(reader.handle)
-        return decode(stream, [whole[b : b + n] for b, n in spans])
     try:
-        return decode(stream)
-    finally:
+        if copy or not spans:
+            obj = decode(stream, [_private(reader.ring.base + block + b, n) for b, n in spans])
+        else:
+            obj = decode(stream, [whole[b : b + n] for b, n in spans])
+    except CommunicatorError:
         api().release_block(*release)
         api().done(reader.handle)
+        raise
+    # Ctrl-C until here has left the message where it is. From here on it may lose it, and must not
+    # let go of a block that is to be read again: done() comes first.
+    api().done(reader.handle)
+    if copy or not spans:
+        api().release_block(*release)
+    else:
+        # Called when the last array or tensor over the block is gone.
+        weakref.finalize(lease, api().release_block, *release).atexit = False
+    return obj
 
 
 def _private(address: int, size: int) -> np.ndarray:

@@ -127,6 +127,11 @@ def decode(stream: Any, buffers: Iterable[Any] = ()) -> Any:
     try:
         return pickle.loads(stream, buffers=buffers)
     except Exception as error:
-        raise CommunicatorError(
-            f"dequeue(): a message arrived whole and cannot be unpickled in this process: {error!r}"
-        ) from error
+        raise cannot_unpickle(error) from error
+
+
+def cannot_unpickle(error: Exception) -> CommunicatorError:
+    """What dequeue() raises."""
+    return CommunicatorError(
+        f"dequeue(): a message arrived whole and cannot be unpickled in this process: {error!r}"
+    )

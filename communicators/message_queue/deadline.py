@@ -10,16 +10,19 @@ from ..settings import Settings
 
 
 class Deadline:
-    """A point in time until which something may wait; `seconds` None: the Settings' deadline."""
+    """A point in time until which something may wait; `seconds` None: the Settings' deadline.
 
-    def __init__(self, seconds: float | None, settings: Settings) -> None:
+    `waited`: so many of the seconds have passed.
+    """
+
+    def __init__(self, seconds: float | None, settings: Settings, waited: float = 0.0) -> None:
         self.seconds = settings.timeout_s if seconds is None else seconds
         if math.isnan(self.seconds) or self.seconds < 0:
             raise InvalidArgumentError(
                 f"timeout={seconds}: seconds, 0 or more, are expected (inf waits as long as the "
                 "other side lives)"
             )
-        self._at = time.monotonic() + self.seconds
+        self._at = time.monotonic() + self.seconds - waited
 
     def left(self) -> float:
         """Seconds, never negative."""

@@ -5,6 +5,7 @@ The protocol is in native/shm/ring.h, with its state table; the memory is that o
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 
@@ -41,7 +42,7 @@ from .ring import ShmRingBuffer
 #: death go unnoticed. (A reader looks as often, in native code: kLivenessNs.)
 LIVENESS_S = 0.05
 #: A reader comes back to Python this often, for signals that another thread of the process took.
-_SIGNALS_S = 0.5
+SIGNALS_S = 0.5
 
 #: Bytes of large messages that may wait to be read; a single message may be larger.
 UNREAD_LIMIT_BYTES = 64 << 20
@@ -114,6 +115,10 @@ class RingWriter:
                 if not self.any_left():
                     return False
         return True
+
+    def write(self, stream: bytes) -> None:
+        """Sends a pickle of up to max_chunk_bytes. A slot must be free."""
+        api().try_write(ctypes.c_void_p(self.handle), stream, len(stream))
 
     def _late(self, deadline: Deadline) -> str:
         """Who is furthest behind, as a sentence."""
@@ -209,31 +214,29 @@ class RingReader:
             )
         self.taken = Taken.from_address(api().taken(self.handle))
 
-    def wait(self, deadline: Deadline) -> None:
-        """Returns once a message is there."""
-        again = False
-        while True:
-            slice_ns = deadline.slice_ns(_SIGNALS_S)
-            result = api().reader_wait(self.handle, slice_ns, again, self._writer.fd)
-            if result == READY:
-                return
-            again = True
-            if result == CLOSED:
-                raise QueueClosedError(
-                    f"message queue: the writer has closed it; rank {self.rank} has read everything"
-                )
-            if result == CANCELLED:
-                raise QueueClosedError("message queue: this end was closed while it waited")
-            if result == PEER_GONE:
-                raise PeerDiedError(
-                    f"message queue: the writer (process {self._writer.pid}) is gone; reader rank "
-                    f"{self.rank} has read everything that it wrote"
-                )
-            if result == TIMED_OUT and deadline.left() == 0.0:
-                raise CommTimeoutError(
-                    f"message queue: reader rank {self.rank} waited {deadline.seconds:g} s for a "
-                    f"message from process {self._writer.pid}, which is alive"
-                )
+    @property
+    def writer_fd(self) -> int:
+        """The pidfd of the writer's process."""
+        return self._writer.fd
+
+    def check(self, result: int, deadline: Deadline) -> None:
+        """Raises, if a wait that ended so is not to be continued."""
+        if result == CLOSED:
+            raise QueueClosedError(
+                f"message queue: the writer has closed it; rank {self.rank} has read everything"
+            )
+        if result == CANCELLED:
+            raise QueueClosedError("message queue: this end was closed while it waited")
+        if result == PEER_GONE:
+            raise PeerDiedError(
+                f"message queue: the writer (process {self._writer.pid}) is gone; reader rank "
+                f"{self.rank} has read everything that it wrote"
+            )
+        if result == TIMED_OUT and deadline.left() == 0.0:
+            raise CommTimeoutError(
+                f"message queue: reader rank {self.rank} waited {deadline.seconds:g} s for a "
+                f"message from process {self._writer.pid}, which is alive"
+            )
 
     def wait_until_ready(self, deadline: Deadline) -> None:
         """Returns once the writer has seen every reader."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def create_for_group(
     pg: dist.ProcessGroup | Group,
     max_chunk_bytes: int,
-    max_chunks: int,
+    max_chunks: int | None,
     writer_rank: int,
     *,
     connect_ip: str | None,

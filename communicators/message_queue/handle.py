@@ -10,7 +10,7 @@ from .ends import RingReader
 from .process import Process, pid_space
 from .ring import ShmRingBuffer
 
-VERSION = 1  # of Handle and of what it leads to
+VERSION = 2  # of Handle and of what it leads to
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Handle:
     local_reader_ranks: tuple[int, ...]
     max_chunk_bytes: int
     max_chunks: int
+    remote_window: int  # messages that a remote reader may have unread
     writer_pid: int
     writer_started: int
     pid_space: str

@@ -23,21 +23,19 @@ class QueueEnd:
     tells the other side; and close(), which does that and gives the memory back.
     """
 
-    def _open(self, ends: list[Any]) -> None:
+    def _open(self, ends: list[Any], lock: Any, forget: Callable[[], None]) -> None:
+        """`lock`: as threading.Lock. After forget() no short call touches the ends' memory."""
         self._ends = ends
         self._closed = False
         self._pid = os.getpid()
-        self._new_lock()
-        self._finalizer = weakref.finalize(self, _shut, ends, self._lock, self._pid)
+        self._forget = forget
+        self._set_lock(lock)
+        self._finalizer = weakref.finalize(self, _shut, ends, lock, self._pid, forget)
         _queues.add(self)
 
-    def _forget(self) -> None:
-        """Lets go of everything that only an open queue of this process may touch."""
-        raise NotImplementedError
-
-    def _new_lock(self) -> None:
-        self._lock = threading.Lock()
-        self._acquire, self._release = self._lock.acquire, self._lock.release
+    def _set_lock(self, lock: Any) -> None:
+        self._lock = lock
+        self._acquire, self._release = lock.acquire, lock.release
 
     def close(self) -> None:
         """Leaves the queue and wakes whoever waits for this end. Idempotent, from any thread.
@@ -85,16 +83,15 @@ class QueueEnd:
 
     def _after_fork(self) -> None:
         """In the child: the parent's lock may be held for ever, and its ring is not ours."""
-        self._new_lock()
+        self._set_lock(threading.Lock())
         self._forget()
 
 
-def _shut(
-    ends: list[Any], lock: threading.Lock, pid: int, forget: Callable[[], None] | None = None
-) -> None:
+def _shut(ends: list[Any], lock: Any, pid: int, forget: Callable[[], None]) -> None:
     """Closes the ends, once no thread is inside. Also runs when the queue is collected, at exit."""
     if os.getpid() != pid:
         return
+    forget()
     for end in ends:
         end.cancel()
     if not lock.acquire(timeout=_CLOSE_S):
@@ -104,8 +101,6 @@ def _shut(
             end.announce_close()
         return
     try:
-        if forget is not None:
-            forget()
         for end in ends:
             end.close()
     finally:

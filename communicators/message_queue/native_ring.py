@@ -13,6 +13,7 @@ from .. import native
 INLINE, RAW, BLOCK = 1, 2, 3  # SlotKind
 ABSENT, JOINED, LEFT, DEAD = range(4)  # ReaderState
 READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, PEER_GONE = range(6)  # WaitResult
+MESSAGE, IN_PLACE, EMPTY = READY, 6, 7  # Look, of native/python/reader_end.cpp
 MUST_WAIT, NO_ROOM, NO_MEMORY = -1, -2, -3  # allocate_block
 BLOCK_HEADER_BYTES = 64
 PUBLISHED, JOINED_COUNT, READY_FLAG = range(3)  # of communicators_ring_word

@@ -28,6 +28,8 @@
 //   joined            readers      +1 when one joins or leaves; the writer       any
 //                                  sleeps on it in wait_until_ready
 //   ready             writer       0 -> 1 when all have joined                   1
+//   cpu, writer_cpu   reader, writer  1 + the core that it runs on, if it changed;  any
+//                                  a hint for whether to spin or to yield
 //   block.holders     writer       all live readers' bits before publish         0
 //                     reader r     clears bit r when it needs the block no more
 //
@@ -47,7 +49,7 @@
 
 namespace shm {
 
-inline constexpr uint32_t kRingVersion = 1;
+inline constexpr uint32_t kRingVersion = 2;
 inline constexpr uint32_t kMaxReaders = 64;
 inline constexpr uint32_t kClosedBit = 1;
 // A sleeping reader looks this often whether the writer lives: so long may its death go unnoticed.
@@ -68,6 +70,7 @@ struct alignas(prim::kFalseSharingBytes) ReaderLine {
   prim::AtomicU32 state;
   prim::AtomicU32 pid;
   prim::AtomicU64 start_time;  // of the process, in clock ticks since boot: pids are used again
+  prim::AtomicU32 cpu;
 };
 
 struct RingHeader {
@@ -84,6 +87,7 @@ struct RingHeader {
   unsigned char id[16];
 
   alignas(prim::kFalseSharingBytes) prim::AtomicU32 published;
+  prim::AtomicU32 writer_cpu;
   alignas(prim::kFalseSharingBytes) prim::AtomicU64 sleepers;
   alignas(prim::kFalseSharingBytes) prim::AtomicU64 awaited;
   prim::AtomicU32 bell;
@@ -151,13 +155,19 @@ class RingEnd {
   void cancel() { cancelled_.store(1, std::memory_order_seq_cst); }
 
  protected:
-  RingEnd(std::byte* base, SpinBudget spin);
+  // `cpu`: this end's word for it.
+  RingEnd(std::byte* base, prim::AtomicU32& cpu, SpinBudget spin);
   std::byte* slot(uint64_t message) const {
     return base_ + header_->slots_offset + (message % header_->slots) * header_->slot_stride;
   }
-  // Spins while `reached()` is false, within the budget; whether it became true.
+  // Spins while `reached()` is false, within the budget; whether it became true. `peer`: the word
+  // for the core of the one that is waited for.
   template <typename Reached>
-  bool spin(const Reached& reached, int64_t budget_ns);
+  bool spin(const Reached& reached, int64_t budget_ns, const prim::AtomicU32& peer);
+  void note_cpu();
+  // `peer` does not run now: this end has its core.
+  bool displaces(const prim::AtomicU32& peer);
+  uint32_t other_cores() const { return cores_ > 1 ? cores_ - 1 : 1; }
   bool cancelled() const { return prim::load_relaxed(cancelled_) != 0; }
 
   std::byte* base_;
@@ -168,12 +178,15 @@ class RingEnd {
 
  private:
   prim::AtomicU32 cancelled_{0};
+  prim::AtomicU32& cpu_;
+  uint32_t cores_;
   bool yields_;  // there are more ends than cores
 };
 
 class RingWriter : public RingEnd {
  public:
-  // `fd`: of the region; `unread_limit`: bytes of blocks that may wait to be read.
+  // `fd`: of the region; `unread_limit`: bytes of blocks that may wait to be read, fewer if they
+  // are many.
   RingWriter(std::byte* base, int fd, uint64_t unread_limit, SpinBudget spin);
 
   // Whether a slot is free, and a reader is there to read it. Looks at the readers only when the
@@ -193,9 +206,11 @@ class RingWriter : public RingEnd {
   // Waits for what has_slot() or allocate_block() missed, at most `timeout_ns`. A wait that goes on
   // where the last call ended has `again`: it does not spin.
   WaitResult wait(int64_t timeout_ns, bool again);
-  // Wakes readers that sleep, ahead of a message that is being made: their wake-up takes as long
-  // as pickling does after a silence.
+  // Wakes readers that sleep, one for each other core, ahead of a message that is being made: a
+  // wake-up takes longer than that. Those that find no core of their own sleep again.
   void nudge();
+  // A hint for whether to do so.
+  bool somebody_sleeps() const { return prim::load_relaxed(header_->sleepers) != 0; }
 
   bool counts(uint32_t reader) const;  // not left, not dead
   // `reader`'s process is gone: what it has not read or not released is nobody's.
@@ -246,6 +261,7 @@ class RingReader : public RingEnd {
   // take(), after a spin of some microseconds if there is nothing yet.
   bool take_soon();
   const Taken* taken() const { return &taken_; }
+  const std::byte* at(uint64_t offset) const { return base_ + offset; }
   void done();
 
   // Waits for a message, at most `timeout_ns`; `again` as in RingWriter::wait. `writer`: its pidfd,
@@ -256,6 +272,7 @@ class RingReader : public RingEnd {
 
  private:
   bool has_message() const;
+  bool await_nudged();
   void store_consumed();
 
   uint32_t index_;

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from communicators.message_queue import native_end
 from communicators.settings import Settings
 from communicators.shm_broadcast import Handle, MessageQueue
 
@@ -92,6 +95,14 @@ def both_ends(n_reader: int = 1, **options: Any) -> tuple[MessageQueue, list[Mes
     return queue, [
         MessageQueue.create_from_handle(handle, rank, settings=SETTINGS) for rank in range(n_reader)
     ]
+
+
+@pytest.fixture(params=["native end", "python end"])
+def either_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test twice: with the native module, and with what stands in for it (spawned children
+    have the module in both)."""
+    if request.param == "python end":
+        monkeypatch.setattr(native_end, "module", lambda: None)
 
 
 def traces() -> list[str]:

@@ -17,7 +17,10 @@ from communicators.errors import (
 from communicators.message_queue import ends
 from communicators.message_queue.native_ring import api
 from communicators.shm_broadcast import MessageQueue, ShmRingBuffer
-from tests.unit.queue_processes import SETTINGS, both_ends, local_queue, readers
+from tests.unit.queue_processes import SETTINGS, both_ends, either_end, local_queue, readers
+
+__all__ = ["either_end"]  # pytest finds fixtures by their names here
+pytestmark = pytest.mark.usefixtures("either_end")
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8,

@@ -22,7 +22,17 @@ from communicators.errors import (
     RefusedError,
 )
 from communicators.shm_broadcast import MessageQueue
-from tests.unit.queue_processes import DEADLINE_S, SETTINGS, both_ends, local_queue, traces
+from tests.unit.queue_processes import (
+    DEADLINE_S,
+    SETTINGS,
+    both_ends,
+    either_end,
+    local_queue,
+    traces,
+)
+
+__all__ = ["either_end"]  # pytest finds fixtures by their names here
+pytestmark = pytest.mark.usefixtures("either_end")
 
 
 def test_what_cannot_be_pickled_is_refused_and_the_queue_goes_on() -> None:

@@ -114,8 +114,13 @@ class Model:
                 yield s._replace(pc="publish" if b.publish_before_fill else begin)
             else:
                 yield s._replace(pc="announce", rung=False)
-            if any(r.pc == "asleep" for r in s.readers):
-                yield self.wake_readers(s)  # nudge(): before there is anything to read
+            # nudge(), before there is anything to read: of one reader or of more.
+            asleep = [i for i, r in enumerate(s.readers) if r.pc == "asleep"]
+            for i in asleep:
+                woken = s.readers[i]._replace(pc="clear bit")
+                yield s._replace(readers=(*s.readers[:i], woken, *s.readers[i + 1 :]))
+            if len(asleep) > 1:
+                yield self.wake_readers(s)
         elif s.pc == "fill":
             message = s.sent - self.slots
             for r in s.readers:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "tests/unit/ring_stress.cpp", ROOT / "native/shm/ring.cpp",
-           ROOT / "native/shm/arena.cpp"]  # fmt: skip
+RING = [ROOT / f"native/shm/{name}.cpp" for name in ("arena", "ring", "ring_reader", "ring_writer")]
+SOURCES = [ROOT / "tests/unit/ring_stress.cpp", *RING]
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
 WRAP = 2**31 - 500  # counters are kept doubled in 32 bits
 
