@@ -9,103 +9,15 @@
 // packed values that of the tokens) is permuted alike on both sides of a product.
 #pragma once
 
-#include <cfloat>
-
-#include "attention/attention.h"
+#include "attention/splits.cuh"
 #include "prim/gpu_mma.h"
 
 namespace attention {
 
-inline constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 16;
-inline constexpr int kPartition = 512;  // tokens of a partition of paged_attention_v2
-inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// Where a block leaves its share when there are several: [S, Hq, splits] of D floats, then the
-// maxima (base 2) and the sums.
-struct Splits {
-  int count;
-  float *acc, *largest, *sum;
-  int block_shift;  // log2 of the block size, or -1
-};
+inline constexpr int kTile = 16;
 
 // Offsets into the caches are counted in 16 bytes (packed values: 8) and fit 32 bits.
 inline constexpr uint32_t kNowhere = 0xffffffffu;
-
-// Tokens of a sequence that its table can name.
-__device__ inline int tokens_of(const PagedAttentionArgs& a, int64_t s) {
-  const int64_t reach = min(a.table_width * a.block_size, a.longest);
-  return static_cast<int>(max(int64_t{0}, min(int64_t{a.lens[s]}, reach)));
-}
-
-// Tokens [first, last) of a split: partitions of v2, or equal shares in whole tiles.
-__device__ inline void split_of(const PagedAttentionArgs& a, int n, int split, int splits,
-                                int& first, int& last) {
-  const int share = (n + splits - 1) / splits;
-  const int size = a.tmp_out != nullptr ? kPartition : (share + 63) / 64 * 64;
-  first = min(split * size, n);
-  last = min(first + size, n);
-}
-
-// One query head's result of one split: `value` is element d of the sum, not yet normalized.
-__device__ inline void write_result(const PagedAttentionArgs& a, const Splits& splits, int64_t s,
-                                    int64_t h, int split, int d, float value, float largest,
-                                    float sum) {
-  auto write = [&](void* out, int64_t at, float x) {
-    switch (a.dtype) {
-      case DType::kFloat32:
-        static_cast<float*>(out)[at] = x;
-        break;
-      case DType::kFloat16:
-        static_cast<gpu::Half*>(out)[at] = gpu::from_float<gpu::Half>(x);
-        break;
-      default:
-        static_cast<gpu::BFloat16*>(out)[at] = gpu::from_float<gpu::BFloat16>(x);
-    }
-  };
-  const float normal = sum > 0.0f ? value / (sum + a.epsilon) : 0.0f;
-  if (a.tmp_out != nullptr) {
-    const int64_t at = (s * a.heads + h) * a.partitions + split;
-    write(a.tmp_out, at * a.head_size + d, normal);
-    if (d == 0) {
-      a.max_logits[at] = largest <= -FLT_MAX ? largest : largest * kLn2;
-      a.exp_sums[at] = sum;
-    }
-    return;
-  }
-  if (splits.count > 1) {
-    const int64_t at = (s * a.heads + h) * splits.count + split;
-    splits.acc[at * a.head_size + d] = value;
-    if (d == 0) {
-      splits.largest[at] = largest;
-      splits.sum[at] = sum;
-    }
-    return;
-  }
-  write(a.out, s * a.out_stride + h * a.out_head_stride + d, normal);
-  if (d == 0 && a.lse != nullptr) {
-    a.lse[h * a.lse_head_stride + s * a.lse_sequence_stride] =
-        sum > 0.0f ? largest * kLn2 + logf(sum) : -INFINITY;
-  }
-}
-
-// A split without tokens: nothing for v2 and for the merge to read but zero sums.
-__device__ inline void write_nothing(const PagedAttentionArgs& a, const Splits& splits, int64_t s,
-                                     int64_t first_head, int heads, int split, int n) {
-  if (a.tmp_out != nullptr && n > 0) return;  // "partitions past the sequence are not written"
-  const int d_size = static_cast<int>(a.head_size);
-  if (splits.count > 1 || a.tmp_out != nullptr) {
-    if (a.tmp_out != nullptr) return;
-    if (threadIdx.x < heads) {
-      const int64_t at = (s * a.heads + first_head + threadIdx.x) * splits.count + split;
-      splits.largest[at] = -INFINITY;
-      splits.sum[at] = 0.0f;
-    }
-    return;
-  }
-  for (int i = threadIdx.x; i < heads * d_size; i += blockDim.x) {
-    write_result(a, splits, s, first_head + i / d_size, split, i % d_size, 0.0f, -INFINITY, 0.0f);
-  }
-}
 
 // kD: head size rounded up to 64, 128 or 256. kWide: more than 8 query heads a block.
 template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide>
@@ -122,7 +34,9 @@ struct Decode {
   static constexpr int kRows = kWide ? 16 : 8, kSets = kWide ? 2 : 1;
   static constexpr int kSteps = kD / 16, kOutTiles = kD / 8;
   static constexpr int kSharedBytes = kWarps * kWarpBytes + kQueryBytes;
-  static_assert(kRows * kD * 4 + 2 * kRows * 4 <= kWarpBytes, "the merge fits in the ring");
+  // A warp's share in the merge: rows of kPitch floats, in different banks, then maxima and sums.
+  static constexpr int kPitch = kD + 8, kTops = kRows * kPitch;
+  static_assert((kTops + 2 * kRows) * 4 <= kWarpBytes, "the merge fits in the ring");
 
   // Byte of a 16-byte chunk in a side, placed so that 8 rows of one chunk lie in 8 bank groups.
   __device__ static int chunk_at(int row, int chunk) {
@@ -210,17 +124,24 @@ struct Decode {
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = threadIdx.x + pass * kThreads, g = i / kRowThreads, d = i % kRowThreads * 8;
       const int64_t at = s * a.query_stride + (first_head + g) * a.query_head_stride + d;
-      float x[8], largest = 0.0f;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        x[j] = 0.0f;
-        if (g < heads && d < a.head_size) {  // head sizes are multiples of 8
-          x[j] = a.dtype == DType::kFloat16
-                     ? gpu::to_float(static_cast<const gpu::Half*>(a.query)[at + j])
-                     : gpu::to_float(static_cast<const gpu::BFloat16*>(a.query)[at + j]);
+      float x[8] = {}, largest = 0.0f;
+      auto read = [&](auto element) {
+        using Q = decltype(element);
+        const Q* from = static_cast<const Q*>(a.query) + at;
+        gpu::Vec<Q, 8> v;
+        if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+          gpu::load<true>(v, from);
+        } else {
+          gpu::load<false>(v, from);
         }
-        largest = fmaxf(largest, fabsf(x[j]));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = gpu::to_float(v.at[j]);
+      };
+      if (g < heads && d < a.head_size) {  // head sizes are multiples of 8
+        a.dtype == DType::kFloat16 ? read(gpu::Half{}) : read(gpu::BFloat16{});
       }
+#pragma unroll
+      for (float e : x) largest = fmaxf(largest, fabsf(e));
       float taken = 1.0f;
       if constexpr (kFp8) {
 #pragma unroll
@@ -362,6 +283,15 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
                                                                          : 3)
     decode(const __grid_constant__ PagedAttentionArgs a, Splits splits) {
   using W = Decode<T, kFormat, kD, kPacked, kWide>;
+  // The length and the table's part, should the sequence be as long as it can: into the L2 while
+  // the predecessor ends.
+  gpu::launch_dependents();
+  if (threadIdx.x == 0 && a.table_width > 0) {
+    const int64_t guess = blockIdx.x * (a.longest / splits.count) / a.block_size;
+    gpu::prefetch(a.lens + blockIdx.z);
+    gpu::prefetch(a.tables + blockIdx.z * a.table_stride + min(guess, a.table_width - 1));
+  }
+  gpu::dependency_wait();
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
   const int split = blockIdx.x;
@@ -373,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   const int length = a.lens[s], reach = tokens_of(a, s);
   int first, last;
   split_of(a, reach, split, splits.count, first, last);
-  if (first >= last) return write_nothing(a, splits, s, first_head, heads, split, reach);
+  if (first >= last) return write_nothing(a, splits, s, first_head, heads, split);
 
   char* own = shared + warp * W::kWarpBytes;
   char* staging = shared + kWarps * W::kWarpBytes;
@@ -502,40 +432,55 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   gpu::copy_async_wait<0>();
   __syncthreads();
   float* mine = reinterpret_cast<float*>(own);
-  float* tops = mine + W::kRows * kD;
-  float* sums = tops + W::kRows;
 #pragma unroll
   for (int set = 0; set < W::kSets; ++set) {
     const int g = row + 8 * set;
     float total = sum[set];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    if (quad == 0) tops[g] = largest[set], sums[g] = total;
+    if (quad == 0) mine[W::kTops + g] = largest[set], mine[W::kTops + W::kRows + g] = total;
+    float* to = mine + g * W::kPitch;
 #pragma unroll
-    for (int i = 0; i < W::kOutTiles; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) mine[g * kD + W::d_at(i, quad, e)] = o[i][2 * set + e];
+    for (int i = 0; i < W::kOutTiles; i += 2) {
+      const float* even = o[i] + 2 * set;
+      const float* odd = o[i + 1] + 2 * set;
+      if constexpr (W::kFp8 && !kPacked) {
+        *reinterpret_cast<float4*>(to + W::d_at(i, quad, 0)) =
+            make_float4(even[0], odd[0], even[1], odd[1]);
+      } else {
+        *reinterpret_cast<float2*>(to + W::d_at(i, quad, 0)) = make_float2(even[0], even[1]);
+        *reinterpret_cast<float2*>(to + W::d_at(i + 1, quad, 0)) = make_float2(odd[0], odd[1]);
+      }
     }
   }
   __syncthreads();
-  const float v_scale = a.v_scale == nullptr ? 1.0f : *a.v_scale;
-  const int d_size = static_cast<int>(a.head_size);
-  for (int i = threadIdx.x; i < heads * d_size; i += kThreads) {
-    const int g = i / d_size, d = i - g * d_size;
-    float top = -INFINITY, value = 0.0f, total = 0.0f;
-    const float* shares = reinterpret_cast<const float*>(shared);
-    constexpr int kWarpFloats = W::kWarpBytes / 4;
+  // A few threads a row, four elements at a time.
+  constexpr int kRowThreads = kThreads / W::kRows, kWarpFloats = W::kWarpBytes / 4;
+  const int g = threadIdx.x / kRowThreads;
+  if (g >= heads) return;
+  const float* shares = reinterpret_cast<const float*>(shared);
+  float top = -INFINITY, total = 0.0f, weight[kWarps];
 #pragma unroll
-    for (int j = 0; j < kWarps; ++j) top = fmaxf(top, shares[j * kWarpFloats + W::kRows * kD + g]);
+  for (int j = 0; j < kWarps; ++j) top = fmaxf(top, shares[j * kWarpFloats + W::kTops + g]);
+#pragma unroll
+  for (int j = 0; j < kWarps; ++j) {
+    const float* share = shares + j * kWarpFloats + W::kTops;
+    weight[j] = share[g] == -INFINITY ? 0.0f : gpu::exp2_approx(share[g] - top);
+    total += share[W::kRows + g] * weight[j];
+  }
+  const float v_scale = a.v_scale == nullptr ? 1.0f : *a.v_scale;
+  for (int d = threadIdx.x % kRowThreads * 4; d < a.head_size; d += kRowThreads * 4) {
+    float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < kWarps; ++j) {
-      const float* share = shares + j * kWarpFloats;
-      const float own_top = share[W::kRows * kD + g];
-      const float weight = own_top == -INFINITY ? 0.0f : exp2f(own_top - top);
-      value += share[g * kD + d] * weight;
-      total += share[W::kRows * kD + W::kRows + g] * weight;
+      const float4 x =
+          *reinterpret_cast<const float4*>(shares + j * kWarpFloats + g * W::kPitch + d);
+      value[0] += x.x * weight[j], value[1] += x.y * weight[j];
+      value[2] += x.z * weight[j], value[3] += x.w * weight[j];
     }
-    write_result(a, splits, s, first_head + g, split, d, value * v_scale, top, total);
+#pragma unroll
+    for (float& x : value) x *= v_scale;
+    write_result(a, splits, s, first_head + g, split, d, value, top, total);
   }
 }
 
@@ -550,7 +495,8 @@ void launch_decode(const PagedAttentionArgs& a, const Splits& splits, gpu::Strea
   const dim3 grid(static_cast<unsigned>(splits.count),
                   static_cast<unsigned>(a.kv_heads * gpu::ceil_div(group, W::kRows)),
                   static_cast<unsigned>(a.sequences));
-  kernel<<<grid, kThreads, W::kSharedBytes, stream>>>(a, splits);
+  gpu::launch_overlapped_shared("paged_attention", kernel, grid, kThreads, W::kSharedBytes, stream,
+                                a, splits);
 }
 
 // The instantiations, by layout: each in a source of its own.

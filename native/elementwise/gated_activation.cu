@@ -1,4 +1,4 @@
-// Gated activations on the GPU: a thread owns a few 16-byte vectors of a row's output.
+// Gated activations on the GPU: the vectors of all rows in one row of threads, a few a thread.
 #include "elementwise/elementwise.h"
 #include "prim/gpu_floats.h"
 
@@ -7,125 +7,190 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// 0.5 erfc(z) for z >= 0: W. Press et al., Numerical Recipes, erfcc; relative error 1.2e-7.
-__device__ float half_erfc(float z) {
-  const float t = 1.0f / (1.0f + 0.5f * z);
-  float p = 0.17087277f;
-  p = fmaf(p, t, -0.82215223f);
-  p = fmaf(p, t, 1.48851587f);
-  p = fmaf(p, t, -1.13520398f);
-  p = fmaf(p, t, 0.27886807f);
-  p = fmaf(p, t, -0.18628806f);
-  p = fmaf(p, t, 0.09678418f);
-  p = fmaf(p, t, 0.37409196f);
-  p = fmaf(p, t, 1.00002368f);
-  p = fmaf(p, t, -1.26551223f);
-  return 0.5f * t * gpu::exp2_approx(fmaf(-z, z, p) * 1.44269504f);
+constexpr float kLog2E = 1.44269504f;
+
+// 0.5 erfc(x / sqrt 2) for x >= 0, in the form of W. Press et al., Numerical Recipes, erfcc:
+// t exp(-z^2 + polynomial of t), t = 1 / (1 + z / 2). For fp32 their polynomial, relative error
+// 1.2e-7; for 16 bits one of degree 5 in base 2, fitted to a relative error of 9e-6.
+template <class T>
+__device__ float upper_tail(float x) {
+  if constexpr (sizeof(T) == 2) {
+    const float t = gpu::reciprocal_approx(fmaf(x, 0.35355339f, 1.0f));
+    float p = 0.32787397f;
+    p = fmaf(p, t, -1.01685696f);
+    p = fmaf(p, t, 0.67775819f);
+    p = fmaf(p, t, 0.37051038f);
+    p = fmaf(p, t, 1.46788520f);
+    p = fmaf(p, t, -2.82716582f);
+    const float z = x * 0.84932180f;  // z^2 is (x^2 / 2) log2 e
+    return t * gpu::exp2_approx(fmaf(-z, z, p));
+  } else {
+    const float z = x * 0.70710678f, t = __fdividef(1.0f, 1.0f + 0.5f * z);
+    float p = 0.17087277f;
+    p = fmaf(p, t, -0.82215223f);
+    p = fmaf(p, t, 1.48851587f);
+    p = fmaf(p, t, -1.13520398f);
+    p = fmaf(p, t, 0.27886807f);
+    p = fmaf(p, t, -0.18628806f);
+    p = fmaf(p, t, 0.09678418f);
+    p = fmaf(p, t, 0.37409196f);
+    p = fmaf(p, t, 1.00002368f);
+    p = fmaf(p, t, -1.26551223f);
+    return 0.5f * t * gpu::exp2_approx(fmaf(-z, z, p) * kLog2E);
+  }
 }
 
-template <Activation kAct>
+// 1 / (1 + exp(-x)), to a few units in the last place of fp32 for moderate x; what is rounded to 16
+// bits needs no more.
+template <class T>
+__device__ float logistic(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return gpu::reciprocal_approx(1.0f + gpu::exp2_approx(-kLog2E * x));
+  } else {
+    return __fdividef(1.0f, 1.0f + fminf(expf(-x), 1e30f));
+  }
+}
+
+// The result is to be rounded to T.
+template <Activation kAct, class T>
 __device__ float activate(float x) {
   if constexpr (kAct == Activation::kGelu) {
-    // The tail comes from erfc, so that large negative x keep their relative accuracy.
-    const float tail = half_erfc(fabsf(x) * 0.70710678f);
+    // The tail is computed as such, so that large negative x keep their relative accuracy.
+    const float tail = upper_tail<T>(fabsf(x));
     return x * (x > 0.0f ? 1.0f - tail : tail);
   } else if constexpr (kAct == Activation::kGeluTanh) {
     // 0.5 x (1 + tanh u) = x sigmoid(2u)
-    const float u2 = 1.59576912f * fmaf(0.044715f * x * x, x, x);
-    return __fdividef(x, 1.0f + fminf(expf(-u2), 1e30f));
+    return x * logistic<T>(x * fmaf(0.07135481f * x, x, 1.59576912f));
   } else {
     // As torch writes it, so that the results are the same bits.
-    return gpu::divide_by_at_least_one(x, 1.0f + expf(-x));
+    return gpu::divide_by_at_least_one<T>(x, 1.0f + expf(-x));
   }
 }
 
+// Two gated values. The activation is rounded to T before the product, as torch does.
 template <Activation kAct, class T>
-__device__ T gate(T x, T y, float alpha, float limit) {
+__device__ float2 gate(float2 x, float2 y, float alpha, float limit) {
   if constexpr (kAct == Activation::kSwigluOai) {
-    float g = gpu::to_float(x), u = gpu::to_float(y);
-    g = g > limit ? limit : g;
-    u = u > limit ? limit : u;
-    u = u < -limit ? -limit : u;
-    return gpu::from_float<T>(gpu::divide_by_at_least_one((u + 1.0f) * g, 1.0f + expf(-alpha * g)));
+    auto one = [&](float g, float u) {
+      g = g > limit ? limit : g;
+      u = u > limit ? limit : u;
+      u = u < -limit ? -limit : u;
+      return g * logistic<T>(alpha * g) * (u + 1.0f);
+    };
+    return {one(x.x, y.x), one(x.y, y.y)};
   } else if constexpr (kAct == Activation::kFatRelu) {
-    const float g = gpu::to_float(x);
-    return gpu::from_float<T>((g > alpha ? g : 0.0f) * gpu::to_float(y));
+    return {(x.x > alpha ? x.x : 0.0f) * y.x, (x.y > alpha ? x.y : 0.0f) * y.y};
   } else if constexpr (kAct == Activation::kMulSilu) {
-    const T act = gpu::from_float<T>(activate<kAct>(gpu::to_float(y)));
-    return gpu::from_float<T>(gpu::to_float(x) * gpu::to_float(act));
+    const float2 act = gpu::rounded<T>({activate<kAct, T>(y.x), activate<kAct, T>(y.y)});
+    return {x.x * act.x, x.y * act.y};
   } else {
-    const T act = gpu::from_float<T>(activate<kAct>(gpu::to_float(x)));
-    return gpu::from_float<T>(gpu::to_float(act) * gpu::to_float(y));
+    const float2 act = gpu::rounded<T>({activate<kAct, T>(x.x), activate<kAct, T>(x.y)});
+    return {act.x * y.x, act.y * y.y};
   }
 }
 
+// Gate and up value from the two halves of a row. Blocks that follow each other take vectors that
+// follow each other: DRAM likes it best.
 template <Activation kAct, class T, bool kAligned, int kUnroll>
-__global__ void __launch_bounds__(kThreads) gated(ActivationArgs a, int row_vecs) {
+__global__ void __launch_bounds__(kThreads)
+    gated_halves(ActivationArgs a, gpu::FastDivisor row_vecs) {
+  gpu::launch_dependents();
   constexpr int kN = gpu::kVec<T>;
-  constexpr bool kPairs = kAct == Activation::kSwigluOai;
-  const int64_t row = blockIdx.x;
-  const T* input = static_cast<const T*>(a.input) + row * 2 * a.d;
-  T* output = static_cast<T*>(a.out) + row * a.d;
-  gpu::Vec<T, kN> first[kUnroll], second[kUnroll];
-  const int base = blockIdx.y * (kThreads * kUnroll) + threadIdx.x;
+  const int64_t total = a.rows * row_vecs.divisor;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  gpu::Kept<gpu::Vec<T, kN>> first[kUnroll], second[kUnroll];
+  const T* input[kUnroll];
+  int64_t at[kUnroll];  // of the output
+  int n[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int i = base + u * kThreads;
-    if (i >= row_vecs) break;
-    const int64_t col = int64_t{i} * kN, left = a.d - col;
-    if constexpr (kPairs) {
-      const int64_t items = 2 * left;
-      gpu::load<kAligned>(first[u], input + 2 * col, items < kN ? static_cast<int>(items) : kN);
-      if (items > kN) {
-        gpu::load<kAligned>(second[u], input + 2 * col + kN,
-                            items < 2 * kN ? static_cast<int>(items - kN) : kN);
-      }
-    } else {
-      const int n = left < kN ? static_cast<int>(left) : kN;
-      gpu::load<kAligned>(first[u], input + col, n);
-      gpu::load<kAligned>(second[u], input + a.d + col, n);
-    }
+    const int64_t i = base + u * kThreads;
+    if (i >= total) break;
+    const int64_t row = row_vecs.long_quotient(i);
+    const int col = static_cast<int>(i - row * row_vecs.divisor) * kN;
+    n[u] = min(static_cast<int>(a.d) - col, kN);
+    at[u] = row * a.d + col;
+    input[u] = static_cast<const T*>(a.input) + row * a.d + at[u];
+    gpu::prefetch_early(input[u]);
+    gpu::prefetch_early(input[u] + a.d);
+  }
+  gpu::dependency_wait();
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (base + u * kThreads >= total) break;
+    gpu::load<kAligned>(first[u], input[u], n[u]);
+    gpu::load<kAligned>(second[u], input[u] + a.d, n[u]);
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int i = base + u * kThreads;
-    if (i >= row_vecs) break;
+    if (base + u * kThreads >= total) break;
+    const gpu::Vec<T, kN> x = first[u].get(), y = second[u].get();
     gpu::Vec<T, kN> out;
 #pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      if constexpr (kPairs) {
-        const gpu::Vec<T, kN>& from = 2 * j < kN ? first[u] : second[u];
-        out.at[j] = gate<kAct>(from.at[2 * j % kN], from.at[2 * j % kN + 1], a.alpha, a.limit);
-      } else {
-        out.at[j] = gate<kAct>(first[u].at[j], second[u].at[j], a.alpha, a.limit);
-      }
+    for (int j = 0; j < kN; j += 2) {
+      const float2 both = gate<kAct, T>(gpu::pair_at(x, j), gpu::pair_at(y, j), a.alpha, a.limit);
+      gpu::set_pair(out, j, both);
     }
-    const int64_t col = int64_t{i} * kN, left = a.d - col;
-    gpu::store<kAligned>(output + col, out, left < kN ? static_cast<int>(left) : kN);
+    gpu::store<kAligned>(static_cast<T*>(a.out) + at[u], out, n[u]);
+  }
+}
+
+// Gate and up value side by side: a vector of pairs becomes half a vector, and rows do not matter.
+template <Activation kAct, class T, bool kAligned, int kUnroll>
+__global__ void __launch_bounds__(kThreads) gated_pairs(ActivationArgs a, int64_t items) {
+  gpu::begin_overlapped();
+  constexpr int kN = gpu::kVec<T>, kOut = kN / 2;
+  const int64_t base =
+      (static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x) * kOut;
+  gpu::Kept<gpu::Vec<T, kN>> pairs[kUnroll];
+  auto left = [&](int u) { return items - (base + u * kThreads * kOut); };
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (left(u) <= 0) break;
+    gpu::load<kAligned>(pairs[u], static_cast<const T*>(a.input) + 2 * (base + u * kThreads * kOut),
+                        left(u) < kOut ? static_cast<int>(2 * left(u)) : kN);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (left(u) <= 0) break;
+    const gpu::Vec<T, kN> x = pairs[u].get();
+    gpu::Vec<T, kOut> out;
+#pragma unroll
+    for (int j = 0; j < kOut; j += 2) {
+      const float2 one = gpu::pair_at(x, 2 * j), two = gpu::pair_at(x, 2 * j + 2);
+      gpu::set_pair(out, j, gate<kAct, T>({one.x, two.x}, {one.y, two.y}, a.alpha, a.limit));
+    }
+    gpu::store<kAligned>(static_cast<T*>(a.out) + base + u * kThreads * kOut, out,
+                         left(u) < kOut ? static_cast<int>(left(u)) : kOut);
   }
 }
 
 template <Activation kAct>
 void run(const ActivationArgs& a, gpu::Stream stream) {
+  constexpr bool kPairs = kAct == Activation::kSwigluOai;
   gpu::with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t row_vecs = gpu::ceil_div(a.d, gpu::kVec<T>);
-    gpu::with_bool(gpu::aligned(16, a.out, a.input, a.d * sizeof(T)), [&](auto is_aligned) {
+    constexpr int64_t kStep = kPairs ? gpu::kVec<T> / 2 : gpu::kVec<T>;
+    const int64_t row_vecs = gpu::ceil_div(a.d, kStep), items = a.rows * a.d;
+    // Pairs are one long row.
+    const int64_t vecs = kPairs ? gpu::ceil_div(items, kStep) : a.rows * row_vecs;
+    const bool all =
+        gpu::aligned(16, a.out, a.input, (kPairs ? items : a.d) * sizeof(T) * (kPairs ? 2 : 1));
+    gpu::with_bool(all, [&](auto is_aligned) {
       constexpr bool kAligned = decltype(is_aligned)::value;
-      auto go = [&](auto kernel, int unroll) {
-        const dim3 grid(static_cast<unsigned>(a.rows),
-                        static_cast<unsigned>(gpu::ceil_div(row_vecs, kThreads * unroll)));
-        kernel<<<grid, kThreads, 0, stream>>>(a, static_cast<int>(row_vecs));
+      auto go = [&](auto kernel, int unroll, auto last) {
+        const dim3 grid(static_cast<unsigned>(gpu::ceil_div(vecs, kThreads * unroll)));
+        gpu::launch_overlapped("gated_activation", kernel, grid, kThreads, stream, a, last);
       };
-      // Few rows: more blocks, each with less to wait for.
-      if (a.rows * row_vecs < 1 << 16) {
-        go(gated<kAct, T, kAligned, 1>, 1);
+      if constexpr (kPairs) {
+        const bool few = vecs < 1 << 16;  // more blocks, each with less to wait for
+        few ? go(gated_pairs<kAct, T, kAligned, 1>, 1, items)
+            : go(gated_pairs<kAct, T, kAligned, 2>, 2, items);
       } else {
-        go(gated<kAct, T, kAligned, 2>, 2);
+        go(gated_halves<kAct, T, kAligned, 1>, 1, gpu::FastDivisor(row_vecs));
       }
     });
   });
-  GPU_CHECK_LAUNCH("gated_activation");
 }
 
 }  // namespace

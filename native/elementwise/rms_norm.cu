@@ -1,139 +1,221 @@
 // RMSNorm on the GPU: a block owns a row and keeps it in registers between the sum of squares and
-// the scaling. The number of threads and vectors a thread depends on the hidden size alone, and so
-// does the order of the sum.
+// the scaling.
+//
+// The order of a row's sum depends on the hidden size alone, whatever the launch: 32 vectors that
+// follow each other, a group, are summed by a butterfly; the groups' sums by a second one.
 #include "elementwise/elementwise.h"
 #include "prim/gpu_floats.h"
 
 namespace elementwise {
 namespace {
 
-constexpr int kMaxHeld = 8;  // vectors a thread keeps; longer rows are read again
-constexpr int kMaxThreads = 512;
+constexpr int kMaxHeld = 8;      // vectors a thread keeps; longer rows are read again
+constexpr int kMaxGroups = 128;  // of rows that are kept
+constexpr int kLongThreads = 512;
+constexpr int kAhead = 132;  // rows; more of them leave the L2 before they are read (H200)
 
-__device__ float block_sum(float x) {
-  __shared__ float partial[32];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  if (blockDim.x <= 32) return x;
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  const int warps = blockDim.x / 32;
-  x = threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : 0.0f;
+__device__ float warp_sum(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
+}
+
+// The sums over the warp of kCount values a lane, each added as warp_sum() adds it. Lane l ends
+// with that of value owner_value<kCount>(l): at each step but the last ones a lane passes on half
+// of its values.
+template <int kCount>
+__device__ float warp_sums(float (&x)[kCount]) {
+  if constexpr (kCount == 1) {
+    return warp_sum(x[0]);
+  } else {
+    int offset = 16;
+#pragma unroll
+    for (int width = kCount / 2; width > 0; width /= 2, offset /= 2) {
+      const bool upper = threadIdx.x & offset;
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const float given = upper ? x[i] : x[i + width];
+        const float kept = upper ? x[i + width] : x[i];
+        x[i] = kept + __shfl_xor_sync(~0u, given, offset);
+      }
+    }
+#pragma unroll
+    for (; offset > 0; offset /= 2) x[0] += __shfl_xor_sync(~0u, x[0], offset);
+    return x[0];
+  }
+}
+template <int kCount>
+__device__ int owner_value(int lane) {
+  return lane / (32 / kCount);
 }
 
 struct Row {
   int64_t i, input, residual;  // index of dim 0, element offsets
 };
 
-template <class Args>
-__device__ Row row_of(const Args& a, int64_t row, int64_t s0, int64_t s1, int64_t s2, int64_t r0,
-                      int64_t r1, int64_t r2) {
-  if (a.n1 * a.n2 == 1) return {row, row * s0, row * r0};
+__device__ Row row_of(const FusedAddRmsNormArgs& a, int64_t row) {
+  if (a.n1 * a.n2 == 1) return {row, row * a.input_stride0, row * a.residual_stride0};
   const int64_t k = row % a.n2, j = row / a.n2 % a.n1, i = row / a.n2 / a.n1;
-  return {i, i * s0 + j * s1 + k * s2, i * r0 + j * r1 + k * r2};
+  return {i, i * a.input_stride0 + j * a.input_stride1 + k * a.input_stride2,
+          i * a.residual_stride0 + j * a.residual_stride1 + k * a.residual_stride2};
 }
 
-// kHeld vectors a thread, or 0: any number, read twice. kFused adds the residual first. kEarly
-// loads the weights before the sum is known: quicker for a few rows, but the registers cost many
-// rows bandwidth (H200, 8192 rows of 8192: 68 us late, 87 us early).
-template <class T, int kHeld, bool kAligned, bool kFused, bool kEarly>
-__global__ void __launch_bounds__(kMaxThreads)
-    norm(const T* __restrict__ input, T* out, T* residual, const T* __restrict__ weight,
-         FusedAddRmsNormArgs a) {
-  constexpr int kN = gpu::kVec<T>, kKept = kHeld == 0 ? 1 : kHeld;
-  const Row at = row_of(a, blockIdx.x, a.input_stride0, a.input_stride1, a.input_stride2,
-                        a.residual_stride0, a.residual_stride1, a.residual_stride2);
-  const T* x = input + at.input;
-  T* z = kFused ? residual + at.residual : nullptr;
-  T* y = kFused ? out + at.input : out + static_cast<int64_t>(blockIdx.x) * a.hidden;
-  const T* w = weight == nullptr ? nullptr : weight + at.i * a.weight_stride;
-  const int hidden = static_cast<int>(a.hidden), stride = blockDim.x * kN;
-  gpu::Vec<T, kN> kept[kKept], add[kKept];
+// Vector by vector, what both kernels do to a row.
+template <class T, bool kAligned, bool kFused>
+struct Norm {
+  static constexpr int kN = gpu::kVec<T>;
+  using V = gpu::Vec<T, kN>;
+  using K = gpu::Kept<V>;
+  const T* input;
+  T *out, *residual;
+  const T* weight;
+  const FusedAddRmsNormArgs& a;
 
-  auto fetch = [&](int first, gpu::Vec<T, kN>& v, gpu::Vec<T, kN>& r) {
-    const int n = min(hidden - first, kN);
-    gpu::load<kAligned>(v, x + first, n);
-    if constexpr (kFused) gpu::load<kAligned>(r, z + first, n);
-  };
-  auto sum_of = [&](int first, gpu::Vec<T, kN>& v, const gpu::Vec<T, kN>& r) {
+  __device__ int count(int first) const { return min(static_cast<int>(a.hidden) - first, kN); }
+  // Adds the residual and keeps the sum of both; returns the sum of squares.
+  __device__ float square(K& kept, const K& other, T* z, int first) const {
+    V v = kept.get();
+    if constexpr (kFused) {
+      const V r = other.get();
+#pragma unroll
+      for (int j = 0; j < kN; j += 2) {
+        const float2 x = gpu::pair_at(v, j), y = gpu::pair_at(r, j);
+        gpu::set_pair(v, j, {x.x + y.x, x.y + y.y});
+      }
+      kept = v;
+      gpu::store<kAligned>(z + first, v, count(first));
+    }
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      if constexpr (kFused) {
-        v.at[j] = gpu::from_float<T>(gpu::to_float(v.at[j]) + gpu::to_float(r.at[j]));
-      }
       const float f = gpu::to_float(v.at[j]);
-      sum += kAligned || first + j < hidden ? f * f : 0.0f;
+      sum += kAligned || j < count(first) ? f * f : 0.0f;
     }
-    if constexpr (kFused) gpu::store<kAligned>(z + first, v, min(hidden - first, kN));
     return sum;
-  };
+  }
+  __device__ void scale(const K& kept, const K& weights, float factor, T* y, int first) const {
+    const V v = kept.get(), w = weights.get();
+    V result;
+#pragma unroll
+    for (int j = 0; j < kN; j += 2) {
+      const float2 x = gpu::pair_at(v, j);
+      const float2 by = weight == nullptr ? float2{1.0f, 1.0f} : gpu::pair_at(w, j);
+      gpu::set_pair(result, j, {x.x * factor * by.x, x.y * factor * by.y});
+    }
+    gpu::store<kAligned>(y + first, result, count(first));
+  }
+  __device__ T* target(const Row& at, int64_t row) const {
+    return kFused ? out + at.input : out + row * a.hidden;
+  }
+};
 
+// kHeld vectors a thread. kEarly loads the weights before the sum is known: quicker for a few rows;
+// for many rows their registers are worth more as further rows.
+template <class T, int kHeld, int kThreads, int kMinBlocks, bool kAligned, bool kFused, bool kEarly>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    norm(const T* input, T* out, T* residual, const T* weight, FusedAddRmsNormArgs a) {
+  gpu::launch_dependents();
+  using N = Norm<T, kAligned, kFused>;
+  using K = typename N::K;
+  const N n{input, out, residual, weight, a};
+  __shared__ float partial[kMaxGroups];
+  const int hidden = static_cast<int>(a.hidden), stride = blockDim.x * N::kN;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int64_t row = blockIdx.x;
+  const Row at = row_of(a, row);
+  auto first_of = [&](int h) { return static_cast<int>(threadIdx.x) * N::kN + h * stride; };
+  auto fetch_weights = [&](int first, K& v) {
+    if (weight == nullptr) return;
+    gpu::load<kAligned>(v, weight + at.i * a.weight_stride + first, n.count(first));
+  };
+  T* z = kFused ? residual + at.residual : nullptr;
+
+  // Rows that a later block will take come into the L2 meanwhile: the memory has work while blocks
+  // sum. The first blocks ask for their own, which the wait below covers.
+  if (kAligned && gridDim.x > kAhead && threadIdx.x == 0) {
+    auto ask = [&](int64_t r) {
+      const Row to = row_of(a, r);
+      gpu::prefetch_range(input + to.input, hidden * sizeof(T));
+      if constexpr (kFused) gpu::prefetch_range(residual + to.residual, hidden * sizeof(T));
+    };
+    if (row < kAhead) ask(row);
+    if (row + kAhead < gridDim.x) ask(row + kAhead);
+  }
+  gpu::dependency_wait();
+
+  K v[kHeld], add[kHeld], w[kHeld];
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const int first = first_of(h);
+    if (first >= hidden) break;
+    gpu::load<kAligned>(v[h], input + at.input + first, n.count(first));
+    if constexpr (kFused) gpu::load<kAligned>(add[h], z + first, n.count(first));
+  }
+  if constexpr (kEarly) {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      if (first_of(h) < hidden) fetch_weights(first_of(h), w[h]);
+    }
+  }
+  float sums[kHeld];
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const int first = first_of(h);
+    sums[h] = first < hidden ? n.square(v[h], add[h], z, first) : 0.0f;
+  }
+  const float sum = warp_sums(sums);
+  if (lane % (32 / kHeld) == 0) partial[owner_value<kHeld>(lane) * warps + warp] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  for (int g = lane; g < kHeld * warps; g += 32) total += partial[g];
+  const float factor = rsqrtf(warp_sum(total) / static_cast<float>(hidden) + a.epsilon);
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    const int first = first_of(h);
+    if (first >= hidden) break;
+    if constexpr (!kEarly) fetch_weights(first, w[h]);
+    n.scale(v[h], w[h], factor, n.target(at, row), first);
+  }
+}
+
+// Rows of any length, read twice.
+template <class T, bool kAligned, bool kFused>
+__global__ void __launch_bounds__(kLongThreads)
+    norm_long(const T* input, T* out, T* residual, const T* weight, FusedAddRmsNormArgs a) {
+  gpu::begin_overlapped();
+  using N = Norm<T, kAligned, kFused>;
+  const N n{input, out, residual, weight, a};
+  __shared__ float partial[kLongThreads / 32];
+  const int hidden = static_cast<int>(a.hidden), stride = kLongThreads * N::kN;
+  const int64_t row = blockIdx.x;
+  const Row at = row_of(a, row);
+  const T* x = input + at.input;
+  T* z = kFused ? residual + at.residual : nullptr;
   float sum = 0.0f;
-  if constexpr (kHeld > 0) {
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      const int first = threadIdx.x * kN + h * stride;
-      if (first < hidden) fetch(first, kept[h], add[h]);
-    }
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      const int first = threadIdx.x * kN + h * stride;
-      if (first < hidden) sum += sum_of(first, kept[h], add[h]);
-    }
-  } else {
-    for (int first = threadIdx.x * kN; first < hidden; first += stride) {
-      fetch(first, kept[0], add[0]);
-      sum += sum_of(first, kept[0], add[0]);
-    }
+  for (int first = threadIdx.x * N::kN; first < hidden; first += stride) {
+    typename N::K v, r;
+    gpu::load<kAligned>(v, x + first, n.count(first));
+    if constexpr (kFused) gpu::load<kAligned>(r, z + first, n.count(first));
+    sum += n.square(v, r, z, first);
   }
-  gpu::Vec<T, kN> scale[kKept];
-  auto weights = [&](int first, gpu::Vec<T, kN>& v) {
-    if (w != nullptr) gpu::load<kAligned>(v, w + first, min(hidden - first, kN));
-  };
-  if constexpr (kHeld > 0 && kEarly) {
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      const int first = threadIdx.x * kN + h * stride;
-      if (first < hidden) weights(first, scale[h]);
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = warp_sum(threadIdx.x % 32 < kLongThreads / 32 ? partial[threadIdx.x % 32] : 0.0f);
+  const float factor = rsqrtf(sum / static_cast<float>(hidden) + a.epsilon);
+  for (int first = threadIdx.x * N::kN; first < hidden; first += stride) {
+    typename N::K v, w;
+    gpu::load<kAligned>(v, (kFused ? z : x) + first, n.count(first));
+    if (weight != nullptr) {
+      gpu::load<kAligned>(w, weight + at.i * a.weight_stride + first, n.count(first));
     }
-  }
-  const float factor = rsqrtf(block_sum(sum) / static_cast<float>(hidden) + a.epsilon);
-
-  auto finish = [&](int first, const gpu::Vec<T, kN>& v, const gpu::Vec<T, kN>& scale) {
-    const int n = min(hidden - first, kN);
-    gpu::Vec<T, kN> result;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const float normed = gpu::to_float(v.at[j]) * factor;
-      result.at[j] =
-          gpu::from_float<T>(w == nullptr ? normed : normed * gpu::to_float(scale.at[j]));
-    }
-    gpu::store<kAligned>(y + first, result, n);
-  };
-  if constexpr (kHeld > 0) {
-#pragma unroll
-    for (int h = 0; h < kHeld; ++h) {
-      const int first = threadIdx.x * kN + h * stride;
-      if (first >= hidden) continue;
-      if (!kEarly) weights(first, scale[h]);
-      finish(first, kept[h], scale[h]);
-    }
-  } else {
-    for (int first = threadIdx.x * kN; first < hidden; first += stride) {
-      gpu::Vec<T, kN> v;
-      gpu::load<kAligned>(v, (kFused ? z : x) + first, min(hidden - first, kN));
-      weights(first, scale[0]);
-      finish(first, v, scale[0]);
-    }
+    n.scale(v, w, factor, n.target(at, row), first);
   }
 }
 
 template <bool kFused>
-void launch(const FusedAddRmsNormArgs& a, const void* input, void* out, gpu::Stream stream) {
+void launch(const char* op, const FusedAddRmsNormArgs& a, const void* input, void* out,
+            gpu::Stream stream) {
   gpu::with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kItem = sizeof(T);
@@ -141,33 +223,30 @@ void launch(const FusedAddRmsNormArgs& a, const void* input, void* out, gpu::Str
         16, input, out, a.residual, a.weight, a.hidden * kItem, a.input_stride0 * kItem,
         a.input_stride1 * kItem, a.input_stride2 * kItem, a.residual_stride0 * kItem,
         a.residual_stride1 * kItem, a.residual_stride2 * kItem, a.weight_stride * kItem);
-    const int64_t vecs = gpu::ceil_div(a.hidden, gpu::kVec<T>);
-    // 256 threads until they would hold more than 4 vectors each.
-    int threads = vecs <= 1024 ? 256 : kMaxThreads;
-    if (vecs < 256) threads = static_cast<int>(gpu::ceil_div(vecs, 32) * 32);
-    const int64_t held = gpu::ceil_div(vecs, threads);
-    const unsigned rows = static_cast<unsigned>(a.n0 * a.n1 * a.n2);
+    const int64_t vecs = gpu::ceil_div(a.hidden, gpu::kVec<T>), rows = a.n0 * a.n1 * a.n2;
     gpu::with_bool(all, [&](auto is_aligned) {
       constexpr bool kAligned = decltype(is_aligned)::value;
-      auto go = [&](auto kernel) {
-        kernel<<<rows, threads, 0, stream>>>(static_cast<const T*>(input), static_cast<T*>(out),
-                                             static_cast<T*>(a.residual),
-                                             static_cast<const T*>(a.weight), a);
+      auto go = [&](auto kernel, int64_t most) {
+        const int64_t threads = vecs < most ? gpu::ceil_div(vecs, 32) * 32 : most;
+        gpu::launch_overlapped(op, kernel, dim3(static_cast<unsigned>(rows)),
+                               static_cast<int>(threads), stream, static_cast<const T*>(input),
+                               static_cast<T*>(out), static_cast<T*>(a.residual),
+                               static_cast<const T*>(a.weight), a);
       };
-      gpu::with_bool(rows <= 128, [&](auto early) {
-        constexpr bool kEarly = decltype(early)::value;
-        if (held <= 1) {
-          go(norm<T, 1, kAligned, kFused, kEarly>);
-        } else if (held <= 2) {
-          go(norm<T, 2, kAligned, kFused, kEarly>);
-        } else if (held <= 4) {
-          go(norm<T, 4, kAligned, kFused, kEarly>);
-        } else if (held <= kMaxHeld) {
-          go(norm<T, kMaxHeld, kAligned, kFused, false>);
-        } else {
-          go(norm<T, 0, kAligned, kFused, false>);
-        }
-      });
+      if (vecs > kMaxHeld * kLongThreads) {
+        go(norm_long<T, kAligned, kFused>, kLongThreads);
+      } else if (vecs > 1024) {
+        go(norm<T, kMaxHeld, 512, 1, kAligned, kFused, false>, 512);
+      } else if (rows <= 256) {  // few vectors a thread: the least to wait for
+        kFused ? go(norm<T, 2, 512, 1, kAligned, kFused, true>, 512)
+               : go(norm<T, 1, 1024, 1, kAligned, kFused, true>, 1024);
+      } else if constexpr (kFused) {
+        vecs <= 512 ? go(norm<T, 2, 256, 6, kAligned, kFused, false>, 256)
+                    : go(norm<T, 1, 1024, 2, kAligned, kFused, true>, 1024);
+      } else {
+        vecs <= 512 ? go(norm<T, 2, 256, 8, kAligned, kFused, false>, 256)
+                    : go(norm<T, 2, 512, 4, kAligned, kFused, false>, 512);
+      }
     });
   });
 }
@@ -180,13 +259,11 @@ void rms_norm(const RmsNormArgs& a, Stream stream) {
   f.n0 = a.n0, f.n1 = a.n1, f.n2 = a.n2, f.hidden = a.hidden;
   f.input_stride0 = a.stride0, f.input_stride1 = a.stride1, f.input_stride2 = a.stride2;
   f.epsilon = a.epsilon, f.dtype = a.dtype;
-  launch<false>(f, a.input, a.out, gpu::stream_of(stream));
-  GPU_CHECK_LAUNCH("rms_norm");
+  launch<false>("rms_norm", f, a.input, a.out, gpu::stream_of(stream));
 }
 
 void fused_add_rms_norm(const FusedAddRmsNormArgs& a, Stream stream) {
-  launch<true>(a, a.input, a.input, gpu::stream_of(stream));
-  GPU_CHECK_LAUNCH("fused_add_rms_norm");
+  launch<true>("fused_add_rms_norm", a, a.input, a.input, gpu::stream_of(stream));
 }
 
 }  // namespace elementwise

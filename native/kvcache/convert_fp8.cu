@@ -6,22 +6,24 @@
 namespace kvcache {
 namespace {
 
-constexpr int kThreads = 256, kStep = 8, kUnroll = 4;
+constexpr int kThreads = 256, kStep = 8;
 
 // The floats of a step, in 16-byte parts.
 template <class T>
 struct Floats {
   static constexpr int kN = gpu::kVec<T>, kParts = kStep / kN;
-  gpu::Vec<T, kN> part[kParts];
+  gpu::Kept<gpu::Vec<T, kN>> part[kParts];
 };
 
-template <class T, KvFormat kFormat, bool kToFp8, bool kAligned>
-__global__ void __launch_bounds__(kThreads) convert_all(ConvertFp8Args a) {
+template <class T, KvFormat kFormat, bool kToFp8, bool kAligned, int kUnroll, int kMinBlocks>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    convert_all(ConvertFp8Args a, gpu::Divisor divisor) {
+  gpu::begin_overlapped();
   using F = Floats<T>;
   const int64_t base =
       (static_cast<int64_t>(blockIdx.x) * kUnroll * kThreads + threadIdx.x) * kStep;
   F floats[kUnroll];
-  gpu::Vec<uint8_t, kStep> codes[kUnroll];
+  gpu::Kept<gpu::Vec<uint8_t, kStep>> codes[kUnroll];
   const T* in = static_cast<const T*>(a.in);
   auto part = [](int64_t left, int p) {
     const int64_t n = left - p * F::kN;
@@ -52,27 +54,29 @@ __global__ void __launch_bounds__(kThreads) convert_all(ConvertFp8Args a) {
       }
     }
   }
-  const gpu::Divisor divisor(a.scale);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t i = base + u * kThreads * kStep, left = a.n - i;
     if (left <= 0) break;
     if constexpr (kToFp8) {
-      float x[kStep];
+      gpu::Vec<T, kStep> x;
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) {
-        x[j] = gpu::to_float(floats[u].part[j / F::kN].at[j % F::kN]);
+      for (int p = 0; p < F::kParts; ++p) {
+        const gpu::Vec<T, F::kN> v = floats[u].part[p].get();
+#pragma unroll
+        for (int j = 0; j < F::kN; ++j) x.at[p * F::kN + j] = v.at[j];
       }
-      gpu::quantize<kFormat>(codes[u], x, divisor);
+      gpu::Vec<uint8_t, kStep> out_codes;
+      gpu::quantize<kFormat>(out_codes, x, divisor);
       uint8_t* out = static_cast<uint8_t*>(a.out) + i;
       if (left >= kStep) {
-        gpu::store<kAligned>(out, codes[u]);
+        gpu::store<kAligned>(out, out_codes);
       } else {
-        gpu::store<false>(out, codes[u], static_cast<int>(left));
+        gpu::store<false>(out, out_codes, static_cast<int>(left));
       }
     } else {
       gpu::Vec<T, kStep> values;
-      gpu::dequantize<kFormat>(values, codes[u], a.scale);
+      gpu::dequantize<kFormat>(values, codes[u].get(), a.scale);
       T* out = static_cast<T*>(a.out) + i;
 #pragma unroll
       for (int p = 0; p < F::kParts; ++p) {
@@ -92,23 +96,23 @@ __global__ void __launch_bounds__(kThreads) convert_all(ConvertFp8Args a) {
 }  // namespace
 
 void convert_fp8(const ConvertFp8Args& a, Stream stream) {
-  const auto blocks =
-      static_cast<unsigned>(gpu::ceil_div(a.n, int64_t{kThreads} * kStep * kUnroll));
   gpu::with_float(a.dtype, [&](auto type) {
     gpu::with_bool(a.to_fp8, [&](auto to_fp8) {
       gpu::with_bool(gpu::aligned(16, a.in, a.out), [&](auto is_aligned) {
         using T = decltype(type);
         constexpr bool kTo = decltype(to_fp8)::value, kAligned = decltype(is_aligned)::value;
-        const gpu::Stream s = gpu::stream_of(stream);
-        if (a.format == KvFormat::kE5M2) {
-          convert_all<T, KvFormat::kE5M2, kTo, kAligned><<<blocks, kThreads, 0, s>>>(a);
-        } else {
-          convert_all<T, KvFormat::kE4M3, kTo, kAligned><<<blocks, kThreads, 0, s>>>(a);
-        }
+        constexpr int kUnroll = kTo ? 4 : 2, kMinBlocks = kTo ? 6 : 8;
+        constexpr int64_t kBlockItems = int64_t{kThreads} * kStep * kUnroll;
+        const auto blocks = static_cast<unsigned>(gpu::ceil_div(a.n, kBlockItems));
+        gpu::launch_overlapped(
+            "convert_fp8",
+            a.format == KvFormat::kE5M2
+                ? convert_all<T, KvFormat::kE5M2, kTo, kAligned, kUnroll, kMinBlocks>
+                : convert_all<T, KvFormat::kE4M3, kTo, kAligned, kUnroll, kMinBlocks>,
+            dim3(blocks), kThreads, gpu::stream_of(stream), a, gpu::Divisor(a.scale));
       });
     });
   });
-  GPU_CHECK_LAUNCH("convert_fp8");
 }
 
 }  // namespace kvcache

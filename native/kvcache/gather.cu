@@ -1,15 +1,16 @@
-// Gathers out of the paged cache on the GPU. A block takes a few rows of the dense tensor: one
-// thread a row finds where its entry lies, then all threads move the entries.
+// Gathers out of the paged cache on the GPU. A warp takes a few rows of the dense tensor: a lane a
+// row finds where its entry lies, then all lanes move the entries. Warps need nothing of each
+// other, so some look up while others move.
 #include "kvcache/cache.h"
 #include "kvcache/runs.cuh"
 
 namespace kvcache {
 namespace {
 
-constexpr int kThreads = 256, kUnroll = 4;
+constexpr int kThreads = 64;
 
 // Entry number (block * block_size + offset) of a row, or -1 to leave the row alone.
-__device__ int64_t find(const GatherMap& m, int64_t row) {
+__device__ int64_t find(const GatherMap& m, const gpu::FastDivisor& block_size, int64_t row) {
   int64_t b;
   if (m.seq_of != nullptr) {
     b = m.seq_of[row];
@@ -32,94 +33,115 @@ __device__ int64_t find(const GatherMap& m, int64_t row) {
   const int64_t p = row - first + (m.starts == nullptr ? 0 : m.starts[b]);
   if (p < 0) return -1;
   int64_t logical, off;
-  gpu::split_slot(p, m.block_size, logical, off);
+  gpu::split_slot(p, m.block_size, block_size, logical, off);
   if (logical >= m.table_width) return -1;
   const int64_t block = m.table[b * m.table_stride + logical];
   if (block < 0 || block >= m.num_blocks) return -1;
   return block * m.block_size + off;
 }
 
-// at[i]: what `place` makes of the entry (block, offset) of row first + i, or `none`.
-template <int kRows, class At, class Place>
-__device__ void find_rows(const GatherMap& m, int64_t first, At (&at)[kRows], At none,
-                          const Place& place) {
-  for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    const int64_t entry = first + i < m.rows ? find(m, first + i) : -1;
-    at[i] = none;
-    if (entry < 0) continue;
-    int64_t block, off;
-    gpu::split_slot(entry, m.block_size, block, off);
-    at[i] = place(entry, block, off);
+// The rows [first, first + kRows) of a warp, one a lane: `place` makes an int64 of the block and
+// the offset of each, -1 stands for a row to be left alone.
+template <int kRows>
+struct Rows {
+  int64_t first;
+
+  // Stands for begin_overlapped(): meanwhile the maps come into the L2, the table line by line.
+  __device__ explicit Rows(const GatherMap& m) {
+    gpu::launch_dependents();
+    const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+    first = warp * kRows;
+    if (threadIdx.x % 32 == 0) {
+      constexpr int kLine = 32;  // entries
+      if (m.seq_of != nullptr) gpu::prefetch_early(m.seq_of + min(first, m.rows - 1));
+      if (warp * kLine < m.sequences * m.table_stride) gpu::prefetch(m.table + warp * kLine);
+      if (warp * kLine < m.sequences) gpu::prefetch(m.cu + warp * kLine);
+    }
+    gpu::dependency_wait();
   }
-  __syncthreads();
+
+  template <class Place>
+  __device__ int64_t find_own(const GatherMap& m, const gpu::FastDivisor& block_size,
+                              const Place& place) const {
+    const int lane = threadIdx.x % 32;
+    const int64_t row = first + lane;
+    const int64_t entry = lane < kRows && row < m.rows ? find(m, block_size, row) : -1;
+    if (entry < 0) return -1;
+    int64_t block, off;
+    gpu::split_slot(entry, m.block_size, block_size, block, off);
+    return place(entry, block, off);
+  }
+};
+
+// Calls load(u, row, step, at) for each of kUnroll steps of this lane, then store(u, row, step):
+// `steps` a row, those of all rows dealt out to the lanes in turn. `own` is what find_own() gave.
+template <int kRows, int kUnroll, class Load, class Store>
+__device__ void move_rows(int64_t own, const gpu::FastDivisor& steps, const Load& load,
+                          const Store& store) {
+  const uint32_t lane = threadIdx.x % 32, total = kRows * steps.divisor;
+  for (uint32_t base = lane; base - lane < total; base += 32 * kUnroll) {
+    int64_t at[kUnroll];
+    uint32_t row[kUnroll], step[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t i = base + u * 32;
+      row[u] = steps.quotient(i);
+      step[u] = i - row[u] * steps.divisor;
+      at[u] = __shfl_sync(~0u, own, row[u] % 32);
+      if (i >= total) at[u] = -1;
+      if (at[u] >= 0) load(u, row[u], step[u], at[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (at[u] >= 0) store(u, row[u], step[u]);
+    }
+  }
 }
 
 // Bytes as vectors of V.
-template <class V, int kRows>
+template <class V, int kRows, int kUnroll>
 __global__ void __launch_bounds__(kThreads)
-    gather_copy(GatherMap m, const V* src, V* dst, int vecs, int64_t block_stride,
-                int64_t entry_stride, int64_t dst_stride) {
-  __shared__ int64_t at[kRows];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  find_rows<kRows, int64_t>(m, first, at, -1, [&](int64_t, int64_t block, int64_t off) {
+    gather_copy(GatherMap m, const V* src, V* dst, gpu::FastDivisor vecs,
+                gpu::FastDivisor block_size, int64_t block_stride, int64_t entry_stride,
+                int64_t dst_stride) {
+  const Rows<kRows> rows(m);
+  const int64_t own = rows.find_own(m, block_size, [&](int64_t, int64_t block, int64_t off) {
     return block * block_stride + off * entry_stride;
   });
-  const int total = kRows * vecs;
-  for (int base = threadIdx.x; base < total; base += kThreads * kUnroll) {
-    V v[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / vecs;
-      if (i < total && at[row] >= 0) v[u] = src[at[row] + (i - row * vecs)];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / vecs;
-      if (i < total && at[row] >= 0) dst[(first + row) * dst_stride + (i - row * vecs)] = v[u];
-    }
-  }
+  V v[kUnroll];
+  move_rows<kRows, kUnroll>(
+      own, vecs, [&](int u, uint32_t, uint32_t step, int64_t at) { v[u] = src[at + step]; },
+      [&](int u, uint32_t row, uint32_t step) {
+        dst[(rows.first + row) * dst_stride + step] = v[u];
+      });
 }
 
 // Codes to floats, kN a step.
-template <class T, KvFormat kFormat, int kRows, int kN>
-__global__ void __launch_bounds__(kThreads) gather_fp8(GatherArgs a, int steps) {
-  __shared__ int64_t at[kRows];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  find_rows<kRows, int64_t>(a.map, first, at, -1, [&](int64_t, int64_t block, int64_t off) {
+template <class T, KvFormat kFormat, int kRows, int kUnroll, int kN>
+__global__ void __launch_bounds__(kThreads)
+    gather_fp8(GatherArgs a, gpu::FastDivisor steps, gpu::FastDivisor block_size) {
+  const Rows<kRows> rows(a.map);
+  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t, int64_t block, int64_t off) {
     return block * a.block_stride + off * a.entry_stride;
   });
   const float scale = *a.scale;
   const uint8_t* src = static_cast<const uint8_t*>(a.src);
-  const int total = kRows * steps;
-  for (int base = threadIdx.x; base < total; base += kThreads * kUnroll) {
-    gpu::Vec<uint8_t, kN> codes[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / steps;
-      if (i >= total || at[row] < 0) continue;
-      gpu::load<true>(codes[u], src + at[row] + (i - row * steps) * kN);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / steps;
-      if (i >= total || at[row] < 0) continue;
-      T* to = static_cast<T*>(a.dst) + (first + row) * a.dst_stride + (i - row * steps) * kN;
-      if constexpr (kN == 1) {
-        *to = gpu::from_float<T>(gpu::from_fp8<kFormat>(codes[u].at[0]) * scale);
-      } else {
-        constexpr int kStored = gpu::kVec<T>;
-        gpu::Vec<T, kN> out;
-        gpu::dequantize<kFormat>(out, codes[u], scale);
-#pragma unroll
-        for (int p = 0; p < kN; p += kStored) {
-          gpu::Vec<T, kStored> part;
-#pragma unroll
-          for (int j = 0; j < kStored; ++j) part.at[j] = out.at[p + j];
-          gpu::store<true>(to + p, part);
+  gpu::Kept<gpu::Vec<uint8_t, kN>> codes[kUnroll];
+  move_rows<kRows, kUnroll>(
+      own, steps,
+      [&](int u, uint32_t, uint32_t step, int64_t at) {
+        gpu::load_once<true>(codes[u], src + at + step * kN);
+      },
+      [&](int u, uint32_t row, uint32_t step) {
+        T* to = static_cast<T*>(a.dst) + (rows.first + row) * a.dst_stride + step * kN;
+        if constexpr (kN == 1) {
+          *to = gpu::from_float<T>(gpu::from_fp8<kFormat>(codes[u].get().at[0]) * scale);
+        } else {
+          gpu::Vec<T, kN> out;
+          gpu::dequantize<kFormat>(out, codes[u].get(), scale);
+          gpu::store_once<true>(to, out);
         }
-      }
-    }
-  }
+      });
 }
 
 // 16 bytes at an address that is a multiple of 4.
@@ -137,117 +159,117 @@ __device__ uint4 load_two_words(const uint8_t* p) {
   return {both.x, both.y, 0, 0};
 }
 
-template <int kRows>
-__global__ void __launch_bounds__(kThreads) upconvert(GatherUpconvertArgs a) {
+// The 656-byte entries: 8 codes a step, then 8 rotary values a step. A step writes 16 bytes, a warp
+// whole sectors.
+template <int kRows, int kUnroll>
+__global__ void __launch_bounds__(kThreads)
+    upconvert(GatherUpconvertArgs a, gpu::FastDivisor block_size) {
   using T = gpu::BFloat16;
-  // 8 codes a step, then 8 rotary values a step: a step writes 16 bytes, a warp whole sectors.
-  constexpr int kCodes = 64, kSteps = kCodes + 8;
-  __shared__ const uint8_t* entries[kRows];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  const uint8_t* none = nullptr;
-  find_rows<kRows>(a.map, first, entries, none, [&](int64_t entry, int64_t block, int64_t off) {
-    if (a.host != nullptr) {
-      const int64_t device_row = a.device_rows[entry], host_row = a.host_rows[entry];
-      if (device_row < 0) {
-        return host_row >= 0 && host_row < a.host_count ? a.host + host_row * kDsMlaEntry : none;
-      }
-      if (device_row >= a.src_blocks * a.map.block_size) return none;
-      gpu::split_slot(device_row, a.map.block_size, block, off);
-    }
-    return a.src + block * a.block_stride + off * a.entry_stride;
+  constexpr int kCodes = 64;
+  constexpr gpu::FastDivisor kDivisor(kCodes + 8);  // steps
+  const Rows<kRows> rows(a.map);
+  // Addresses, as numbers.
+  const int64_t own =
+      rows.find_own(a.map, block_size, [&](int64_t entry, int64_t block, int64_t off) -> int64_t {
+        if (a.host != nullptr) {
+          const int64_t device_row = a.device_rows[entry], host_row = a.host_rows[entry];
+          if (device_row < 0) {
+            if (host_row < 0 || host_row >= a.host_count) return -1;
+            return reinterpret_cast<int64_t>(a.host + host_row * kDsMlaEntry);
+          }
+          if (device_row >= a.src_blocks * a.map.block_size) return -1;
+          gpu::split_slot(device_row, a.map.block_size, block_size, block, off);
+        }
+        return reinterpret_cast<int64_t>(a.src + block * a.block_stride + off * a.entry_stride);
+      });
+  uint4 words[kUnroll];
+  float scale[kUnroll];
+  move_rows<kRows, kUnroll>(
+      own, kDivisor,
+      [&](int u, uint32_t, uint32_t step, int64_t at) {
+        const uint8_t* entry = reinterpret_cast<const uint8_t*>(at);
+        if (step >= kCodes) {
+          words[u] = load_words(entry + kDsMlaRope + (step - kCodes) * 16);
+        } else {
+          words[u] = load_two_words(entry + step * 8);
+          scale[u] = *reinterpret_cast<const float*>(entry + kDsMlaScales + step / 16 * 4);
+        }
+      },
+      [&](int u, uint32_t row, uint32_t step) {
+        T* to = static_cast<T*>(a.dst) + (rows.first + row) * a.dst_stride + step * 8;
+        gpu::Vec<T, 8> out;
+        if (step >= kCodes) {
+          memcpy(&out, &words[u], 16);
+        } else {
+          gpu::Vec<uint8_t, 8> codes;
+          memcpy(&codes, &words[u], 8);
+          gpu::dequantize<KvFormat::kE4M3>(out, codes, scale[u]);
+        }
+        if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+          gpu::store<true>(to, out);
+        } else {
+          gpu::store<false>(to, out);
+        }
+      });
+}
+
+// Codes in 16 bytes a step; each lane copies the scales of its own row.
+template <int kRows, int kUnroll>
+__global__ void __launch_bounds__(kThreads)
+    gather_index(IndexerGatherArgs a, gpu::FastDivisor vecs, gpu::FastDivisor block_size,
+                 bool aligned) {
+  const Rows<kRows> rows(a.map);
+  const uint8_t* scales = nullptr;
+  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t, int64_t block, int64_t off) {
+    const int64_t at = block * a.block_stride;
+    scales = a.cache + at + a.map.block_size * a.head_size + off * a.scale_bytes;
+    return at + off * a.head_size;
   });
-  for (int base = threadIdx.x; base < kRows * kSteps; base += kThreads * kUnroll) {
-    uint4 words[kUnroll];
-    float scale[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
-      if (i >= kRows * kSteps || entries[row] == nullptr) continue;
-      const bool rope = step >= kCodes;
-      const uint8_t* p = entries[row] + (rope ? kDsMlaRope + (step - kCodes) * 16 : step * 8);
-      words[u] = rope ? load_words(p) : load_two_words(p);
-      if (!rope) {
-        scale[u] = *reinterpret_cast<const float*>(entries[row] + kDsMlaScales + step / 16 * 4);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + u * kThreads, row = i / kSteps, step = i - row * kSteps;
-      if (i >= kRows * kSteps || entries[row] == nullptr) continue;
-      const bool rope = step >= kCodes;
-      T* to = static_cast<T*>(a.dst) + (first + row) * a.dst_stride + step * 8;
-      gpu::Vec<T, 8> out;
-      if (rope) {
-        memcpy(&out, &words[u], 16);
-      } else {
-        gpu::Vec<uint8_t, 8> codes;
-        memcpy(&codes, &words[u], 8);
-        gpu::dequantize<KvFormat::kE4M3>(out, codes, scale[u]);
-      }
-      if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-        gpu::store<true>(to, out);
-      } else {
-        gpu::store<false>(to, out);
-      }
+  uint4 v[kUnroll];
+  move_rows<kRows, kUnroll>(
+      own, vecs,
+      [&](int u, uint32_t, uint32_t step, int64_t at) {
+        const uint8_t* p = a.cache + at + step * 16;
+        if (aligned) {
+          v[u] = gpu::ld_once(reinterpret_cast<const uint4*>(p));
+        } else {
+          memcpy(&v[u], p, 16);
+        }
+      },
+      [&](int u, uint32_t row, uint32_t step) {
+        uint8_t* q = a.dst_k + (rows.first + row) * a.head_size + step * 16;
+        if (aligned) {
+          gpu::st_once(reinterpret_cast<uint4*>(q), v[u]);
+        } else {
+          memcpy(q, &v[u], 16);
+        }
+      });
+  if (scales == nullptr) return;
+  uint8_t* q = a.dst_scale + (rows.first + threadIdx.x % 32) * a.scale_bytes;
+  for (int64_t j = 0; j < a.scale_bytes; j += 4) {
+    if (aligned) {
+      *reinterpret_cast<uint32_t*>(q + j) = *reinterpret_cast<const uint32_t*>(scales + j);
+    } else {
+      memcpy(q + j, scales + j, 4);
     }
   }
 }
 
-template <int kRows>
-__global__ void __launch_bounds__(kThreads) gather_index(IndexerGatherArgs a, bool aligned_codes) {
-  __shared__ const uint8_t* codes_at[kRows];
-  __shared__ const uint8_t* scales_at[kRows];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  const uint8_t* none = nullptr;
-  __shared__ int64_t entries[kRows];  // block and offset, 32 bits each: 2^31 blocks at most
-  find_rows<kRows, int64_t>(a.map, first, entries, -1,
-                            [&](int64_t, int64_t block, int64_t off) { return block << 32 | off; });
-  for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    const int64_t block = entries[i] >> 32, off = entries[i] & 0xffffffff;
-    const uint8_t* from = a.cache + block * a.block_stride;
-    codes_at[i] = entries[i] < 0 ? none : from + off * a.head_size;
-    scales_at[i] =
-        entries[i] < 0 ? none : from + a.map.block_size * a.head_size + off * a.scale_bytes;
-  }
-  __syncthreads();
-  const int vecs = static_cast<int>(a.head_size / 16), words = static_cast<int>(a.scale_bytes / 4);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * vecs; i += kThreads) {
-    const int row = i / vecs, step = i - row * vecs;
-    const uint8_t* p = codes_at[row];
-    if (p == nullptr) continue;
-    p += step * 16;
-    uint8_t* q = a.dst_k + (first + row) * a.head_size + step * 16;
-    if (aligned_codes) {
-      *reinterpret_cast<uint4*>(q) = *reinterpret_cast<const uint4*>(p);
-    } else {
-      for (int j = 0; j < 16; ++j) q[j] = p[j];
-    }
-  }
-  for (int i = threadIdx.x; i < kRows * words; i += kThreads) {
-    const int row = i / words, step = i - row * words;
-    const uint8_t* p = scales_at[row];
-    if (p == nullptr) continue;
-    p += step * 4;
-    uint8_t* q = a.dst_scale + (first + row) * a.scale_bytes + step * 4;
-    if (aligned_codes) {
-      *reinterpret_cast<uint32_t*>(q) = *reinterpret_cast<const uint32_t*>(p);
-    } else {
-      for (int j = 0; j < 4; ++j) q[j] = p[j];
-    }
-  }
+// Blocks for `rows` rows, kRows a warp.
+dim3 grid_for(int64_t rows, int rows_a_warp) {
+  return dim3(static_cast<unsigned>(gpu::ceil_div(rows, rows_a_warp * (kThreads / 32))));
 }
 
 template <class V>
 void copy_as(const GatherArgs& a, gpu::Stream stream) {
   constexpr int64_t kItem = sizeof(V);
-  constexpr int kRows = 16;
+  constexpr int kRows = 4, kUnroll = 3;
   const int64_t scale = a.item_bytes;
-  gather_copy<V, kRows>
-      <<<static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows)), kThreads, 0, stream>>>(
-          a.map, static_cast<const V*>(a.src), static_cast<V*>(a.dst),
-          static_cast<int>(a.entry * scale / kItem), a.block_stride * scale / kItem,
-          a.entry_stride * scale / kItem, a.dst_stride * scale / kItem);
+  gpu::launch_overlapped(
+      "gather_cache", gather_copy<V, kRows, kUnroll>, grid_for(a.map.rows, kRows), kThreads, stream,
+      a.map, static_cast<const V*>(a.src), static_cast<V*>(a.dst),
+      gpu::FastDivisor(a.entry * scale / kItem), gpu::FastDivisor(a.map.block_size),
+      a.block_stride * scale / kItem, a.entry_stride * scale / kItem, a.dst_stride * scale / kItem);
 }
 
 }  // namespace
@@ -270,8 +292,6 @@ void gather_cache(const GatherArgs& a, Stream stream) {
       copy_as<uint8_t>(a, s);
     }
   } else {
-    constexpr int kRows = 16;
-    const auto blocks = static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows));
     gpu::with_float(a.dtype, [&](auto type) {
       gpu::with_bool(a.format == KvFormat::kE5M2, [&](auto e5m2) {
         using T = decltype(type);
@@ -279,33 +299,36 @@ void gather_cache(const GatherArgs& a, Stream stream) {
         constexpr int kN = gpu::kVec<T>;
         const bool all = gpu::aligned(kN, a.src, a.entry, a.block_stride, a.entry_stride) &&
                          gpu::aligned(16, a.dst, a.dst_stride * sizeof(T));
+        auto go = [&](auto kernel, int rows, int64_t steps) {
+          gpu::launch_overlapped("gather_and_maybe_dequant_cache", kernel,
+                                 grid_for(a.map.rows, rows), kThreads, s, a,
+                                 gpu::FastDivisor(steps), gpu::FastDivisor(a.map.block_size));
+        };
         if (all) {
-          gather_fp8<T, kFormat, kRows, kN>
-              <<<blocks, kThreads, 0, s>>>(a, static_cast<int>(a.entry / kN));
+          go(gather_fp8<T, kFormat, 2, 3, kN>, 2, a.entry / kN);
         } else {
-          gather_fp8<T, kFormat, kRows, 1>
-              <<<blocks, kThreads, 0, s>>>(a, static_cast<int>(a.entry));
+          go(gather_fp8<T, kFormat, 4, 4, 1>, 4, a.entry);
         }
       });
     });
   }
-  GPU_CHECK_LAUNCH("gather_cache");
 }
 
 void gather_and_upconvert_ds_mla(const GatherUpconvertArgs& a, Stream stream) {
-  constexpr int kRows = 16;
-  upconvert<kRows><<<static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows)), kThreads, 0,
-                     gpu::stream_of(stream)>>>(a);
-  GPU_CHECK_LAUNCH("cp_gather_and_upconvert_fp8_kv_cache");
+  constexpr int kRows = 2;
+  gpu::launch_overlapped("cp_gather_and_upconvert_fp8_kv_cache", upconvert<kRows, 5>,
+                         grid_for(a.map.rows, kRows), kThreads, gpu::stream_of(stream), a,
+                         gpu::FastDivisor(a.map.block_size));
 }
 
 void gather_indexer(const IndexerGatherArgs& a, Stream stream) {
-  constexpr int kRows = 32;
+  constexpr int kRows = 16;
   const bool all = gpu::aligned(16, a.cache, a.dst_k, a.block_stride, a.head_size) &&
                    gpu::aligned(4, a.dst_scale, a.scale_bytes);
-  gather_index<kRows><<<static_cast<unsigned>(gpu::ceil_div(a.map.rows, kRows)), kThreads, 0,
-                        gpu::stream_of(stream)>>>(a, all);
-  GPU_CHECK_LAUNCH("cp_gather_indexer_k_quant_cache");
+  gpu::launch_overlapped("cp_gather_indexer_k_quant_cache", gather_index<kRows, 2>,
+                         grid_for(a.map.rows, kRows), kThreads, gpu::stream_of(stream), a,
+                         gpu::FastDivisor(a.head_size / 16), gpu::FastDivisor(a.map.block_size),
+                         all);
 }
 
 }  // namespace kvcache

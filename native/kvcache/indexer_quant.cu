@@ -10,6 +10,7 @@ constexpr int kThreads = 256, kN = 8;
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
+  gpu::begin_overlapped();
   // D and the group are multiples of 32: a group never crosses tokens nor its lanes.
   const int64_t step = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   int64_t token, in_row;
@@ -19,11 +20,10 @@ __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
   const int64_t slot = exists ? a.slots[token] : -1;
   gpu::Vec<T, kN> v{};
   if (exists) gpu::load<kAligned>(v, static_cast<const T*>(a.k) + token * a.head_size + d);
-  float x[kN], amax = 0.0f;
+  float amax = 0.0f;
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    x[j] = gpu::to_float(v.at[j]);
-    amax = fmaxf(amax, fabsf(x[j]));  // passes over a NaN
+    amax = fmaxf(amax, fabsf(gpu::to_float(v.at[j])));  // passes over a NaN
   }
   for (int offset = static_cast<int>(a.group) / kN / 2; offset > 0; offset /= 2) {
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
@@ -32,7 +32,12 @@ __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
   float scale = fmaxf(amax, 1e-4f) / 448.0f;
   if (a.scale_format != ScaleFormat::kFloat32) scale = gpu::power_of_two_at_least(scale);
   gpu::Vec<uint8_t, kN> codes;
-  gpu::quantize<KvFormat::kE4M3>(codes, x, gpu::Divisor(scale));
+  const gpu::Divisor divisor(scale);
+  if (a.scale_format == ScaleFormat::kFloat32) {
+    gpu::quantize<KvFormat::kE4M3>(codes, v, divisor);
+  } else {
+    gpu::quantize<KvFormat::kE4M3, true>(codes, v, divisor);
+  }
   int64_t in_cache, off;
   gpu::split_slot(slot, a.block_size, in_cache, off);
   uint8_t* block = a.cache + in_cache * a.block_stride;
@@ -57,13 +62,11 @@ void indexer_k_quant_and_cache(const IndexerQuantArgs& a, Stream stream) {
   const gpu::Stream s = gpu::stream_of(stream);
   gpu::with_bool(all, [&](auto is_aligned) {
     constexpr bool kAligned = decltype(is_aligned)::value;
-    if (a.dtype == DType::kFloat16) {
-      quantize_keys<gpu::Half, kAligned><<<blocks, kThreads, 0, s>>>(a);
-    } else {
-      quantize_keys<gpu::BFloat16, kAligned><<<blocks, kThreads, 0, s>>>(a);
-    }
+    gpu::launch_overlapped("indexer_k_quant_and_cache",
+                           a.dtype == DType::kFloat16 ? quantize_keys<gpu::Half, kAligned>
+                                                      : quantize_keys<gpu::BFloat16, kAligned>,
+                           dim3(blocks), kThreads, s, a);
   });
-  GPU_CHECK_LAUNCH("indexer_k_quant_and_cache");
 }
 
 }  // namespace kvcache

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kThreads) write_packed(ReshapeAndCacheArgs a) 
   __shared__ __align__(16) C values[kTokens * kPitch];
   __shared__ int64_t slots[kTokens];
   __shared__ bool together[kTokens / kRun];
+  gpu::begin_overlapped();
 
   const int width = static_cast<int>(a.heads * a.head_size);
   const int first_col = blockIdx.y * kSlice, cols = min(kSlice, width - first_col);
@@ -103,12 +104,12 @@ void reshape_and_cache(const ReshapeAndCacheArgs& a, Stream stream) {
       const bool all = gpu::aligned(16, a.key, a.value, a.key_stride * sizeof(T),
                                     a.value_stride * sizeof(T), a.head_size * sizeof(T));
       gpu::with_bool(all, [&](auto is_aligned) {
-        write_packed<T, kFormat, decltype(is_aligned)::value>
-            <<<grid, kThreads, 0, gpu::stream_of(stream)>>>(a);
+        gpu::launch_overlapped("reshape_and_cache",
+                               write_packed<T, kFormat, decltype(is_aligned)::value>, grid,
+                               kThreads, gpu::stream_of(stream), a);
       });
     });
   });
-  GPU_CHECK_LAUNCH("reshape_and_cache");
 }
 
 }  // namespace kvcache

@@ -7,26 +7,38 @@
 namespace kvcache {
 namespace {
 
-constexpr int kThreads = 256;
-
-template <class T, KvFormat kFormat, bool kAligned, int kTokens>
-__global__ void __launch_bounds__(kThreads, 4)
-    write_flash(ReshapeAndCacheFlashArgs a, int head_vecs, int row_vecs, int rows_at_once) {
+template <class T, KvFormat kFormat, bool kAligned, int kTokens, int kThreads, int kMinBlocks>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    write_flash(ReshapeAndCacheFlashArgs a, gpu::FastDivisor head_vecs, gpu::FastDivisor row_vecs,
+                gpu::FastDivisor block_size, int rows_at_once) {
+  gpu::launch_dependents();
   using C = CacheItemT<T, kFormat>;
   constexpr int kN = gpu::kVec<T>;
-  const int sub = threadIdx.x / row_vecs;
-  if (row_vecs <= kThreads && sub >= rows_at_once) return;
+  const int sub = row_vecs.quotient(threadIdx.x), all = static_cast<int>(row_vecs.divisor);
+  if (all <= kThreads && sub >= rows_at_once) return;
   const int64_t limit = a.num_blocks * a.block_size;
-  for (int vec = threadIdx.x % row_vecs; vec < row_vecs; vec += kThreads) {
-    const int head = vec / head_vecs, d = (vec - head * head_vecs) * kN;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens * rows_at_once + sub;
+  if constexpr (kAligned) {
+    const int64_t at = (static_cast<int64_t>(threadIdx.x) - sub * all) * kN;
+#pragma unroll
+    for (int u = 0; u < kTokens; ++u) {
+      const int64_t t = min(first + u * rows_at_once, a.tokens - 1);
+      gpu::prefetch_early(a.slots + t);
+      gpu::prefetch_early(static_cast<const T*>(a.key) + t * a.key_stride + at);
+      gpu::prefetch_early(static_cast<const T*>(a.value) + t * a.value_stride + at);
+    }
+  }
+  gpu::dependency_wait();
+  for (int vec = static_cast<int>(threadIdx.x) - sub * all; vec < all; vec += kThreads) {
+    const int head = head_vecs.quotient(vec), d = (vec - head * head_vecs.divisor) * kN;
     const int n = min(static_cast<int>(a.head_size) - d, kN);
     const T* key = static_cast<const T*>(a.key) + head * a.head_size + d;
     const T* value = static_cast<const T*>(a.value) + head * a.head_size + d;
-    gpu::Vec<T, kN> k[kTokens], v[kTokens];
+    gpu::Kept<gpu::Vec<T, kN>> k[kTokens], v[kTokens];
     int64_t slot[kTokens];
 #pragma unroll
     for (int u = 0; u < kTokens; ++u) {
-      const int64_t t = (static_cast<int64_t>(blockIdx.x) * kTokens + u) * rows_at_once + sub;
+      const int64_t t = first + u * rows_at_once;
       slot[u] = t < a.tokens ? a.slots[t] : -1;
       if (t >= a.tokens) continue;
       // The row exists whatever its slot: load it while the slot is on its way.
@@ -40,15 +52,28 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int u = 0; u < kTokens; ++u) {
       if (slot[u] < 0 || slot[u] >= limit) continue;
       int64_t block, off;
-      gpu::split_slot(slot[u], a.block_size, block, off);
+      gpu::split_slot(slot[u], a.block_size, block_size, block, off);
       C* key_at = static_cast<C*>(a.key_cache) + block * a.key_block_stride +
                   off * a.key_page_stride + head * a.key_head_stride + d;
       C* value_at = static_cast<C*>(a.value_cache) + block * a.value_block_stride +
                     off * a.value_page_stride + head * a.value_head_stride + d;
-      gpu::store<kAligned>(key_at, convert<T, kFormat>(k[u], k_divisor), n);
-      gpu::store<kAligned>(value_at, convert<T, kFormat>(v[u], v_divisor), n);
+      gpu::store<kAligned>(key_at, convert<T, kFormat>(k[u].get(), k_divisor), n);
+      gpu::store<kAligned>(value_at, convert<T, kFormat>(v[u].get(), v_divisor), n);
     }
   }
+}
+
+// A launch: kTokens tokens a thread.
+template <class T, KvFormat kFormat, bool kAligned, int kTokens, int kThreads, int kMinBlocks>
+void launch(const ReshapeAndCacheFlashArgs& a, gpu::Stream stream) {
+  const int head_vecs = static_cast<int>(gpu::ceil_div(a.head_size, gpu::kVec<T>));
+  const int row_vecs = head_vecs * static_cast<int>(a.heads);
+  const int rows = row_vecs <= kThreads ? kThreads / row_vecs : 1;
+  const dim3 grid(static_cast<unsigned>(gpu::ceil_div(a.tokens, rows * kTokens)));
+  gpu::launch_overlapped("reshape_and_cache_flash",
+                         write_flash<T, kFormat, kAligned, kTokens, kThreads, kMinBlocks>, grid,
+                         kThreads, stream, a, gpu::FastDivisor(head_vecs),
+                         gpu::FastDivisor(row_vecs), gpu::FastDivisor(a.block_size), rows);
 }
 
 }  // namespace
@@ -61,9 +86,6 @@ void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Stream stream) {
       constexpr KvFormat kFormat = decltype(format)::value;
       constexpr int64_t kIn = sizeof(T), kOut = sizeof(CacheItemT<T, kFormat>);
       constexpr int kN = gpu::kVec<T>;
-      const int head_vecs = static_cast<int>(gpu::ceil_div(a.head_size, kN));
-      const int row_vecs = head_vecs * static_cast<int>(a.heads);
-      const int rows = row_vecs <= kThreads ? kThreads / row_vecs : 1;
       const bool all = a.head_size % kN == 0 &&
                        gpu::aligned(16, a.key, a.value, a.key_stride * kIn, a.value_stride * kIn) &&
                        gpu::aligned(kOut * kN, a.key_cache, a.value_cache,
@@ -72,22 +94,16 @@ void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Stream stream) {
                                     a.value_page_stride * kOut, a.value_head_stride * kOut);
       gpu::with_bool(all, [&](auto is_aligned) {
         constexpr bool kAligned = decltype(is_aligned)::value;
-        auto go = [&](auto kernel, int tokens) {
-          const auto blocks = static_cast<unsigned>(gpu::ceil_div(a.tokens, rows * tokens));
-          kernel<<<blocks, kThreads, 0, gpu::stream_of(stream)>>>(a, head_vecs, row_vecs, rows);
-        };
-        // Few tokens: spread them over more blocks.
-        if (a.tokens / rows < 1024) {
-          go(write_flash<T, kFormat, kAligned, 1>, 1);
+        const gpu::Stream s = gpu::stream_of(stream);
+        // Codes: two tokens a thread share what it knows of its place and of the scales.
+        if (kFormat == KvFormat::kCopy || a.tokens * a.heads * a.head_size < 1 << 21) {
+          launch<T, kFormat, kAligned, 1, 128, 12>(a, s);
         } else {
-          // Conversions take registers: fewer tokens keep as many blocks on a multiprocessor.
-          constexpr int kTokens = kFormat == KvFormat::kCopy ? 4 : 2;
-          go(write_flash<T, kFormat, kAligned, kTokens>, kTokens);
+          launch<T, kFormat, kAligned, 2, 64, 16>(a, s);
         }
       });
     });
   });
-  GPU_CHECK_LAUNCH("reshape_and_cache_flash");
 }
 
 }  // namespace kvcache

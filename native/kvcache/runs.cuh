@@ -23,11 +23,8 @@ __device__ inline gpu::Vec<CacheItemT<T, kFormat>, kN> convert(const gpu::Vec<T,
   if constexpr (kFormat == KvFormat::kCopy) {
     return v;
   } else {
-    float x[kN];
-#pragma unroll
-    for (int j = 0; j < kN; ++j) x[j] = gpu::to_float(v.at[j]);
     gpu::Vec<uint8_t, kN> codes;
-    gpu::quantize<kFormat>(codes, x, divisor);
+    gpu::quantize<kFormat>(codes, v, divisor);
     return codes;
   }
 }

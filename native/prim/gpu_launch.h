@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 
 #include "prim/gpu.h"
 
@@ -52,6 +53,22 @@ inline int multiprocessors(int device) {
   int count = 0;
   GPU_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
+}
+
+// A fact about the current device, asked for once. It is kept as 1 more, 0 being "not yet asked".
+template <auto ask>
+int on_current_device() {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];
+  int device = 0;
+  GPU_CHECK(cudaGetDevice(&device));
+  if (device >= kMaxDevices) return ask(device);
+  int value = known[device].load(std::memory_order_relaxed);
+  if (value == 0) {
+    value = static_cast<int>(ask(device)) + 1;
+    known[device].store(value, std::memory_order_relaxed);
+  }
+  return value - 1;
 }
 
 using DriverLaunch = CUresult (*)(const CUlaunchConfig*, CUfunction, void**, void**);
@@ -121,6 +138,37 @@ void launch_typed(const LaunchConfig& config, const char* name, void (*)(Paramet
 }
 
 #endif  // COMMUNICATORS_HIP
+
+// A launch of any shape, for a kernel whose first line is begin_overlapped(): where the GPU can, it
+// starts while its predecessor in the stream ends.
+template <typename... Parameters>
+void launch_overlapped_shared(const char* name, void (*kernel)(Parameters...), dim3 grid,
+                              int threads, int shared_bytes, Stream stream,
+                              std::type_identity_t<Parameters>... arguments) {
+#if COMMUNICATORS_HIP
+  kernel<<<grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes), stream>>>(
+      arguments...);
+  check(hipGetLastError(), name, __FILE__, __LINE__);
+#else
+  cudaLaunchConfig_t native = {};
+  native.gridDim = grid;
+  native.blockDim = dim3(static_cast<unsigned>(threads));
+  native.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  native.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  native.attrs = &attribute;
+  native.numAttrs = on_current_device<has_dependent_launch>() ? 1 : 0;
+  check(cudaLaunchKernelEx(&native, kernel, arguments...), name, __FILE__, __LINE__);
+#endif
+}
+
+template <typename... Parameters>
+void launch_overlapped(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
+                       Stream stream, std::type_identity_t<Parameters>... arguments) {
+  launch_overlapped_shared(name, kernel, grid, threads, 0, stream, arguments...);
+}
 
 template <auto kernel, typename... Arguments>
 void launch(const LaunchConfig& config, const char* name, Arguments... arguments) {

@@ -15,6 +15,16 @@
 #include "prim/gpu_memory_hip.h"
 #else
 
+#ifndef GPU_LD_ONCE
+#define GPU_LD_ONCE "ld.global.L1::no_allocate"
+#endif
+#ifndef GPU_LD_NEIGHBOURS
+#define GPU_LD_NEIGHBOURS "ld.global.L2::256B"
+#endif
+#ifndef GPU_ST_ONCE
+#define GPU_ST_ONCE "st.global.cs"
+#endif
+
 namespace gpu {
 
 __device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* address) {
@@ -148,6 +158,67 @@ __device__ __forceinline__ void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Asks for a line in the L2. Nothing is read, so it may stand before dependency_wait().
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// The same for `bytes` bytes, both a multiple of 16.
+__device__ __forceinline__ void prefetch_range(const void* address, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
+#endif
+}
+
+// Before dependency_wait(): what the first blocks of a large grid will read comes into the L2 while
+// the predecessor ends. Later blocks would only ask twice, and a small grid has no time to gain.
+__device__ __forceinline__ bool starts_early() { return gridDim.x > 64 && blockIdx.x < 1024; }
+__device__ __forceinline__ void prefetch_early(const void* address) {
+  if (starts_early()) prefetch(address);
+}
+
+// First line of a kernel that gpu::launch_overlapped() starts; or the two halves of it, with work
+// on the arguments alone between them. The successor may take the room that this kernel's last
+// blocks leave; it waits in its turn.
+__device__ __forceinline__ void begin_overlapped() {
+  launch_dependents();
+  dependency_wait();
+}
+
+// Memory that a kernel touches once: no room in the L1, and first to leave the L2. They keep their
+// order among each other and after begin_overlapped().
+__device__ __forceinline__ uint4 ld_once(const uint4* address) {
+  uint4 value;
+  asm volatile(GPU_LD_ONCE ".v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ uint2 ld_once(const uint2* address) {
+  uint2 value;
+  asm volatile(GPU_LD_ONCE ".v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+  return value;
+}
+
+// One word, and the 256 bytes around it into the L2: blocks nearby read the rest.
+__device__ __forceinline__ float ld_with_neighbours(const float* address) {
+  float value;
+  asm volatile(GPU_LD_NEIGHBOURS ".f32 %0, [%1];" : "=f"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ void st_once(uint4* address, uint4 value) {
+  asm volatile(GPU_ST_ONCE ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_once(uint2* address, uint2 value) {
+  asm volatile(GPU_ST_ONCE ".v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x), "r"(value.y)
+               : "memory");
 }
 
 }  // namespace gpu
