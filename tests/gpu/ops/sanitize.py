@@ -1,7 +1,4 @@
-"""One small case of every op, for compute-sanitizer (memcheck, racecheck, initcheck):
-
-compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/ops/sanitize.py
-"""
+"""A few small cases of every op, for compute-sanitizer: see scripts/sanitize_gpu."""
 
 from __future__ import annotations
 

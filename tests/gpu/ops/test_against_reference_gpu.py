@@ -65,6 +65,33 @@ def test_silu_has_the_bits_of_torch(dtype: torch.dtype) -> None:
     assert torch.equal(out, F.silu(x[:, :1024]) * x[:, 1024:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_silu_of_every_16_bit_value(dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).cuda()
+    out = torch.empty_like(x)
+    kvcache_ops.silu_and_mul(out, torch.cat([x, torch.ones_like(x)]))
+    expected = F.silu(x) * 1
+    ordinary = ~expected.isnan()
+    assert torch.equal(out.isnan(), ~ordinary)
+    assert torch.equal(out[ordinary].view(torch.int16), expected[ordinary].view(torch.int16))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 300, 5000])
+@pytest.mark.parametrize("hidden", [128, 2048, 4096, 5120, 8192])
+def test_a_row_of_rms_norm_has_the_same_bits_in_every_batch(rows: int, hidden: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(hidden, device="cuda", dtype=torch.bfloat16)
+    together, alone = torch.empty_like(x), torch.empty(1, hidden, device="cuda").to(x.dtype)
+    kvcache_ops.rms_norm(together, x, weight, 1e-5)
+    z, y = torch.zeros_like(x), x.clone()
+    kvcache_ops.fused_add_rms_norm(y, z, weight, 1e-5)
+    assert torch.equal(y, together)
+    for i in {0, rows // 2, rows - 1}:
+        kvcache_ops.rms_norm(alone, x[i : i + 1], weight, 1e-5)
+        assert torch.equal(alone[0], together[i])
+
+
 @pytest.mark.parametrize(
     ("kv_dtype", "fmt"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)]
 )
@@ -114,6 +141,20 @@ def test_swap_blocks_between_host_and_gpu(pinned: bool) -> None:
     kvcache_ops.swap_blocks(gpu, back, 4096, pairs.flip(1))
     torch.cuda.synchronize()
     assert torch.equal(back[pairs[:, 0]], host[pairs[:, 0]])
+
+
+def test_swap_blocks_in_a_graph() -> None:
+    """Blocks of the GPU, captured: a replay moves what they hold by then."""
+    a = torch.randint(0, 255, (9, 4096), dtype=torch.uint8, device="cuda")
+    b = torch.zeros_like(a)
+    pairs = torch.tensor([[0, 3], [8, 0], [4, 8]])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kvcache_ops.swap_blocks(a, b, 4096, pairs)
+    for _ in range(2):
+        a.random_(0, 255)
+        graph.replay()
+        assert torch.equal(b[pairs[:, 1]], a[pairs[:, 0]])
 
 
 @pytest.mark.parametrize("own_stream", [True, False])
