@@ -1,7 +1,7 @@
 // The merge of two partial attention results on the GPU: a warp takes a few 16-byte vectors of one
 // token, a block neighbouring tokens, which share the sectors of the log-sum-exps.
 #include "attention/attention.h"
-#include "prim/gpu_floats.h"
+#include "prim/gpu_fp8.h"
 
 namespace attention {
 namespace {

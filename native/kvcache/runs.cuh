@@ -1,7 +1,7 @@
 // One vector of floats into a cache: copied or as codes.
 #pragma once
 
-#include "prim/gpu_floats.h"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 

@@ -15,16 +15,6 @@
 #include "prim/gpu_memory_hip.h"
 #else
 
-#ifndef GPU_LD_ONCE
-#define GPU_LD_ONCE "ld.global.L1::no_allocate"
-#endif
-#ifndef GPU_LD_NEIGHBOURS
-#define GPU_LD_NEIGHBOURS "ld.global.L2::256B"
-#endif
-#ifndef GPU_ST_ONCE
-#define GPU_ST_ONCE "st.global.cs"
-#endif
-
 namespace gpu {
 
 __device__ __forceinline__ uint4 ld_relaxed_sys(const uint4* address) {
@@ -191,7 +181,7 @@ __device__ __forceinline__ void begin_overlapped() {
 // order among each other and after begin_overlapped().
 __device__ __forceinline__ uint4 ld_once(const uint4* address) {
   uint4 value;
-  asm volatile(GPU_LD_ONCE ".v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address));
   return value;
@@ -199,25 +189,27 @@ __device__ __forceinline__ uint4 ld_once(const uint4* address) {
 
 __device__ __forceinline__ uint2 ld_once(const uint2* address) {
   uint2 value;
-  asm volatile(GPU_LD_ONCE ".v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(address));
   return value;
 }
 
 // One word, and the 256 bytes around it into the L2: blocks nearby read the rest.
 __device__ __forceinline__ float ld_with_neighbours(const float* address) {
   float value;
-  asm volatile(GPU_LD_NEIGHBOURS ".f32 %0, [%1];" : "=f"(value) : "l"(address));
+  asm volatile("ld.global.L2::256B.f32 %0, [%1];" : "=f"(value) : "l"(address));
   return value;
 }
 
 __device__ __forceinline__ void st_once(uint4* address, uint4 value) {
-  asm volatile(GPU_ST_ONCE ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
 }
 
 __device__ __forceinline__ void st_once(uint2* address, uint2 value) {
-  asm volatile(GPU_ST_ONCE ".v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x), "r"(value.y)
+  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x), "r"(value.y)
                : "memory");
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "prim/gpu_floats.h"
+#include "prim/gpu_fp8.h"
 
 namespace gpu {
 
