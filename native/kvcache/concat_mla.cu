@@ -134,6 +134,19 @@ __global__ void write_grouped(ConcatMlaGroupedArgs a) {
 
 void concat_and_cache_mla(const ConcatMlaArgs& a, Stream stream) {
   if (a.latent + a.rope == 0) return;
+  // The kernel counts vectors, a few elements each, in 31 bits.
+  const int64_t most = ((int64_t{1} << 31) - 1) / (a.latent + a.rope);
+  if (a.tokens > most) {
+    ConcatMlaArgs part = a;
+    for (int64_t first = 0; first < a.tokens; first += most) {
+      part.tokens = a.tokens - first < most ? a.tokens - first : most;
+      part.kv_c = static_cast<const char*>(a.kv_c) + first * a.kv_c_stride * size_of(a.dtype);
+      part.k_pe = static_cast<const char*>(a.k_pe) + first * a.k_pe_stride * size_of(a.dtype);
+      part.slots = a.slots + first;
+      concat_and_cache_mla(part, stream);
+    }
+    return;
+  }
   gpu::with_float(a.dtype, [&](auto type) {
     gpu::with_format(a.format, [&](auto format) {
       using T = decltype(type);

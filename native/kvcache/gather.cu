@@ -54,7 +54,8 @@ struct Rows {
     if (threadIdx.x % 32 == 0) {
       constexpr int kLine = 32;  // entries
       if (m.seq_of != nullptr) gpu::prefetch_early(m.seq_of + min(first, m.rows - 1));
-      if (warp * kLine < m.sequences * m.table_stride) gpu::prefetch(m.table + warp * kLine);
+      const int64_t table_end = (m.sequences - 1) * m.table_stride + m.table_width;
+      if (warp * kLine < table_end) gpu::prefetch(m.table + warp * kLine);
       if (warp * kLine < m.sequences) gpu::prefetch(m.cu + warp * kLine);
     }
     gpu::dependency_wait();

@@ -1,5 +1,5 @@
 // Keys and values into a cache of logical shape [NB, BS, H, D] on the GPU. A thread keeps its place
-// in the row and takes a few tokens, key and value of each: all loads are in flight before the
+// in the row and takes a token or two, key and value of each: all loads are in flight before the
 // first store.
 #include "kvcache/cache.h"
 #include "kvcache/runs.cuh"

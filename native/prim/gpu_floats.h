@@ -112,37 +112,24 @@ struct Kept {
   __device__ V get() const { return std::bit_cast<V>(raw); }
 };
 
-// The same for memory that the kernel touches once, past the L1.
-template <bool kAligned, class T, int kCount>
-__device__ inline void load_once(Vec<T, kCount>& v, const T* p, int count = kCount) {
-  if constexpr (kAligned && sizeof(v) == 16) {
-    v = std::bit_cast<Vec<T, kCount>>(ld_once(reinterpret_cast<const uint4*>(p)));
-  } else if constexpr (kAligned && sizeof(v) == 8) {
-    v = std::bit_cast<Vec<T, kCount>>(ld_once(reinterpret_cast<const uint2*>(p)));
-  } else {
-    load<kAligned>(v, p, count);
-  }
-}
-
-template <bool kAligned, class T, int kCount>
-__device__ inline void load_once(Kept<Vec<T, kCount>>& v, const T* p, int count = kCount) {
-  if constexpr (kAligned && sizeof(v) >= 8) {
-    v.raw = ld_once(reinterpret_cast<const decltype(v.raw)*>(p));
-  } else {
-    Vec<T, kCount> elements;
-    load<kAligned>(elements, p, count);
-    v = elements;
-  }
-}
-
 template <bool kAligned, class T, int kCount>
 __device__ inline void load(Kept<Vec<T, kCount>>& v, const T* p, int count = kCount) {
   if constexpr (kAligned) {
     v.raw = *reinterpret_cast<const decltype(v.raw)*>(p);
   } else {
     Vec<T, kCount> elements;
-    load<kAligned>(elements, p, count);
+    load<false>(elements, p, count);
     v = elements;
+  }
+}
+
+// load() and store() for memory that the kernel touches once, past the L1.
+template <bool kAligned, class T, int kCount>
+__device__ inline void load_once(Kept<Vec<T, kCount>>& v, const T* p, int count = kCount) {
+  if constexpr (kAligned && sizeof(v) >= 8) {
+    v.raw = ld_once(reinterpret_cast<const decltype(v.raw)*>(p));
+  } else {
+    load<kAligned>(v, p, count);
   }
 }
 
