@@ -17,9 +17,9 @@ void indexer_k_quant_and_cache(const IndexerQuantArgs& a, Stream /*stream*/) {
       const int64_t first = slot % a.block_size * a.head_size;
       const T* k = static_cast<const T*>(a.k) + t * a.head_size;
       for (int64_t d = 0; d < a.head_size; d += a.group) {
-        float scale = std::max(largest_magnitude(k + d, a.group), 1e-4f) / 448.0f;
+        float scale = std::max(PICK_ISA(largest_magnitude<T>)(k + d, a.group), 1e-4f) / 448.0f;
         if (a.scale_format != ScaleFormat::kFloat32) scale = power_of_two_at_least(scale);
-        quantize_run<cpu::Fp8::kE4M3>(block + first + d, k + d, a.group, scale);
+        store_run(block + first + d, k + d, a.group, KvFormat::kE4M3, scale);
         uint32_t stored = cpu::bits_of(scale);
         if (a.scale_format == ScaleFormat::kExponentByte) stored = (stored >> 23) * 0x01010101u;
         std::memcpy(block + a.block_size * a.head_size + (first + d) / a.group * 4, &stored, 4);
