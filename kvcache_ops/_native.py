@@ -46,8 +46,25 @@ _loaded: set[str] = set()
 _check_slots = False
 
 
-def _no_result(*args: Any, **kwargs: Any) -> None:
-    """The fake implementation of an op that only writes into its arguments."""
+def _fake(name: str) -> Callable[..., None]:
+    """The fake implementation of an op: it writes into its arguments alone, so there is no result.
+
+    A call that mixes meta tensors with others arrives here too, and is refused.
+    """
+
+    def no_result(*args: Any, **kwargs: Any) -> None:
+        schema = getattr(torch.ops.kvcache_ops, name).default._schema
+        given = dict(zip((a.name for a in schema.arguments), args, strict=False), **kwargs)
+        devices = {n: t.device for n, t in given.items() if isinstance(t, Tensor)}
+        real = [d for d in devices.values() if d.type != "meta"]
+        for argument, device in devices.items():
+            if real and device.type == "meta":
+                raise RuntimeError(
+                    f"{name}({argument}): a tensor on meta was given; "
+                    f"a tensor on {real[0]}, as the others, is accepted"
+                )
+
+    return no_result
 
 
 @torch.compiler.assume_constant_result
@@ -60,7 +77,7 @@ def _load(device_type: str) -> bool:
     load("cpu")  # holds the schemas
     if "cpu" not in _loaded:
         for name in _OPS:
-            torch.library.register_fake(f"kvcache_ops::{name}", _no_result)
+            torch.library.register_fake(f"kvcache_ops::{name}", _fake(name))
         _check_slots = Settings.from_environment().check_slot_bounds
         _loaded.add("cpu")
     if device_type != "cpu":
@@ -72,6 +89,8 @@ def _load(device_type: str) -> bool:
 def op(name: str, where: Tensor) -> Callable[..., None]:
     """The callable of op ``name`` for tensors on ``where``'s device."""
     device_type = where.device.type
+    if device_type == "meta":
+        device_type = "cpu"
     if device_type not in _NATIVE_DEVICES:
         function: Callable[..., None] = getattr(reference, name)
         return function

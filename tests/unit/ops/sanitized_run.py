@@ -1,0 +1,73 @@
+"""Run by test_sanitizers.py in a process with AddressSanitizer's runtime: the ops of a library.
+
+sanitized_run.py LIBRARY cases | refused | planted-address | planted-undefined
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from ops_cases import cpu_cases, sample
+from ops_checks import check
+from ops_maker import Maker
+
+import kvcache_ops
+from kvcache_ops import _native
+
+
+def cases() -> None:
+    """A slice of the generated cases of every op, kernel against reference."""
+    chosen = sample(10, cpu_cases())
+    for case in chosen:
+        check(case)
+    print(f"{len(chosen)} cases of {len({case.op for case in chosen})} ops")
+
+
+def refused() -> None:
+    """Each argument wrong once: what is refused must not be looked at too closely either."""
+    from test_bad_input import MUTATIONS, assert_refused, wrong_arguments
+
+    found = wrong_arguments()
+    for case, name, mutation in found:
+        args = case.args()
+        args[name] = MUTATIONS[mutation](args[name])
+        assert_refused(case, args, name)
+    print(f"{len(found)} refusals")
+
+
+def grouped(slot: int, block_stride: int) -> None:
+    """An op that takes addresses: nobody can check that a slot lies in its cache."""
+    m = Maker(1, torch.device("cpu"))
+    cache = torch.zeros(4 * 8, dtype=torch.uint8)
+    kvcache_ops.concat_and_cache_mla_grouped(
+        m.normal(1, 1, 6, dtype=torch.bfloat16),
+        m.normal(1, 1, 2, dtype=torch.bfloat16),
+        torch.tensor([cache.data_ptr()]),
+        torch.tensor([[slot]]),
+        4,
+        block_stride,
+        8,
+        None,
+        "fp8",
+    )
+    print("nothing was reported")
+
+
+def main() -> None:
+    library, what = sys.argv[1:]
+    torch.ops.load_library(library)
+    _native._loaded.add("cpu")  # so that no other library is looked for
+    if what == "planted-address":
+        grouped(slot=4, block_stride=32)  # one past the cache
+    elif what == "planted-undefined":
+        grouped(slot=16, block_stride=1 << 62)  # 4 * 2^62 is no int64
+    else:
+        {"cases": cases, "refused": refused}[what]()
+
+
+if __name__ == "__main__":
+    main()
