@@ -10,36 +10,6 @@ from torch import Tensor
 
 from kvcache_ops import reference
 
-_OPS = frozenset(
-    {
-        "concat_and_cache_mla",
-        "concat_and_cache_mla_grouped",
-        "concat_and_cache_mla_rope_fused",
-        "convert_fp8",
-        "cp_gather_and_upconvert_fp8_kv_cache",
-        "cp_gather_cache",
-        "cp_gather_indexer_k_quant_cache",
-        "fatrelu_and_mul",
-        "fused_add_rms_norm",
-        "gather_and_maybe_dequant_cache",
-        "gelu_and_mul",
-        "gelu_tanh_and_mul",
-        "indexer_k_quant_and_cache",
-        "merge_attn_states",
-        "mul_and_silu",
-        "paged_attention",
-        "paged_attention_v1",
-        "paged_attention_v2",
-        "reshape_and_cache",
-        "reshape_and_cache_flash",
-        "rms_norm",
-        "rotary_embedding",
-        "silu_and_mul",
-        "swap_blocks",
-        "swap_blocks_batch",
-        "swigluoai_and_mul",
-    }
-)
 # Every op has a kernel for these; tensors on other devices run kvcache_ops.reference.
 _NATIVE_DEVICES = ("cpu", "cuda")
 _loaded: set[str] = set()
@@ -71,12 +41,13 @@ def _fake(name: str) -> Callable[..., None]:
 def _load(device_type: str) -> bool:
     """Load the native library of a device type, once; True, so that a trace can keep it."""
     global _check_slots
+    import kvcache_ops
     from communicators.native import load
     from communicators.settings import Settings
 
     load("cpu")  # holds the schemas
     if "cpu" not in _loaded:
-        for name in _OPS:
+        for name in kvcache_ops.__all__:
             torch.library.register_fake(f"kvcache_ops::{name}", _fake(name))
         _check_slots = Settings.from_environment().check_slot_bounds
         _loaded.add("cpu")

@@ -6,12 +6,13 @@ from cases_addresses import address_cases
 from cases_attention import attention_cases
 from cases_cache import cache_cases
 from cases_elementwise import elementwise_cases
+from cases_gather import gather_cases
 from ops_maker import Case
 
 
 def all_cases() -> list[Case]:
     """Those that run on every device."""
-    return [*elementwise_cases(), *cache_cases(), *attention_cases()]
+    return [*elementwise_cases(), *cache_cases(), *gather_cases(), *attention_cases()]
 
 
 def cpu_cases() -> list[Case]:

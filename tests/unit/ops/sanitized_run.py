@@ -5,6 +5,7 @@ sanitized_run.py LIBRARY cases | refused | planted-address | planted-undefined
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -19,15 +20,19 @@ import kvcache_ops
 from kvcache_ops import _native
 
 
-def cases() -> None:
-    """A slice of the generated cases of every op, kernel against reference."""
-    chosen = sample(10, cpu_cases())
-    for case in chosen:
-        check(case)
-    print(f"{len(chosen)} cases of {len({case.op for case in chosen})} ops")
+def cases(library: str) -> None:
+    """A slice of the generated cases of every op on every instruction set, against the reference."""
+    limit, done, ops = ctypes.CDLL(library).kvcache_limit_isa, 0, set()
+    for level, of_each in ((1, 4), (2, 4), (3, 10)):
+        if limit(level) != level:
+            continue
+        for case in sample(of_each, cpu_cases()):
+            check(case)
+            done, ops = done + 1, ops | {case.op}
+    print(f"{done} cases of {len(ops)} ops")
 
 
-def refused() -> None:
+def refused(library: str) -> None:
     """Each argument wrong once: what is refused must not be looked at too closely either."""
     from test_bad_input import MUTATIONS, assert_refused, wrong_arguments
 
@@ -66,7 +71,7 @@ def main() -> None:
     elif what == "planted-undefined":
         grouped(slot=16, block_stride=1 << 62)  # 4 * 2^62 is no int64
     else:
-        {"cases": cases, "refused": refused}[what]()
+        {"cases": cases, "refused": refused}[what](library)
 
 
 if __name__ == "__main__":

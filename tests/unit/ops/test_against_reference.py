@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from ops_checks import check
 from ops_maker import Case, behind, storage
 
 import kvcache_ops
-from communicators.native import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
+
+from bench_ops_cpu_case import BF16
+from bench_ops_cpu_cases import cases
 
 
 @pytest.mark.parametrize("case", cpu_cases(), ids=str)
@@ -40,16 +45,32 @@ def test_same_bits_for_any_number_of_threads(case: Case) -> None:
                 assert same, f"{case}: {name} depends on the number of threads"
 
 
-@pytest.fixture(params=[1, 2, 3], ids=["portable", "AVX2", "AVX-512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Kernels of one instruction set alone, where the processor has it."""
-    limit = ctypes.CDLL(str(load("cpu"))).kvcache_limit_isa
-    try:
-        if limit(request.param) != request.param:
-            pytest.skip("this processor does not have it")
-        yield request.param
-    finally:
-        limit(3)
+def larger_cases() -> list[Any]:
+    """Every op on inputs that are worth several threads: those of the benchmark at 64 tokens."""
+    torch.manual_seed(0)
+    return list(cases(64, BF16))
+
+
+def test_same_bits_for_any_number_of_threads_on_larger_inputs() -> None:
+    threads, seen = torch.get_num_threads(), set()
+    for case in larger_cases():
+        tensors = {**case.tensors, **(case.other or {})}
+        begin = {k: v.clone() for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        results = []
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                for name, value in begin.items():
+                    tensors[name].copy_(value)
+                case.ours(**case.tensors)
+                results.append([tensors[name].clone() for name in case.written])
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), case.op
+        seen.add(case.op)
+    assert seen == set(kvcache_ops.__all__)
 
 
 def test_every_instruction_set(instruction_set: int) -> None:

@@ -26,7 +26,7 @@ def wrong_rank(t: Tensor) -> Tensor:
 
 
 def wrong_stride(t: Tensor) -> Tensor:
-    wide = torch.zeros(*t.shape, 2, dtype=t.dtype)
+    wide = torch.zeros(*t.shape, 2, dtype=t.dtype, device=t.device)
     wide[..., 0] = t
     return wide[..., 0]
 
