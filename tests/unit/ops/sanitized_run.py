@@ -17,11 +17,11 @@ from ops_checks import check
 from ops_maker import Maker
 
 import kvcache_ops
-from kvcache_ops import _native
+from communicators import native
 
 
 def cases(library: str) -> None:
-    """A slice of the generated cases of every op on every instruction set, against the reference."""
+    """A slice of the cases of every op, on every instruction set, against the reference."""
     limit, done, ops = ctypes.CDLL(library).kvcache_limit_isa, 0, set()
     for level, of_each in ((1, 4), (2, 4), (3, 10)):
         if limit(level) != level:
@@ -64,8 +64,7 @@ def grouped(slot: int, block_stride: int) -> None:
 
 def main() -> None:
     library, what = sys.argv[1:]
-    torch.ops.load_library(library)
-    _native._loaded.add("cpu")  # so that no other library is looked for
+    native.library_path = lambda name: Path(library)
     if what == "planted-address":
         grouped(slot=4, block_stride=32)  # one past the cache
     elif what == "planted-undefined":
