@@ -236,21 +236,23 @@ def test_sparse_block_that_no_cache_block_divides() -> None:
 
 
 def test_every_argument_of_every_op_is_wrong_once() -> None:
-    _native._load("cpu")
-    tried = {(c.op, name) for c, name, _ in wrong_arguments()}
-    tried |= {(c.op, n) for o, n, _ in SCALARS for c in base_cases() if o in ("*", c.op)}
+    bases, mutated = base_cases(), wrong_arguments()
+    assert {case.op for case in bases} == set(kvcache_ops.__all__)
+    tried = {(c.op, name) for c, name, _ in mutated}
+    tried |= {(c.op, n) for o, n, _ in SCALARS for c in bases if o in ("*", c.op)}
+    # These in tests of their own:
     tried |= {(op, "blocksparse_block_size") for op in ("paged_attention_v1", "paged_attention_v2")}
-    tried.add(("reshape_and_cache", "interleaved_v"))  # these three in tests of their own
-    for case in base_cases():
+    tried.add(("reshape_and_cache", "interleaved_v"))
+    for case in bases:
+        args = case.args()
         for name in inspect.signature(getattr(kvcache_ops, case.op)).parameters:
             assert (case.op, name) in tried or name in ANY_VALUE, f"{case.op}({name})"
-            value = case.args().get(name)
+            value = args.get(name)
             if isinstance(value, Tensor):
-                kinds = {m for c, n, m in wrong_arguments() if (c.op, n) == (case.op, name)}
+                kinds = {m for c, n, m in mutated if (c.op, n) == (case.op, name)}
                 kinds |= {m for o, n, m in ACCEPTED if o in ("*", case.op) and n == name}
                 expected = set(MUTATIONS) - ({"size", "stride"} if value.numel() == 1 else set())
                 assert kinds >= expected, f"{case.op}({name}): {expected - kinds}"
-    assert {case.op for case in base_cases()} == set(kvcache_ops.__all__)
 
 
 def test_swap_blocks_refuses_overlap() -> None:
