@@ -1,6 +1,7 @@
 // Runs of elements on the CPU: copied, quantized or dequantized.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -9,6 +10,23 @@
 
 namespace kvcache {
 namespace {
+
+// 2^ceil(log2(x)) of a positive normal x: any mantissa bit carries into the exponent.
+ALWAYS_INLINE float power_of_two_at_least(float x) {
+  return cpu::float_of((cpu::bits_of(x) + 0x7fffffu) & 0x7f800000u);
+}
+
+// How the scale of a group follows from its largest magnitude.
+struct GroupScale {
+  bool least_after;   // the least scale is 1e-4 itself, else 1e-4 / 448
+  bool power_of_two;  // rounded up to one
+
+  float of(float largest) const {
+    const float scale =
+        least_after ? std::max(largest / 448.0f, 1e-4f) : std::max(largest, 1e-4f) / 448.0f;
+    return power_of_two ? power_of_two_at_least(scale) : scale;
+  }
+};
 
 #define LANES_KERNEL "kvcache/runs_lanes.h"
 #include "prim/cpu_each_isa.h"
@@ -48,11 +66,6 @@ void with_float(DType dtype, const F& f) {
     default:
       return f(cpu::BFloat16{});
   }
-}
-
-// 2^ceil(log2(x)) of a positive normal x: any mantissa bit carries into the exponent.
-ALWAYS_INLINE float power_of_two_at_least(float x) {
-  return cpu::float_of((cpu::bits_of(x) + 0x7fffffu) & 0x7f800000u);
 }
 
 }  // namespace
