@@ -18,20 +18,20 @@ from kvcache_ops.attention import (
     paged_attention_v1,
     paged_attention_v2,
 )
+from kvcache_ops.blocks import convert_fp8, swap_blocks, swap_blocks_batch
 from kvcache_ops.cache import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
     concat_and_cache_mla_rope_fused,
-    convert_fp8,
+    indexer_k_quant_and_cache,
+    reshape_and_cache,
+    reshape_and_cache_flash,
+)
+from kvcache_ops.gather import (
     cp_gather_and_upconvert_fp8_kv_cache,
     cp_gather_cache,
     cp_gather_indexer_k_quant_cache,
     gather_and_maybe_dequant_cache,
-    indexer_k_quant_and_cache,
-    reshape_and_cache,
-    reshape_and_cache_flash,
-    swap_blocks,
-    swap_blocks_batch,
 )
 from kvcache_ops.norm import fused_add_rms_norm, rms_norm
 from kvcache_ops.rope import rotary_embedding

@@ -10,57 +10,45 @@ from torch import Tensor
 
 from kvcache_ops import reference
 
-_OPS = frozenset(
-    {
-        "concat_and_cache_mla",
-        "concat_and_cache_mla_grouped",
-        "concat_and_cache_mla_rope_fused",
-        "convert_fp8",
-        "cp_gather_and_upconvert_fp8_kv_cache",
-        "cp_gather_cache",
-        "cp_gather_indexer_k_quant_cache",
-        "fatrelu_and_mul",
-        "fused_add_rms_norm",
-        "gather_and_maybe_dequant_cache",
-        "gelu_and_mul",
-        "gelu_tanh_and_mul",
-        "indexer_k_quant_and_cache",
-        "merge_attn_states",
-        "mul_and_silu",
-        "paged_attention",
-        "paged_attention_v1",
-        "paged_attention_v2",
-        "reshape_and_cache",
-        "reshape_and_cache_flash",
-        "rms_norm",
-        "rotary_embedding",
-        "silu_and_mul",
-        "swap_blocks",
-        "swap_blocks_batch",
-        "swigluoai_and_mul",
-    }
-)
 # Every op has a kernel for these; tensors on other devices run kvcache_ops.reference.
 _NATIVE_DEVICES = ("cpu", "cuda")
 _loaded: set[str] = set()
 _check_slots = False
 
 
-def _no_result(*args: Any, **kwargs: Any) -> None:
-    """The fake implementation of an op that only writes into its arguments."""
+def _fake(name: str) -> Callable[..., None]:
+    """The fake implementation of an op: it writes into its arguments alone, so there is no result.
+
+    A call that mixes meta tensors with others arrives here too, and is refused.
+    """
+
+    def no_result(*args: Any, **kwargs: Any) -> None:
+        schema = getattr(torch.ops.kvcache_ops, name).default._schema
+        given = dict(zip((a.name for a in schema.arguments), args, strict=False), **kwargs)
+        devices = {n: t.device for n, t in given.items() if isinstance(t, Tensor)}
+        real = [d for d in devices.values() if d.type != "meta"]
+        for argument, device in devices.items():
+            if real and device.type == "meta":
+                raise RuntimeError(
+                    f"{name}({argument}): a tensor on meta was given; "
+                    f"a tensor on {real[0]}, as the others, is accepted"
+                )
+
+    return no_result
 
 
 @torch.compiler.assume_constant_result
 def _load(device_type: str) -> bool:
     """Load the native library of a device type, once; True, so that a trace can keep it."""
     global _check_slots
+    import kvcache_ops
     from communicators.native import load
     from communicators.settings import Settings
 
     load("cpu")  # holds the schemas
     if "cpu" not in _loaded:
-        for name in _OPS:
-            torch.library.register_fake(f"kvcache_ops::{name}", _no_result)
+        for name in kvcache_ops.__all__:
+            torch.library.register_fake(f"kvcache_ops::{name}", _fake(name))
         _check_slots = Settings.from_environment().check_slot_bounds
         _loaded.add("cpu")
     if device_type != "cpu":
@@ -72,6 +60,8 @@ def _load(device_type: str) -> bool:
 def op(name: str, where: Tensor) -> Callable[..., None]:
     """The callable of op ``name`` for tensors on ``where``'s device."""
     device_type = where.device.type
+    if device_type == "meta":
+        device_type = "cpu"
     if device_type not in _NATIVE_DEVICES:
         function: Callable[..., None] = getattr(reference, name)
         return function

@@ -17,6 +17,10 @@ def silu_and_mul(result: Tensor, input: Tensor) -> None:
     ``silu(x) = x / (1 + e^-x)`` in fp32, rounded to the dtype, then the product in fp32, rounded
     again: bit for bit ``F.silu(x) * y``.
 
+    Layout of a row::
+
+        input   | x: d elements | y: d elements |        result   | d elements |
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 
@@ -39,6 +43,10 @@ def mul_and_silu(out: Tensor, input: Tensor) -> None:
         input: ``[..., 2 d]``, contiguous; fp32, fp16 or bf16, the dtype of ``out``.
 
     Rounds like :func:`silu_and_mul`.
+
+    Layout of a row::
+
+        input   | x: d elements | y: d elements |        out   | d elements |
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
@@ -63,6 +71,10 @@ def gelu_and_mul(out: Tensor, input: Tensor) -> None:
 
     Rounds like :func:`silu_and_mul`.
 
+    Layout of a row::
+
+        input   | x: d elements | y: d elements |        out   | d elements |
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 
@@ -85,6 +97,10 @@ def gelu_tanh_and_mul(out: Tensor, input: Tensor) -> None:
         input: ``[..., 2 d]``, contiguous; fp32, fp16 or bf16, the dtype of ``out``.
 
     Rounds like :func:`silu_and_mul`.
+
+    Layout of a row::
+
+        input   | x: d elements | y: d elements |        out   | d elements |
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
@@ -109,6 +125,10 @@ def fatrelu_and_mul(out: Tensor, input: Tensor, threshold: float) -> None:
         threshold: compared in fp32.
 
     Not ``max(x, threshold)``: values under the threshold become 0. The product is rounded once.
+
+    Layout of a row::
+
+        input   | x: d elements | y: d elements |        out   | d elements |
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
@@ -135,6 +155,10 @@ def swigluoai_and_mul(out: Tensor, input: Tensor, alpha: float = 1.702, limit: f
         limit: g is clamped from above, u from both sides.
 
     fp32 throughout, one rounding at the end.
+
+    Layout of a row::
+
+        input   | g0 u0 g1 u1 ... : 2 d elements |        out   | d elements |
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.

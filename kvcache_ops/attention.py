@@ -45,6 +45,12 @@ def paged_attention(
     The split of long contexts over the machine is chosen inside; there is no limit on the length.
     A block outside the cache, or past the table, counts as no tokens and is never read.
 
+    Layout: token t of sequence s is in block ``b = block_tables[s, t // BS]``, ``off = t % BS``::
+
+        flash    key_cache[b, off, h]                  D elements together
+        packed   key_cache[b, h, d // x, off, d % x]   value_cache[b, h, d, off]
+        query head q attends to KV head q // (Hq / Hkv)
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 
@@ -119,6 +125,10 @@ def paged_attention_v1(
             ``off = (tp_rank * Hq + h) * step + 1`` (step < 0: the KV head's index with -step).
 
     ``p = exp(a - max) / (sum + 1e-6)``; values past the sequence count as 0 whatever they hold.
+
+    Layout: token t of sequence s is in block ``b = block_tables[s, t // BS]``, ``off = t % BS``::
+
+        key_cache[b, h, d // x, off, d % x]   value_cache[b, h, d, off]
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
@@ -197,6 +207,11 @@ def paged_attention_v2(
     ``out = sum_j tmp_j w_j / (sum_j w_j + 1e-6)`` with ``w_j = exp_sums_j exp(max_j - max)``; a
     single partition is copied.
 
+    Layout::
+
+        sequence   | tokens 0 .. 511 | 512 .. 1023 | ...
+        tmp_out    [s, q, 0]         | [s, q, 1]   | ...   exp_sums and max_logits likewise
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 
@@ -270,6 +285,11 @@ def merge_attn_states(
     ``m = max(p, s); a, b = e^(p - m), e^(s - m); out = pre a/(a+b) + suf b/(a+b);
     lse = log(a + b) + m``. An LSE of +inf counts as -inf; when both are -inf the prefix output
     (expected to be 0) is passed on and the lse is -inf.
+
+    Layout::
+
+        outputs   [N, H, D]   token, head, element; the last contiguous
+        LSEs      [H, N]      head, token
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.

@@ -1,4 +1,4 @@
-"""Writes into the paged KV cache, gathers out of it, and moves of its blocks.
+"""Writes into the paged KV cache.
 
 Slots: ``slot_mapping`` is int64 ``[T]``; slot s is entry ``s % BS`` of block ``s // BS``. T is the
 number of tokens: rows of the inputs past T are padding and ignored. A negative slot skips its
@@ -12,69 +12,14 @@ kv_cache_dtype: ``auto``, ``float16`` and ``bfloat16`` copy (the cache has the d
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kvcache_ops._native import gpu_batch_copy, op, slot_op
+from kvcache_ops._native import op, slot_op
 
 
 def _slots(cache: Tensor) -> int:
     """Entries of a ``[NB, BS, ...]`` cache."""
     return cache.shape[0] * cache.shape[1] if cache.dim() > 1 else 0
-
-
-def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
-    """Copy whole cache blocks: for each row ``(s, d)`` block s of ``src`` to block d of ``dst``.
-
-    Args:
-        src: any tensor whose memory is a row of blocks; CPU or GPU.
-        dst: likewise, written; CPU, the same GPU or another. Pinned CPU memory reaches link rate.
-        block_size_in_bytes: bytes of one block, > 0.
-        block_mapping: int64 ``[n, 2]`` on the CPU, any strides.
-
-    The copies are queued on the current stream of the GPU among the two.
-
-    Raises:
-        RuntimeError: a block lies outside its tensor, a source block overlaps a destination block,
-            or an argument is not accepted; nothing has been copied then.
-
-    Example:
-        >>> src, dst = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
-        >>> swap_blocks(src, dst, 4, torch.tensor([[0, 1]]))
-        >>> dst
-        tensor([0, 0, 0, 0, 0, 1, 2, 3], dtype=torch.uint8)
-    """
-    where = dst if src.device.type == "cpu" else src
-    op("swap_blocks", where)(src, dst, block_size_in_bytes, block_mapping)
-
-
-def swap_blocks_batch(
-    src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_access_order_any: bool = False
-) -> None:
-    """Copy ``sizes[i]`` bytes from address ``src_ptrs[i]`` to ``dst_ptrs[i]``, as one batch.
-
-    Args:
-        src_ptrs, dst_ptrs, sizes: int64 ``[n]`` on the CPU, contiguous.
-        is_src_access_order_any: the sources may be read at any time from the call on, not in
-            stream order; only safe when nothing on the GPU is writing them.
-
-    In a process that uses a GPU they are queued on the current stream of the current device. The
-    addresses are the caller's word: they cannot be checked.
-
-    Raises:
-        RuntimeError: the vectors differ in length, dtype or device, or a size is negative.
-
-    Example:
-        >>> a, b = torch.arange(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)
-        >>> at = lambda t: torch.tensor([t.data_ptr()])
-        >>> swap_blocks_batch(at(a), at(b), torch.tensor([2]))
-        >>> b
-        tensor([0, 1, 0, 0], dtype=torch.uint8)
-    """
-    copy = op("swap_blocks_batch", src_ptrs)
-    if torch.cuda.is_initialized():  # some of the addresses may be a GPU's
-        copy = gpu_batch_copy()
-    copy(src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
 
 
 def reshape_and_cache(
@@ -243,8 +188,15 @@ def concat_and_cache_mla_grouped(
 
     The addresses are the caller's word, and so is that every slot lies in its cache.
 
+    Layout, in items of the cache::
+
+        kv_cache_ptrs[l] + slot // block_size * block_stride + slot % block_size * entry_stride:
+        | kv_c[l, t, 0 .. R - 1] | k_pe[l, t, 0 .. P - 1] |
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434).
 
     Example:
         >>> caches = torch.zeros(2, 1, 4, 3, dtype=torch.bfloat16)
@@ -298,6 +250,10 @@ def concat_and_cache_mla_rope_fused(
 
     Tokens with a negative slot, and those at and past T, are not rotated either.
 
+    Layout of an entry::
+
+        | kv_c[t, 0 .. R - 1] | rotated k_pe[t, 0 .. P - 1] |
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 
@@ -323,173 +279,6 @@ def concat_and_cache_mla_rope_fused(
         kv_cache,
         kv_cache_dtype,
         kv_cache_scale,
-    )
-
-
-def convert_fp8(output: Tensor, input: Tensor, scale: float = 1.0, kv_dtype: str = "fp8") -> None:
-    """Convert a cache between a float dtype and 8-bit codes.
-
-    Args:
-        output: shape of ``input``, contiguous, written.
-        input: contiguous. One of the two is uint8 (codes), the other fp32, fp16 or bf16.
-        scale: a float to codes divides by it, codes to a float multiply by it.
-        kv_dtype: ``fp8``, ``fp8_e4m3`` or ``fp8_e5m2``.
-
-    Raises:
-        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
-
-    Source: Open Compute Project, 8-bit Floating Point Specification (OFP8).
-
-    Example:
-        >>> codes = torch.empty(3, dtype=torch.uint8)
-        >>> convert_fp8(codes, torch.tensor([1., -2., 1e6]))
-        >>> codes
-        tensor([ 56, 192, 126], dtype=torch.uint8)
-    """
-    op("convert_fp8", input)(output, input, scale, kv_dtype)
-
-
-def gather_and_maybe_dequant_cache(
-    src_cache: Tensor,
-    dst: Tensor,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    token_to_seq: Tensor,
-    num_tokens: int,
-    kv_cache_dtype: str,
-    scale: Tensor,
-    seq_starts: Tensor | None = None,
-) -> None:
-    """Gather the MLA entries of many sequences into one dense tensor, dequantizing fp8.
-
-    Args:
-        src_cache: ``[NB, BS, E]``, entries contiguous, strides 0 and 1 free.
-        dst: ``[>= num_tokens, E]``, stride(0) free, written.
-        block_table: int32 ``[B, M]``.
-        cu_seq_lens: int32 ``[B + 1]``: the rows of sequence b are ``cu[b] .. cu[b + 1]``.
-        token_to_seq: int32 ``[num_tokens]``: the sequence of each row.
-        num_tokens: rows to write at most.
-        kv_cache_dtype: see the module. A copy is bit for bit.
-        scale: fp32 ``[1]``; read only for fp8.
-        seq_starts: int32 ``[B]``: the first token of each sequence to gather; None for 0.
-
-    Row ``cu[b] + i`` receives token ``p = seq_starts[b] + i``: entry ``p % BS`` of block
-    ``block_table[b, p // BS]``. A block past the table or outside the cache leaves its row alone.
-
-    Raises:
-        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
-
-    Example:
-        >>> cache = torch.arange(8.).view(2, 2, 2)
-        >>> dst, i32 = torch.zeros(3, 2), torch.int32
-        >>> gather_and_maybe_dequant_cache(
-        ...     cache, dst, torch.tensor([[1, 0]], dtype=i32), torch.tensor([0, 3], dtype=i32),
-        ...     torch.zeros(3, dtype=i32), 3, "auto", torch.ones(1))
-        >>> dst[:, 0]
-        tensor([4., 6., 0.])
-    """
-    op("gather_and_maybe_dequant_cache", src_cache)(
-        src_cache,
-        dst,
-        block_table,
-        cu_seq_lens,
-        token_to_seq,
-        num_tokens,
-        kv_cache_dtype,
-        scale,
-        seq_starts,
-    )
-
-
-def cp_gather_cache(
-    src_cache: Tensor,
-    dst: Tensor,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    batch_size: int,
-    seq_starts: Tensor | None = None,
-) -> None:
-    """Gather cache entries of many sequences into one dense tensor, as bytes.
-
-    Args:
-        src_cache: ``[NB, BS, ...]``, any entry shape with entries contiguous, strides 0 and 1
-            free; items of 1, 2 or 4 bytes.
-        dst: ``[T, ...]``, the entry shape and dtype of ``src_cache``, stride(0) free, written.
-        block_table: int32 ``[B, M]``.
-        cu_seq_lens: int32 ``[B + 1]``.
-        batch_size: B.
-        seq_starts: int32 ``[B]`` or None, as in :func:`gather_and_maybe_dequant_cache`.
-
-    Rows at and past ``cu_seq_lens[B]`` stay; so do rows whose block is past the table or outside
-    the cache.
-
-    Raises:
-        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
-
-    Example:
-        >>> cache, dst, i32 = torch.arange(4.).view(2, 2, 1), torch.zeros(2, 1), torch.int32
-        >>> table, cu = torch.tensor([[1]], dtype=i32), torch.tensor([0, 2], dtype=i32)
-        >>> cp_gather_cache(cache, dst, table, cu, 1)
-        >>> dst.flatten()
-        tensor([2., 3.])
-    """
-    op("cp_gather_cache", src_cache)(
-        src_cache, dst, block_table, cu_seq_lens, batch_size, seq_starts
-    )
-
-
-def cp_gather_and_upconvert_fp8_kv_cache(
-    src_cache: Tensor,
-    dst: Tensor,
-    block_table: Tensor,
-    workspace_starts: Tensor,
-    batch_size: int,
-    seq_starts: Tensor | None = None,
-    host_cache: Tensor | None = None,
-    host_row_ids: Tensor | None = None,
-    device_row_ids: Tensor | None = None,
-) -> None:
-    """Gather ``fp8_ds_mla`` entries and turn them into bf16.
-
-    Args:
-        src_cache: uint8 or float8_e4m3fn ``[NB, BS, 656]``, entries contiguous.
-        dst: bf16 ``[T, 576]``, contiguous, written.
-        block_table: int32 ``[B, M]``.
-        workspace_starts: int32 ``[B]``: the first row of each request; the last one ends at T.
-        batch_size: B.
-        seq_starts: int32 ``[B]`` or None.
-        host_cache: pinned contiguous uint8 ``[rows, 656]``: entries that live on the host.
-        host_row_ids, device_row_ids: int32 ``[NB' * BS]``: where logical entry
-            ``id = block * BS + offset`` lies: row ``device_row_ids[id]`` of ``src_cache`` when that
-            is >= 0, else row ``host_row_ids[id]`` of ``host_cache``. The three come together.
-
-    ``row[0:512] = bf16(fp32(code) * scale of its tile)``; ``row[512:576]`` the rotary bits, which
-    are taken for bf16.
-
-    Raises:
-        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
-
-    Source: the FP8 cache of FlashMLA.
-
-    Example:
-        >>> cache, one = torch.zeros(1, 1, 656, dtype=torch.uint8), torch.ones(1)
-        >>> c = torch.full((1, 512), 3., dtype=torch.bfloat16)
-        >>> concat_and_cache_mla(c, c[:, :64], cache, torch.tensor([0]), "fp8_ds_mla", one)
-        >>> dst, zero = torch.empty(1, 576, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
-        >>> cp_gather_and_upconvert_fp8_kv_cache(cache, dst, zero.view(1, 1), zero, 1)
-        >>> bool((dst == 3).all())
-        True
-    """
-    op("cp_gather_and_upconvert_fp8_kv_cache", src_cache)(
-        src_cache,
-        dst,
-        block_table,
-        workspace_starts,
-        batch_size,
-        seq_starts,
-        host_cache,
-        host_row_ids,
-        device_row_ids,
     )
 
 
@@ -527,39 +316,4 @@ def indexer_k_quant_and_cache(
     """
     slot_op("indexer_k_quant_and_cache", k, slot_mapping, _slots(kv_cache))(
         k, kv_cache, slot_mapping, quant_block_size, kv_cache_dtype
-    )
-
-
-def cp_gather_indexer_k_quant_cache(
-    kv_cache: Tensor, dst_k: Tensor, dst_scale: Tensor, block_table: Tensor, cu_seq_lens: Tensor
-) -> None:
-    """Gather codes and scales of many sequences out of the indexer's cache.
-
-    Args:
-        kv_cache: uint8 ``[NB, BS, D + 4 D / qb]`` as :func:`indexer_k_quant_and_cache` writes it.
-        dst_k: ``[T, D]`` of one-byte items, contiguous, written; ``D % 16 == 0``.
-        dst_scale: ``[T, 4 D / qb]`` bytes (or ``[T, D / qb]`` fp32), contiguous, written.
-        block_table: int32 ``[B, M]``.
-        cu_seq_lens: int32 ``[B + 1]``.
-
-    Rows at and past ``cu_seq_lens[B]`` stay as they are.
-
-    Raises:
-        RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
-
-    Source: the indexer of DeepSeek-V3.2.
-
-    Example:
-        >>> cache = torch.zeros(1, 1, 132, dtype=torch.uint8)
-        >>> k = torch.full((1, 128), 448., dtype=torch.bfloat16)
-        >>> indexer_k_quant_and_cache(k, cache, torch.tensor([0]), 128, "fp32")
-        >>> u8, i32 = torch.uint8, torch.int32
-        >>> dst, scale = torch.zeros(1, 128, dtype=u8), torch.zeros(1, 4, dtype=u8)
-        >>> table, cu = torch.zeros(1, 1, dtype=i32), torch.tensor([0, 1], dtype=i32)
-        >>> cp_gather_indexer_k_quant_cache(cache, dst, scale, table, cu)
-        >>> dst[0, 0], scale.view(torch.float32)
-        (tensor(126, dtype=torch.uint8), tensor([[1.]]))
-    """
-    op("cp_gather_indexer_k_quant_cache", kv_cache)(
-        kv_cache, dst_k, dst_scale, block_table, cu_seq_lens
     )

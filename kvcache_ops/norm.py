@@ -21,6 +21,10 @@ def rms_norm(out: Tensor, input: Tensor, weight: Tensor | None, epsilon: float) 
     fp32 inside and one rounding at the end. The order of the sum depends on h alone: a row gives
     the same bits in every batch.
 
+    Layout::
+
+        input, out   | row of h elements | row | ...     weight | h factors |, one row for all
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 
@@ -47,6 +51,11 @@ def fused_add_rms_norm(
         epsilon: added to the mean of the squares.
 
     The variance is that of the rounded z. Each tensor's own leading strides are honoured.
+
+    Layout::
+
+        residual   | z of row 0 | z of row 1 | ...       z = round(input + residual)
+        input      | norm of z  | norm of z  | ...
 
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.

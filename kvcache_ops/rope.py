@@ -33,6 +33,12 @@ def rotary_embedding(
     ``x, y = round(x c - y s), round(y c + x s)`` in fp32; the other elements stay. A position
     outside the cache leaves its token as it is and never reads out of bounds.
 
+    Layout of a head, rot = 8, offset 0; equal letters make a pair::
+
+        is_neox       | a b c d | a b c d | untouched ... |
+        not is_neox   | a a b b c c d d   | untouched ... |
+        a row of cos_sin_cache   | cos a b c d | sin a b c d |
+
     Raises:
         RuntimeError: an argument has a shape, dtype, device or stride that is not accepted.
 

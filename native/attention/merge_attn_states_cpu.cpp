@@ -1,24 +1,20 @@
 // The merge of two partial attention results on the CPU: a task is one head of one token.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "attention/attention.h"
 #include "prim/cpu_dispatch.h"
 #include "prim/cpu_floats.h"
+#include "prim/cpu_lanes.h"
 #include "prim/cpu_parallel.h"
 
 namespace attention {
 namespace {
 
-// Row operands may be the output itself, element for element: no __restrict.
-template <class T>
-VECTORISED void weighted(T* out, const T* prefix, const T* suffix, int64_t n, float a, float b) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = cpu::from_float<T>(cpu::to_float(prefix[i]) * a + cpu::to_float(suffix[i]) * b);
-  }
-}
+#define LANES_KERNEL "attention/merge_attn_states_lanes.h"
+#include "prim/cpu_each_isa.h"
 
 template <class T>
 VECTORISED void weighted_fp8(uint8_t* __restrict out, const T* __restrict prefix,
@@ -30,12 +26,7 @@ VECTORISED void weighted_fp8(uint8_t* __restrict out, const T* __restrict prefix
   }
 }
 
-// One row unchanged, or as codes.
-template <class T>
-VECTORISED void pass_on(T* out, const T* x, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
-}
+// One row unchanged, as codes.
 template <class T>
 VECTORISED void pass_on_fp8(uint8_t* __restrict out, const T* __restrict x, int64_t n,
                             float inverse) {
@@ -49,6 +40,7 @@ void run(const MergeArgs& m) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   const float inverse = m.out_scale == nullptr ? 1.0f : 1.0f / *m.out_scale;
   const int64_t d = m.head_size;
+  const auto weighted = PICK_ISA(weighted<T>);
   cpu::parallel_for(m.tokens * m.heads, 3 * sizeof(T) * d, [&](int64_t i) {
     const int64_t n = i / m.heads, h = i % m.heads;
     const T* pre = static_cast<const T*>(m.prefix) + n * m.prefix_stride + h * m.prefix_head_stride;
@@ -78,7 +70,8 @@ void run(const MergeArgs& m) {
                        : weighted_fp8(out, pre, suf, d, a, b, inverse);
     } else {
       T* out = static_cast<T*>(m.out) + at;
-      alone != nullptr ? pass_on(out, alone, d) : weighted(out, pre, suf, d, a, b);
+      alone != nullptr ? static_cast<void>(std::memmove(out, alone, d * sizeof(T)))
+                       : weighted(out, pre, suf, d, a, b);
     }
   });
 }

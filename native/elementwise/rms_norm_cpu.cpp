@@ -1,67 +1,20 @@
-// RMSNorm on the CPU: a row is summed in 32 fixed lanes, whatever the batch or the thread.
+// RMSNorm on the CPU: a task is a row.
 #include <cmath>
 #include <cstdint>
 
 #include "elementwise/elementwise.h"
-#include "prim/cpu_dispatch.h"
-#include "prim/cpu_floats.h"
+#include "prim/cpu_lanes.h"
 #include "prim/cpu_parallel.h"
 
 namespace elementwise {
 namespace {
 
-using cpu::from_float;
-using cpu::to_float;
-
-constexpr int64_t kLanes = 32;
-
-ALWAYS_INLINE float fold(float (&lane)[kLanes]) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t j = 0; j < width; ++j) lane[j] += lane[j + width];
-  }
-  return lane[0];
-}
-
-template <class T>
-ALWAYS_INLINE void scale_row(T* __restrict out, const T* __restrict x, const T* __restrict weight,
-                             int64_t n, float factor) {
-  if (weight != nullptr) {
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = from_float<T>(to_float(x[i]) * factor * to_float(weight[i]));
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(to_float(x[i]) * factor);
-  }
-}
-
-template <class T>
-ALWAYS_INLINE float inverse_rms(const T* x, int64_t n, float epsilon) {
-  float lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lane[j] += to_float(x[i + j]) * to_float(x[i + j]);
-  }
-  for (int64_t j = 0; i + j < n; ++j) lane[j] += to_float(x[i + j]) * to_float(x[i + j]);
-  return 1.0f / std::sqrt(fold(lane) / static_cast<float>(n) + epsilon);
-}
-
-template <class T>
-VECTORISED void norm_row(T* __restrict out, const T* __restrict x, const T* __restrict weight,
-                         int64_t n, float epsilon) {
-  scale_row(out, x, weight, n, inverse_rms(x, n, epsilon));
-}
-
-template <class T>
-VECTORISED void add_norm_row(T* __restrict x, T* __restrict residual, const T* __restrict weight,
-                             int64_t n, float epsilon) {
-  for (int64_t i = 0; i < n; ++i) {
-    residual[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
-  }
-  scale_row(x, residual, weight, n, inverse_rms(residual, n, epsilon));
-}
+#define LANES_KERNEL "elementwise/rms_norm_lanes.h"
+#include "prim/cpu_each_isa.h"
 
 template <class T>
 void run(const RmsNormArgs& a) {
+  const auto norm_row = PICK_ISA(norm_row<T>);
   cpu::parallel_for(a.n0 * a.n1 * a.n2, 2 * sizeof(T) * a.hidden, [&](int64_t row) {
     const int64_t k = row % a.n2, j = row / a.n2 % a.n1, i = row / a.n2 / a.n1;
     const T* weight = static_cast<const T*>(a.weight);
@@ -74,6 +27,7 @@ void run(const RmsNormArgs& a) {
 
 template <class T>
 void run(const FusedAddRmsNormArgs& a) {
+  const auto add_norm_row = PICK_ISA(add_norm_row<T>);
   cpu::parallel_for(a.n0 * a.n1 * a.n2, 4 * sizeof(T) * a.hidden, [&](int64_t row) {
     const int64_t k = row % a.n2, j = row / a.n2 % a.n1, i = row / a.n2 / a.n1;
     const T* weight = static_cast<const T*>(a.weight);

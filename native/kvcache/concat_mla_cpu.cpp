@@ -34,16 +34,16 @@ void store_token(const ConcatMlaArgs& a, int64_t t, char* entry) {
 template <class T>
 void store_ds_mla(const ConcatMlaArgs& a, int64_t t, uint8_t* entry) {
   const T* kv_c = static_cast<const T*>(a.kv_c) + t * a.kv_c_stride;
-  for (int64_t tile = 0; tile < kDsMlaLatent / kDsMlaTile; ++tile) {
-    const T* x = kv_c + tile * kDsMlaTile;
-    const float amax = largest_magnitude(x, kDsMlaTile);
-    const float scale = power_of_two_at_least(std::max(amax / 448.0f, 1e-4f));
-    quantize_run<cpu::Fp8::kE4M3>(entry + tile * kDsMlaTile, x, kDsMlaTile, scale);
-    std::memcpy(entry + kDsMlaScales + tile * sizeof(float), &scale, sizeof(float));
-  }
+  constexpr int64_t kTiles = kDsMlaLatent / kDsMlaTile;
+  float scales[kTiles];
+  PICK_ISA(quantize_groups<T>)(entry, scales, kv_c, kTiles, kDsMlaTile, GroupScale{true, true});
+  std::memcpy(entry + kDsMlaScales, scales, sizeof scales);
   uint8_t* rope = entry + kDsMlaRope;
-  std::memset(rope, 0, kDsMlaEntry - kDsMlaRope);
-  std::memcpy(rope, static_cast<const T*>(a.k_pe) + t * a.k_pe_stride, a.rope * sizeof(T));
+  if (a.rope == 0) {
+    std::memset(rope, 0, kDsMlaEntry - kDsMlaRope);
+  } else {
+    std::memcpy(rope, static_cast<const T*>(a.k_pe) + t * a.k_pe_stride, a.rope * sizeof(T));
+  }
 }
 
 template <class T>

@@ -35,8 +35,8 @@ void upconvert(const uint8_t* entry, cpu::BFloat16* row) {
   for (int64_t tile = 0; tile < kDsMlaLatent / kDsMlaTile; ++tile) {
     float scale;
     std::memcpy(&scale, entry + kDsMlaScales + tile * sizeof(float), sizeof(float));
-    dequantize_run<cpu::Fp8::kE4M3>(row + tile * kDsMlaTile, entry + tile * kDsMlaTile, kDsMlaTile,
-                                    scale);
+    load_run(row + tile * kDsMlaTile, entry + tile * kDsMlaTile, kDsMlaTile, KvFormat::kE4M3,
+             scale);
   }
   std::memcpy(row + kDsMlaLatent, entry + kDsMlaRope, kDsMlaEntry - kDsMlaRope);
 }

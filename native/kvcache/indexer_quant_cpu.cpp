@@ -1,5 +1,5 @@
 // The indexer's keys into their cache on the CPU: e4m3 codes with a scale a group.
-#include <algorithm>
+#include <vector>
 
 #include "kvcache/cache.h"
 #include "kvcache/runs_cpu.h"
@@ -8,22 +8,27 @@
 namespace kvcache {
 
 void indexer_k_quant_and_cache(const IndexerQuantArgs& a, Stream /*stream*/) {
+  const int64_t groups = a.head_size / a.group;
+  const GroupScale rule{false, a.scale_format != ScaleFormat::kFloat32};
   with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
+    const auto quantize_groups = PICK_ISA(quantize_groups<T>);
     cpu::parallel_for(a.tokens, 3 * a.head_size, [&](int64_t t) {
       const int64_t slot = a.slots[t];
       if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
       uint8_t* block = a.cache + slot / a.block_size * a.block_stride;
       const int64_t first = slot % a.block_size * a.head_size;
-      const T* k = static_cast<const T*>(a.k) + t * a.head_size;
-      for (int64_t d = 0; d < a.head_size; d += a.group) {
-        float scale = std::max(largest_magnitude(k + d, a.group), 1e-4f) / 448.0f;
-        if (a.scale_format != ScaleFormat::kFloat32) scale = power_of_two_at_least(scale);
-        quantize_run<cpu::Fp8::kE4M3>(block + first + d, k + d, a.group, scale);
-        uint32_t stored = cpu::bits_of(scale);
-        if (a.scale_format == ScaleFormat::kExponentByte) stored = (stored >> 23) * 0x01010101u;
-        std::memcpy(block + a.block_size * a.head_size + (first + d) / a.group * 4, &stored, 4);
+      thread_local std::vector<float> scales;
+      scales.resize(groups);
+      quantize_groups(block + first, scales.data(), static_cast<const T*>(a.k) + t * a.head_size,
+                      groups, a.group, rule);
+      if (a.scale_format == ScaleFormat::kExponentByte) {
+        for (float& scale : scales) {
+          scale = cpu::float_of((cpu::bits_of(scale) >> 23) * 0x01010101u);
+        }
       }
+      std::memcpy(block + a.block_size * a.head_size + first / a.group * 4, scales.data(),
+                  groups * sizeof(float));
     });
   });
 }

@@ -1,4 +1,6 @@
-// Keys and values into the paged cache on the CPU, in the flash and the packed layout.
+// Keys and values into the paged cache of the packed layout on the CPU. There the tokens of a block
+// lie side by side, so tokens that follow each other in a block are written together.
+#include <algorithm>
 #include <vector>
 
 #include "kvcache/cache.h"
@@ -8,101 +10,133 @@
 namespace kvcache {
 namespace {
 
-struct Side {
-  void* cache;
-  int64_t block_stride, page_stride, head_stride;
-  const float* scale;
+// A square of 16 bytes by as many rows, C being an item: row i of `in` becomes column i of `out`.
+template <class C>
+void transpose_square(C* out, int64_t out_stride, const C* in, int64_t in_stride) {
+  constexpr int kSide = 16 / sizeof(C);
+  typedef C Row __attribute__((vector_size(16)));
+  Row low = {}, high = {}, a[kSide], b[kSide];
+  for (int j = 0; j < kSide; ++j) {  // which items of two rows interleave
+    low[j] = static_cast<C>(j / 2 + j % 2 * kSide);
+    high[j] = static_cast<C>(kSide / 2 + j / 2 + j % 2 * kSide);
+  }
+  for (int i = 0; i < kSide; ++i) std::memcpy(a + i, in + i * in_stride, 16);
+  // Each turn interleaves the first half of the rows with the second: after log2(kSide) turns, rows
+  // are columns.
+  for (int turn = kSide; turn > 1; turn /= 2) {
+    for (int i = 0; i < kSide / 2; ++i) {
+      b[2 * i] = __builtin_shuffle(a[i], a[i + kSide / 2], low);
+      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + kSide / 2], high);
+    }
+    std::copy_n(b, kSide, a);
+  }
+  for (int i = 0; i < kSide; ++i) std::memcpy(out + i * out_stride, a + i, 16);
+}
+
+// Tokens side by side in one block, their rows of n = heads * head_size items of the cache.
+template <class C>
+struct Tokens {
+  const C* rows;
+  int64_t stride, count, block, off;
 };
 
-template <class T>
-void store_flash(const ReshapeAndCacheFlashArgs& a, const Side& side, const T* src, int64_t slot) {
-  const int64_t item = cache_item(a.dtype, a.format), d = a.head_size;
-  char* at = static_cast<char*>(side.cache) + item * (slot / a.block_size * side.block_stride +
-                                                      slot % a.block_size * side.page_stride);
-  const bool scaled = a.format != KvFormat::kCopy;
-  if (side.head_stride == d && a.scale_stride == 0) {  // the heads lie together
-    store_run(at, src, a.heads * d, a.format, scaled ? side.scale[0] : 1.0f);
-    return;
-  }
-  for (int64_t h = 0; h < a.heads; ++h) {
-    const float scale = scaled ? side.scale[h * a.scale_stride] : 1.0f;
-    store_run(at + h * side.head_stride * item, src + h * d, d, a.format, scale);
-  }
-}
-
-template <class T>
-void run(const ReshapeAndCacheFlashArgs& a) {
-  const Side key{a.key_cache, a.key_block_stride, a.key_page_stride, a.key_head_stride, a.k_scale};
-  const Side value{a.value_cache, a.value_block_stride, a.value_page_stride, a.value_head_stride,
-                   a.v_scale};
-  cpu::parallel_for(a.tokens, 4 * sizeof(T) * a.heads * a.head_size, [&](int64_t t) {
-    const int64_t slot = a.slots[t];
-    if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
-    store_flash(a, key, static_cast<const T*>(a.key) + t * a.key_stride, slot);
-    store_flash(a, value, static_cast<const T*>(a.value) + t * a.value_stride, slot);
-  });
-}
-
-// One token into the packed layout; C is the item of the cache, `row` the converted elements.
 template <class C>
-void scatter_key(const ReshapeAndCacheArgs& a, const C* row, int64_t block, int64_t off) {
-  const int64_t chunks = a.head_size / a.x;
-  C* at = static_cast<C*>(a.key_cache) + (block * a.heads * chunks * a.block_size + off) * a.x;
-  for (int64_t c = 0; c < a.heads * chunks; ++c) {
-    std::memcpy(at + c * a.block_size * a.x, row + c * a.x, 16);
-  }
-}
-
-template <class C>
-void scatter_value(const ReshapeAndCacheArgs& a, const C* row, int64_t block, int64_t off) {
-  const int64_t n = a.heads * a.head_size;
-  C* at = static_cast<C*>(a.value_cache) + block * n * a.block_size;
-  if (!a.interleaved_v) {
-    for (int64_t i = 0; i < n; ++i) at[i * a.block_size + off] = row[i];
-    return;
-  }
-  at += off / a.x * a.head_size * a.x + off % a.x;
-  for (int64_t h = 0; h < a.heads; ++h) {
-    for (int64_t d = 0; d < a.head_size; ++d) {
-      at[h * a.head_size * a.block_size + d * a.x] = row[h * a.head_size + d];
+void scatter_keys(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
+  const int64_t chunks = a.heads * a.head_size / a.x;
+  C* at = static_cast<C*>(a.key_cache) + (t.block * chunks * a.block_size + t.off) * a.x;
+  for (int64_t c = 0; c < chunks; ++c, at += a.block_size * a.x) {
+    for (int64_t i = 0; i < t.count; ++i) {
+      std::memcpy(at + i * a.x, t.rows + i * t.stride + c * a.x, 16);
     }
+  }
+}
+
+template <class C>
+void scatter_values(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
+  constexpr int64_t kSide = 16 / sizeof(C);
+  const int64_t d = a.head_size, n = a.heads * d;
+  C* block = static_cast<C*>(a.value_cache) + t.block * n * a.block_size;
+  for (int64_t i = 0; i < t.count;) {
+    const int64_t off = t.off + i;
+    // Where the first item of a head goes, and how far apart its items are.
+    const int64_t step = a.interleaved_v ? kSide : a.block_size;
+    C* at = block + (a.interleaved_v ? off / kSide * d * kSide + off % kSide : off);
+    const C* row = t.rows + i * t.stride;
+    const bool square = t.count - i >= kSide && (!a.interleaved_v || off % kSide == 0);
+    for (int64_t h = 0; h < a.heads; ++h, at += d * a.block_size, row += d) {
+      int64_t j = 0;
+      if (square) {
+        for (; j + kSide <= d; j += kSide) transpose_square(at + j * step, step, row + j, t.stride);
+      }
+      for (; j < d; ++j) {
+        for (int64_t k = 0; k < (square ? kSide : 1); ++k) {
+          at[j * step + k] = row[k * t.stride + j];
+        }
+      }
+    }
+    i += square ? kSide : 1;
+  }
+}
+
+// How many of the tokens [t, end) follow each other in the block of token t.
+int64_t side_by_side(const ReshapeAndCacheArgs& a, int64_t t, int64_t end) {
+  end = std::min(end, t + a.block_size - a.slots[t] % a.block_size);
+  int64_t i = t + 1;
+  while (i < end && a.slots[i] == a.slots[i - 1] + 1) ++i;
+  return i - t;
+}
+
+// T is what the tokens hold, C what the cache does: the same for a copy.
+template <class T, class C>
+void write(const ReshapeAndCacheArgs& a, int64_t t, int64_t count) {
+  const int64_t n = a.heads * a.head_size;
+  const int64_t block = a.slots[t] / a.block_size, off = a.slots[t] % a.block_size;
+  const T* key = static_cast<const T*>(a.key) + t * a.key_stride;
+  const T* value = static_cast<const T*>(a.value) + t * a.value_stride;
+  if constexpr (std::is_same_v<T, C>) {
+    scatter_keys<C>(a, {key, a.key_stride, count, block, off});
+    scatter_values<C>(a, {value, a.value_stride, count, block, off});
+  } else {
+    thread_local std::vector<C> codes;
+    codes.resize(count * n);
+    for (int64_t i = 0; i < count; ++i) {
+      store_run(codes.data() + i * n, key + i * a.key_stride, n, a.format, *a.k_scale);
+    }
+    scatter_keys<C>(a, {codes.data(), n, count, block, off});
+    for (int64_t i = 0; i < count; ++i) {
+      store_run(codes.data() + i * n, value + i * a.value_stride, n, a.format, *a.v_scale);
+    }
+    scatter_values<C>(a, {codes.data(), n, count, block, off});
   }
 }
 
 template <class T, class C>
 void run(const ReshapeAndCacheArgs& a) {
-  const int64_t n = a.heads * a.head_size;
-  cpu::parallel_for(a.tokens, 4 * sizeof(T) * n, [&](int64_t t) {
-    const int64_t slot = a.slots[t];
-    if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
-    const int64_t block = slot / a.block_size, off = slot % a.block_size;
-    const T* key = static_cast<const T*>(a.key) + t * a.key_stride;
-    const T* value = static_cast<const T*>(a.value) + t * a.value_stride;
-    if (a.format == KvFormat::kCopy) {
-      scatter_key(a, reinterpret_cast<const C*>(key), block, off);
-      scatter_value(a, reinterpret_cast<const C*>(value), block, off);
-      return;
+  // A task is some tokens: enough for whole squares, few enough for every thread to have some.
+  const int64_t share = a.tokens >= 1024 ? 64 : 16;
+  const int64_t tasks = (a.tokens + share - 1) / share;
+  cpu::parallel_for(tasks, 4 * sizeof(T) * a.heads * a.head_size * share, [&](int64_t task) {
+    const int64_t end = std::min(a.tokens, (task + 1) * share);
+    for (int64_t t = task * share; t < end;) {
+      if (a.slots[t] < 0 || a.slots[t] >= a.num_blocks * a.block_size) {
+        ++t;
+        continue;
+      }
+      const int64_t count = side_by_side(a, t, end);
+      write<T, C>(a, t, count);
+      t += count;
     }
-    thread_local std::vector<uint8_t> codes;
-    codes.resize(n);
-    store_run(codes.data(), key, n, a.format, *a.k_scale);
-    scatter_key(a, reinterpret_cast<const C*>(codes.data()), block, off);
-    store_run(codes.data(), value, n, a.format, *a.v_scale);
-    scatter_value(a, reinterpret_cast<const C*>(codes.data()), block, off);
   });
 }
 
 }  // namespace
 
-void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Stream /*stream*/) {
-  with_float(a.dtype, [&](auto type) { run<decltype(type)>(a); });
-}
-
 void reshape_and_cache(const ReshapeAndCacheArgs& a, Stream /*stream*/) {
-  with_float(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    a.format == KvFormat::kCopy ? run<T, T>(a) : run<T, uint8_t>(a);
-  });
+  // Copies move bits: as integers, which vectors can be made of.
+  if (a.format == KvFormat::kCopy) {
+    return size_of(a.dtype) == 4 ? run<uint32_t, uint32_t>(a) : run<uint16_t, uint16_t>(a);
+  }
+  with_float(a.dtype, [&](auto type) { run<decltype(type), uint8_t>(a); });
 }
 
 }  // namespace kvcache

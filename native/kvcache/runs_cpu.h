@@ -1,48 +1,54 @@
 // Runs of elements on the CPU: copied, quantized or dequantized.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "prim/cpu_dispatch.h"
-#include "prim/cpu_floats.h"
+#include "prim/cpu_lanes.h"
 #include "prim/dtype.h"
 
 namespace kvcache {
 namespace {
 
-template <cpu::Fp8 kFormat, class T>
-VECTORISED void quantize_run(uint8_t* __restrict out, const T* __restrict x, int64_t n,
-                             float scale) {
-  for (int64_t i = 0; i < n; ++i) out[i] = cpu::to_fp8<kFormat>(cpu::to_float(x[i]) / scale);
+// 2^ceil(log2(x)) of a positive normal x: any mantissa bit carries into the exponent.
+ALWAYS_INLINE float power_of_two_at_least(float x) {
+  return cpu::float_of((cpu::bits_of(x) + 0x7fffffu) & 0x7f800000u);
 }
 
-template <cpu::Fp8 kFormat, class T>
-VECTORISED void dequantize_run(T* __restrict out, const uint8_t* __restrict codes, int64_t n,
-                               float scale) {
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = cpu::from_float<T>(cpu::from_fp8<kFormat>(codes[i]) * scale);
+// How the scale of a group follows from its largest magnitude.
+struct GroupScale {
+  bool least_after;   // the least scale is 1e-4 itself, else 1e-4 / 448
+  bool power_of_two;  // rounded up to one
+
+  float of(float largest) const {
+    const float scale =
+        least_after ? std::max(largest / 448.0f, 1e-4f) : std::max(largest, 1e-4f) / 448.0f;
+    return power_of_two ? power_of_two_at_least(scale) : scale;
   }
-}
+};
+
+#define LANES_KERNEL "kvcache/runs_lanes.h"
+#include "prim/cpu_each_isa.h"
 
 // n elements into a cache of the given format.
 template <class T>
 void store_run(void* out, const T* x, int64_t n, KvFormat format, float scale) {
   switch (format) {
     case KvFormat::kCopy:
-      std::memcpy(out, x, n * sizeof(T));
+      if (n > 0) std::memcpy(out, x, n * sizeof(T));  // nothing may have no address
       return;
     case KvFormat::kE4M3:
-      return quantize_run<cpu::Fp8::kE4M3>(static_cast<uint8_t*>(out), x, n, scale);
+      return PICK_ISA(quantize_run<cpu::Fp8::kE4M3, T>)(static_cast<uint8_t*>(out), x, n, scale);
     case KvFormat::kE5M2:
-      return quantize_run<cpu::Fp8::kE5M2>(static_cast<uint8_t*>(out), x, n, scale);
+      return PICK_ISA(quantize_run<cpu::Fp8::kE5M2, T>)(static_cast<uint8_t*>(out), x, n, scale);
   }
 }
 
 template <class T>
 void load_run(T* out, const uint8_t* codes, int64_t n, KvFormat format, float scale) {
-  format == KvFormat::kE5M2 ? dequantize_run<cpu::Fp8::kE5M2>(out, codes, n, scale)
-                            : dequantize_run<cpu::Fp8::kE4M3>(out, codes, n, scale);
+  format == KvFormat::kE5M2 ? PICK_ISA(dequantize_run<cpu::Fp8::kE5M2, T>)(out, codes, n, scale)
+                            : PICK_ISA(dequantize_run<cpu::Fp8::kE4M3, T>)(out, codes, n, scale);
 }
 
 inline int64_t cache_item(DType dtype, KvFormat format) {
@@ -60,23 +66,6 @@ void with_float(DType dtype, const F& f) {
     default:
       return f(cpu::BFloat16{});
   }
-}
-
-// 2^ceil(log2(x)) of a positive normal x: any mantissa bit carries into the exponent.
-ALWAYS_INLINE float power_of_two_at_least(float x) {
-  return cpu::float_of((cpu::bits_of(x) + 0x7fffffu) & 0x7f800000u);
-}
-
-// Largest magnitude; a NaN is passed over (the bits of a NaN lie above those of infinity).
-template <class T>
-VECTORISED float largest_magnitude(const T* x, int64_t n) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t u = cpu::bits_of(cpu::to_float(x[i])) & 0x7fffffffu;
-    const uint32_t seen = u > 0x7f800000u ? 0u : u;
-    largest = seen > largest ? seen : largest;
-  }
-  return cpu::float_of(largest);
 }
 
 }  // namespace

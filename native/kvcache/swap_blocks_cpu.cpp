@@ -16,6 +16,7 @@ void swap_blocks(const SwapBlocksArgs& a, Stream /*stream*/) {
 
 void swap_blocks_batch(const SwapBatchArgs& a, Stream /*stream*/) {
   cpu::parallel_for(a.n, 2 * (a.n > 0 ? a.sizes[0] : 1), [&](int64_t i) {
+    if (a.sizes[i] == 0) return;  // nothing may have no address
     std::memcpy(reinterpret_cast<void*>(a.dst_ptrs[i]),
                 reinterpret_cast<const void*>(a.src_ptrs[i]), a.sizes[i]);
   });

@@ -12,6 +12,8 @@ void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Ten
 }  // namespace
 }  // namespace kvcache_glue
 
+// Two ops write to addresses that a tensor holds. Their schemas mark that tensor as written: an op
+// that writes nothing and returns nothing is dropped by torch.compile.
 STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
   m.def(
       "reshape_and_cache(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, "
@@ -25,7 +27,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
       "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, "
       "str kv_cache_dtype, Tensor scale, bool skip_scale=False) -> ()");
   m.def(
-      "concat_and_cache_mla_grouped(Tensor kv_c, Tensor k_pe, Tensor kv_cache_ptrs, "
+      "concat_and_cache_mla_grouped(Tensor kv_c, Tensor k_pe, Tensor! kv_cache_ptrs, "
       "Tensor slot_mapping, int block_size, int block_stride, int entry_stride, "
       "Tensor? kv_scales=None, str kv_cache_dtype=\"auto\") -> ()");
   m.def(
@@ -53,7 +55,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
   m.def(
       "swap_blocks(Tensor src, Tensor! dst, int block_size_in_bytes, Tensor block_mapping) -> ()");
   m.def(
-      "swap_blocks_batch(Tensor src_ptrs, Tensor dst_ptrs, Tensor sizes, "
+      "swap_blocks_batch(Tensor src_ptrs, Tensor! dst_ptrs, Tensor sizes, "
       "bool is_src_access_order_any=False) -> ()");
 }
 

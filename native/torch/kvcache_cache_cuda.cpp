@@ -23,7 +23,7 @@ void swap_blocks_batch_cuda(const Tensor& src_ptrs, const Tensor& dst_ptrs, cons
 // own, which kvcache_ops.swap_blocks_batch calls once this process uses a GPU.
 STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
   m.def(
-      "swap_blocks_batch_cuda(Tensor src_ptrs, Tensor dst_ptrs, Tensor sizes, "
+      "swap_blocks_batch_cuda(Tensor src_ptrs, Tensor! dst_ptrs, Tensor sizes, "
       "bool is_src_access_order_any=False) -> ()");
 }
 

@@ -1,6 +1,7 @@
 // What the kvcache ops need of torch on the CPU: the argument checks and its thread pool.
 #include <torch/csrc/stable/ops.h>
 
+#include "prim/cpu_lanes.h"
 #include "prim/cpu_parallel.h"
 #include "torch/kvcache_checks.inc"
 
@@ -18,6 +19,22 @@ const uint8_t* host_pointer(const Checks& /*checks*/, const Arg& host) {
 }  // namespace kvcache_glue
 
 namespace cpu {
+namespace {
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return Isa::kAvx512;
+  if (__builtin_cpu_supports("x86-64-v3")) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+const Isa best = best_isa();
+
+}  // namespace
+
+Isa chosen_isa = best;
 
 void parallel_ranges(int64_t begin, int64_t end, int64_t grain,
                      void (*body)(void* context, int64_t begin, int64_t end), void* context) {
@@ -26,3 +43,11 @@ void parallel_ranges(int64_t begin, int64_t end, int64_t grain,
 }
 
 }  // namespace cpu
+
+// For tests: from now on no instruction set above `most` is used (1 portable, 2 AVX2, 3 AVX-512).
+// Returns the one that is.
+extern "C" __attribute__((visibility("default"))) int32_t kvcache_limit_isa(int32_t most) {
+  const auto wanted = static_cast<cpu::Isa>(most);
+  cpu::chosen_isa = wanted < cpu::best ? wanted : cpu::best;
+  return static_cast<int32_t>(cpu::chosen_isa);
+}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from cases_addresses import address_cases
 from cases_attention import attention_cases
 from cases_cache import cache_cases
 from cases_elementwise import elementwise_cases
+from cases_gather import gather_cases
 from ops_maker import Case
 
 
 def all_cases() -> list[Case]:
-    return [*elementwise_cases(), *cache_cases(), *attention_cases()]
+    """Those that run on every device."""
+    return [*elementwise_cases(), *cache_cases(), *gather_cases(), *attention_cases()]
 
 
-def sample(per_op: int) -> list[Case]:
+def cpu_cases() -> list[Case]:
+    """Those that run on the CPU alone too."""
+    return [*all_cases(), *address_cases()]
+
+
+def sample(per_op: int, cases: list[Case] | None = None) -> list[Case]:
     """A few cases of every op, spread over its list."""
     by_op: dict[str, list[Case]] = {}
-    for case in all_cases():
+    for case in all_cases() if cases is None else cases:
         by_op.setdefault(case.op, []).append(case)
     return [c for cases in by_op.values() for c in cases[:: max(1, len(cases) // per_op)]]

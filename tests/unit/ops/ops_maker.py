@@ -87,6 +87,18 @@ class Maker:
         return flat[: n * (width + pad)].view(n, width + pad)[:, :width].unflatten(1, shape)
 
 
+def pointing(m: Maker, memory: list[Tensor]) -> Tensor:
+    """The addresses of tensors, int64; they are kept alive, and compared, through it."""
+    addresses = m.ints([t.data_ptr() for t in memory])
+    addresses.behind = memory  # type: ignore[attr-defined]
+    return addresses
+
+
+def behind(x: Tensor) -> list[Tensor]:
+    """The tensors that a tensor of addresses points to; empty for any other."""
+    return getattr(x, "behind", [])
+
+
 def storage(t: Tensor) -> Tensor:
     """All memory behind a tensor, in its dtype."""
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())

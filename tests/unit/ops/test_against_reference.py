@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from ops_cases import all_cases, sample
+from ops_cases import cpu_cases, sample
 from ops_checks import check
-from ops_maker import Case, storage
+from ops_maker import Case, behind, storage
 
 import kvcache_ops
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
 
-@pytest.mark.parametrize("case", all_cases(), ids=str)
+from bench_ops_cpu_case import BF16
+from bench_ops_cpu_cases import cases
+
+
+@pytest.mark.parametrize("case", cpu_cases(), ids=str)
 def test_against_reference(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("case", sample(8), ids=str)
+@pytest.mark.parametrize("case", sample(8, cpu_cases()), ids=str)
 def test_same_bits_for_any_number_of_threads(case: Case) -> None:
     results = []
     threads = torch.get_num_threads()
@@ -30,5 +39,40 @@ def test_same_bits_for_any_number_of_threads(case: Case) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         for name, value in results[0].items():
-            a, b = storage(value).view(torch.uint8), storage(other[name]).view(torch.uint8)
-            assert torch.equal(a, b), f"{case}: {name} depends on the number of threads"
+            pairs = zip(behind(value) or [value], behind(other[name]) or [other[name]], strict=True)
+            for a, b in pairs:
+                same = torch.equal(storage(a).view(torch.uint8), storage(b).view(torch.uint8))
+                assert same, f"{case}: {name} depends on the number of threads"
+
+
+def larger_cases() -> list[Any]:
+    """Every op on inputs that are worth several threads: those of the benchmark at 64 tokens."""
+    torch.manual_seed(0)
+    return list(cases(64, BF16))
+
+
+def test_same_bits_for_any_number_of_threads_on_larger_inputs() -> None:
+    threads, seen = torch.get_num_threads(), set()
+    for case in larger_cases():
+        tensors = {**case.tensors, **(case.other or {})}
+        begin = {k: v.clone() for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        results = []
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                for name, value in begin.items():
+                    tensors[name].copy_(value)
+                case.ours(**case.tensors)
+                results.append([tensors[name].clone() for name in case.written])
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), case.op
+        seen.add(case.op)
+    assert seen == set(kvcache_ops.__all__)
+
+
+def test_every_instruction_set(instruction_set: int) -> None:
+    for case in sample(12, cpu_cases()):
+        check(case)

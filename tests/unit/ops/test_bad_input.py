@@ -3,15 +3,18 @@ has been written."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from ops_cases import all_cases
-from ops_maker import Args, Case, storage
+from ops_cases import cpu_cases
+from ops_maker import Args, Case, behind, storage
 from torch import Tensor
 
 import kvcache_ops
+from kvcache_ops import _native
 
 
 def wrong_dtype(t: Tensor) -> Tensor:
@@ -32,7 +35,12 @@ def wrong_size(t: Tensor) -> Tensor:
     return t.narrow(-1, 0, t.shape[-1] - 1)
 
 
+def wrong_device(t: Tensor) -> Tensor:
+    return t.to("meta")
+
+
 MUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "device": wrong_device,
     "dtype": wrong_dtype,
     "rank": wrong_rank,
     "stride": wrong_stride,
@@ -81,12 +89,33 @@ ONE_OF_EACH = {
     "cp_gather_indexer_k_quant_cache": "60-4-64-32",
     "swap_blocks": "7-24",
     "merge_attn_states": "float32-7-4-128-0",
+    "paged_attention": "bfloat16-fp8-HND-38-6-6-16-128",
+    "paged_attention_v1": "float32-fp8-38-8-2-32-45",
+    "paged_attention_v2": "float32-fp8-38-8-2-32-45",
+    "concat_and_cache_mla_grouped": "3-5-3-16-512-64-fp8-scaled",
+    "swap_blocks_batch": "7-24",
+}
+
+# Where two arguments contradict each other the error may name the other one; and the schema calls
+# some arguments otherwise than the Python function.
+ALSO_NAMED = {
+    ("rms_norm", "out"): ("result",),
+    ("convert_fp8", "output"): ("dst_cache", "input"),
+    ("convert_fp8", "input"): ("src_cache", "output"),
+    ("concat_and_cache_mla", "kv_c"): ("kv_cache",),
+    ("concat_and_cache_mla", "k_pe"): ("kv_cache",),
+    ("concat_and_cache_mla_rope_fused", "kv_c"): ("kv_cache",),
+    ("concat_and_cache_mla_rope_fused", "k_pe"): ("kv_cache",),
+    ("cp_gather_and_upconvert_fp8_kv_cache", "device_row_ids"): ("host_row_ids",),
+    ("cp_gather_indexer_k_quant_cache", "dst_scale"): ("kv_cache",),
+    ("gather_and_maybe_dequant_cache", "src_cache"): ("dst",),
+    ("swap_blocks", "block_size_in_bytes"): ("block_mapping",),
 }
 
 
 def base_cases() -> list[Case]:
     chosen: dict[str, Case] = {}
-    for case in all_cases():
+    for case in cpu_cases():
         wanted = ONE_OF_EACH.get(case.op)
         if case.name == wanted or (wanted is None and case.op not in chosen):
             chosen[case.op] = case
@@ -94,14 +123,19 @@ def base_cases() -> list[Case]:
 
 
 def assert_refused(case: Case, args: Args, argument: str) -> None:
-    before = {k: storage(v).clone() for k, v in args.items() if isinstance(v, Tensor)}
+    watched = {k: v for k, v in args.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
+    for k, v in list(watched.items()):
+        watched.update({f"{k}[{i}]": t for i, t in enumerate(behind(v))})
+    before = {k: storage(v).clone() for k, v in watched.items()}
     with pytest.raises(RuntimeError) as caught:
         getattr(kvcache_ops, case.op)(**args)
     message = str(caught.value).split("Exception raised")[0]
     assert f"{case.op}(" in message, message
+    named = {argument, *ALSO_NAMED.get((case.op, argument), ())}
+    assert any(re.search(rf"\b{n}\b", message) for n in named), f"{argument}: {message}"
     assert "given" in message and "accepted" in message, message
     for name, memory in before.items():
-        same = torch.equal(storage(args[name]).view(torch.uint8), memory.view(torch.uint8))
+        same = torch.equal(storage(watched[name]).view(torch.uint8), memory.view(torch.uint8))
         assert same, f"{case}: {name} was written although {argument} was refused"
 
 
@@ -150,7 +184,27 @@ SCALARS = [
     ("merge_attn_states", "prefill_tokens_with_context", -1),
     ("merge_attn_states", "prefill_tokens_with_context", 99),
     ("merge_attn_states", "output_scale", torch.ones(1)),
+    ("concat_and_cache_mla_grouped", "block_size", 0),
+    ("concat_and_cache_mla_grouped", "block_stride", -1),
+    ("concat_and_cache_mla_grouped", "entry_stride", 575),
+    ("paged_attention_v2", "block_size", 5),
 ]
+# Right whatever their value is.
+ANY_VALUE = {
+    "epsilon",
+    "is_neox",
+    "inverse",
+    "alpha",
+    "limit",
+    "threshold",
+    "skip_scale",
+    "is_src_access_order_any",
+    "scale",  # of convert_fp8 and of the logits
+    "tp_rank",
+    "blocksparse_local_blocks",
+    "blocksparse_vert_stride",
+    "blocksparse_head_sliding_step",
+}
 
 
 @pytest.mark.parametrize(("op", "name", "value"), SCALARS, ids=str)
@@ -163,6 +217,42 @@ def test_wrong_scalar(op: str, name: str, value: object) -> None:
         args = case.args()
         args[name] = value
         assert_refused(case, args, name)
+
+
+def test_interleaved_values_need_whole_chunks() -> None:
+    case = next(c for c in cpu_cases() if c.op == "reshape_and_cache" and "fp8" in c.name)
+    args = case.args()
+    for name in ("key_cache", "value_cache"):  # blocks of 8, where 16 codes lie together
+        args[name] = args[name].narrow(3, 0, 8).contiguous()
+    args["interleaved_v"] = True
+    assert_refused(case, args, "interleaved_v")
+
+
+def test_sparse_block_that_no_cache_block_divides() -> None:
+    for op in ("paged_attention_v1", "paged_attention_v2"):
+        case = next(c for c in base_cases() if c.op == op)
+        args = dict(case.args(), blocksparse_vert_stride=2, blocksparse_block_size=5)
+        assert_refused(case, args, "blocksparse_block_size")
+
+
+def test_every_argument_of_every_op_is_wrong_once() -> None:
+    bases, mutated = base_cases(), wrong_arguments()
+    assert {case.op for case in bases} == set(kvcache_ops.__all__)
+    tried = {(c.op, name) for c, name, _ in mutated}
+    tried |= {(c.op, n) for o, n, _ in SCALARS for c in bases if o in ("*", c.op)}
+    # These in tests of their own:
+    tried |= {(op, "blocksparse_block_size") for op in ("paged_attention_v1", "paged_attention_v2")}
+    tried.add(("reshape_and_cache", "interleaved_v"))
+    for case in bases:
+        args = case.args()
+        for name in inspect.signature(getattr(kvcache_ops, case.op)).parameters:
+            assert (case.op, name) in tried or name in ANY_VALUE, f"{case.op}({name})"
+            value = args.get(name)
+            if isinstance(value, Tensor):
+                kinds = {m for c, n, m in mutated if (c.op, n) == (case.op, name)}
+                kinds |= {m for o, n, m in ACCEPTED if o in ("*", case.op) and n == name}
+                expected = set(MUTATIONS) - ({"size", "stride"} if value.numel() == 1 else set())
+                assert kinds >= expected, f"{case.op}({name}): {expected - kinds}"
 
 
 def test_swap_blocks_refuses_overlap() -> None:
@@ -186,8 +276,6 @@ def test_swap_blocks_batch_refuses() -> None:
 
 
 def test_slots_past_the_cache_raise_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvcache_ops import _native
-
     _native._load("cpu")
     monkeypatch.setattr(_native, "_check_slots", True)
     k, one = torch.zeros(2, 1, 8), torch.ones(1)

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import kvcache_ops
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -29,3 +33,13 @@ def test_importing_loads_no_library() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", kvcache_ops.__all__)
+def test_page_says_everything_of_every_op(name: str) -> None:
+    text = (ROOT / "docs" / "ops.md").read_text()
+    section = text.split(f"\n### {name}\n")[1].split("\n##")[0]
+    assert f"kvcache_ops::{name}(" in section  # the schema
+    for part in ("**Args**", "Layout", "**Raises**", "\nSource: ", "```python\n>>> "):
+        assert part in section, part
+    assert section.count("```") == 6, "schema, layout and example are closed"

@@ -107,3 +107,34 @@ def test_random_floats_against_torch(kv_dtype: str, fmt: torch.dtype, scale: flo
     back = torch.empty_like(x)
     kvcache_ops.convert_fp8(back, out, scale, kv_dtype)
     assert torch.equal(back, out.view(fmt).half().float() * s)
+
+
+@pytest.mark.parametrize(("kv_dtype", "fmt"), FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 0.37, 2.0**-20, 3e4])
+def test_every_16_bit_float_against_torch(
+    instruction_set: int, kv_dtype: str, fmt: torch.dtype, dtype: torch.dtype, scale: float
+) -> None:
+    """All 65536 of them: ties, subnormals, infinities and NaN with either sign among them."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype)
+    largest = torch.finfo(fmt).max
+    quotient = x.float() / torch.tensor(scale, dtype=torch.float32)
+    expected = quotient.clamp(-largest, largest).to(fmt).view(torch.uint8)
+    nan = torch.where(bits < 0, 0xFF, 0x7F).to(torch.uint8)
+    expected = torch.where(x.isnan(), nan, expected)
+    out = torch.empty(x.numel(), dtype=torch.uint8)
+    kvcache_ops.convert_fp8(out, x, scale, kv_dtype)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("kv_dtype", "fmt"), FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_code_with_a_scale(
+    instruction_set: int, kv_dtype: str, fmt: torch.dtype, dtype: torch.dtype
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    out = torch.empty(256, dtype=dtype)
+    kvcache_ops.convert_fp8(out, codes, 0.37, kv_dtype)
+    expected = (codes.view(fmt).float() * torch.tensor(0.37, dtype=torch.float32)).to(dtype)
+    assert same(out, expected)

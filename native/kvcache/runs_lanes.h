@@ -1,0 +1,103 @@
+// Runs of elements quantized and dequantized, for one instruction set (see prim/cpu_lanes.h).
+
+// 2 * kWidth codes out of a pair, in the order of the items.
+template <class T>
+LANES void store_code_pair(uint8_t* at, Words a, Words b) {
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
+    const Shorts both = narrow(a | b << 8);
+    std::memcpy(at, &both, sizeof both);
+  } else {
+    store_codes(at, a);
+    store_codes(at + kWidth, b);
+  }
+}
+
+template <class T>
+LANES void load_code_pair(const uint8_t* at, Words* a, Words* b) {
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {
+    const Words both = widen(load_as<Shorts>(at));
+    *a = both & 0xffu, *b = both >> 8;
+  } else {
+    *a = load_codes(at), *b = load_codes(at + kWidth);
+  }
+}
+
+// kInverse: `scale` is the reciprocal of the scale, exact.
+template <cpu::Fp8 kFormat, bool kInverse, class T>
+LANES void quantize_pair(uint8_t* out, const T* x, Floats scale) {
+  const Pair v = load_pair(x);
+  const Floats a = kInverse ? v.a * scale : v.a / scale, b = kInverse ? v.b * scale : v.b / scale;
+  store_code_pair<T>(out, to_fp8<kFormat>(a), to_fp8<kFormat>(b));
+}
+
+template <cpu::Fp8 kFormat, bool kInverse, class T>
+LANES void quantize_all(uint8_t* out, const T* x, int64_t n, Floats scale) {
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    quantize_pair<kFormat, kInverse>(out + i, x + i, scale);
+  }
+  if (i == n) return;
+  T in[2 * kWidth] = {};
+  uint8_t codes[2 * kWidth];
+  std::memcpy(in, x + i, (n - i) * sizeof(T));
+  quantize_pair<kFormat, kInverse>(codes, in, scale);
+  std::memcpy(out + i, codes, n - i);
+}
+
+template <cpu::Fp8 kFormat, class T>
+void quantize_run(uint8_t* out, const T* x, int64_t n, float scale) {
+  // By a power of two one may as well multiply: the same quotient, a good deal sooner.
+  const uint32_t bits = cpu::bits_of(scale), exponent = bits >> 23;
+  if ((bits & 0x7fffffu) == 0 && exponent > 27 && exponent < 227) {
+    quantize_all<kFormat, true>(out, x, n, splat(1.0f / scale));
+  } else {
+    quantize_all<kFormat, false>(out, x, n, splat(scale));
+  }
+}
+
+template <cpu::Fp8 kFormat, class T>
+LANES void dequantize_pair(T* out, const uint8_t* codes, Floats scale) {
+  Words a, b;
+  load_code_pair<T>(codes, &a, &b);
+  store_pair(out, Pair{from_fp8<kFormat>(a) * scale, from_fp8<kFormat>(b) * scale});
+}
+
+template <cpu::Fp8 kFormat, class T>
+void dequantize_run(T* out, const uint8_t* codes, int64_t n, float scale) {
+  const Floats s = splat(scale);
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) dequantize_pair<kFormat>(out + i, codes + i, s);
+  if (i == n) return;
+  uint8_t in[2 * kWidth] = {};
+  T result[2 * kWidth];
+  std::memcpy(in, codes + i, n - i);
+  dequantize_pair<kFormat>(result, in, s);
+  std::memcpy(out + i, result, (n - i) * sizeof(T));
+}
+
+// Largest magnitude; a NaN is passed over (its bits lie above those of infinity). n is a multiple
+// of 32.
+template <class T>
+LANES float largest_magnitude(const T* x, int64_t n) {
+  Words largest = {};
+  for (int64_t i = 0; i < n; i += 2 * kWidth) {
+    const Pair v = load_pair(x + i);
+    for (const Floats half : {v.a, v.b}) {
+      const Words u = (Words)half & 0x7fffffffu;
+      const Words seen = u > 0x7f800000u ? Words{} : u;
+      largest = seen > largest ? seen : largest;
+    }
+  }
+  return cpu::float_of(largest_of(largest));
+}
+
+// Groups of n items to e4m3 codes, each with the scale that its largest magnitude asks for. First
+// all scales, then all codes, so that the groups do not wait for each other.
+template <class T>
+void quantize_groups(uint8_t* codes, float* scales, const T* x, int64_t groups, int64_t n,
+                     GroupScale rule) {
+  for (int64_t g = 0; g < groups; ++g) scales[g] = rule.of(largest_magnitude(x + g * n, n));
+  for (int64_t g = 0; g < groups; ++g) {
+    quantize_run<cpu::Fp8::kE4M3>(codes + g * n, x + g * n, n, scales[g]);
+  }
+}

@@ -1,0 +1,77 @@
+"""Run by test_sanitizers.py in a process with AddressSanitizer's runtime: the ops of a library.
+
+sanitized_run.py LIBRARY cases | refused | planted-address | planted-undefined
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from ops_cases import cpu_cases, sample
+from ops_checks import check
+from ops_maker import Maker
+
+import kvcache_ops
+from communicators import native
+
+
+def cases(library: str) -> None:
+    """A slice of the cases of every op, on every instruction set, against the reference."""
+    limit, done, ops = ctypes.CDLL(library).kvcache_limit_isa, 0, set()
+    for level, of_each in ((1, 4), (2, 4), (3, 10)):
+        if limit(level) != level:
+            continue
+        for case in sample(of_each, cpu_cases()):
+            check(case)
+            done, ops = done + 1, ops | {case.op}
+    print(f"{done} cases of {len(ops)} ops")
+
+
+def refused(library: str) -> None:
+    """Each argument wrong once: what is refused must not be looked at too closely either."""
+    from test_bad_input import MUTATIONS, assert_refused, wrong_arguments
+
+    found = wrong_arguments()
+    for case, name, mutation in found:
+        args = case.args()
+        args[name] = MUTATIONS[mutation](args[name])
+        assert_refused(case, args, name)
+    print(f"{len(found)} refusals")
+
+
+def grouped(slot: int, block_stride: int) -> None:
+    """An op that takes addresses: nobody can check that a slot lies in its cache."""
+    m = Maker(1, torch.device("cpu"))
+    cache = torch.zeros(4 * 8, dtype=torch.uint8)
+    kvcache_ops.concat_and_cache_mla_grouped(
+        m.normal(1, 1, 6, dtype=torch.bfloat16),
+        m.normal(1, 1, 2, dtype=torch.bfloat16),
+        torch.tensor([cache.data_ptr()]),
+        torch.tensor([[slot]]),
+        4,
+        block_stride,
+        8,
+        None,
+        "fp8",
+    )
+    print("nothing was reported")
+
+
+def main() -> None:
+    library, what = sys.argv[1:]
+    native.library_path = lambda name: Path(library)
+    if what == "planted-address":
+        grouped(slot=4, block_stride=32)  # one past the cache
+    elif what == "planted-undefined":
+        grouped(slot=16, block_stride=1 << 62)  # 4 * 2^62 is no int64
+    else:
+        {"cases": cases, "refused": refused}[what](library)
+
+
+if __name__ == "__main__":
+    main()
