@@ -36,8 +36,8 @@ template <class T>
 void store_run(void* out, const T* x, int64_t n, KvFormat format, float scale) {
   switch (format) {
     case KvFormat::kCopy:
-      if (n > 0) std::memcpy(out, x, n * sizeof(T));  // nothing may have no address
-      return;
+      return PICK_ISA(copy_run)(static_cast<char*>(out), reinterpret_cast<const char*>(x),
+                                n * static_cast<int64_t>(sizeof(T)));
     case KvFormat::kE4M3:
       return PICK_ISA(quantize_run<cpu::Fp8::kE4M3, T>)(static_cast<uint8_t*>(out), x, n, scale);
     case KvFormat::kE5M2:

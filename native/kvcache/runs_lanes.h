@@ -1,5 +1,23 @@
 // Runs of elements quantized and dequantized, for one instruction set (see prim/cpu_lanes.h).
 
+// A copy in stores of whole vectors at their own alignment: with 64 bytes a whole cache line each,
+// which need not be read first. From 4 KB on the C library knows that too.
+inline void copy_run(char* out, const char* in, int64_t bytes) {
+  constexpr int64_t kBytes = sizeof(Words);
+  if (bytes < 4 * kBytes || bytes >= 4096) {
+    if (bytes > 0) std::memcpy(out, in, bytes);  // nothing may have no address
+    return;
+  }
+  const Words first = load_as<Words>(in), last = load_as<Words>(in + bytes - kBytes);
+  std::memcpy(out, &first, kBytes);
+  int64_t i = kBytes - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kBytes);
+  for (; i + kBytes <= bytes; i += kBytes) {
+    const Words v = load_as<Words>(in + i);
+    std::memcpy(__builtin_assume_aligned(out + i, kBytes), &v, kBytes);
+  }
+  std::memcpy(out + bytes - kBytes, &last, kBytes);
+}
+
 // 2 * kWidth codes out of a pair, in the order of the items.
 template <class T>
 LANES void store_code_pair(uint8_t* at, Words a, Words b) {
