@@ -1,8 +1,7 @@
 // All-reduce of two ranks by the copy engines, for large messages: peer copies move the data,
 // faster than stores of the multiprocessors and without them, and one small kernel adds what has
 // landed. The message is cut into chunks, which go round a ring in the peer's bulk region; two copy
-// streams
-// ("lanes") take them in turn, so that the link is busy while one lane signals and waits.
+// streams ("lanes") take them in turn, so that the link is busy while one lane signals and waits.
 //
 //   main stream   [begin] --------------- [add, the whole call long] ------------ join
 //   lane k          \-- [turn 0][copy][turn 1][copy] ... [turn n] ---------------/

@@ -4,6 +4,7 @@
 
 #include "collectives/communicator.h"
 #include "collectives/dispatch.h"
+#include "prim/gpu_launch.h"
 
 namespace collectives {
 namespace {
@@ -42,9 +43,7 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
   ws_.finish();
   tuning_ = default_tuning(ws_.world);
   GPU_CHECK(GPU_NAME(GetDevice)(&device_));
-  int major = 0;
-  GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-  programmatic_launch_ = major >= 9;
+  programmatic_launch_ = gpu::has_dependent_launch(device_);
   void* pinned = nullptr;
   GPU_CHECK(GPU_NAME(HostAlloc)(&pinned, sizeof(gpu::SpinReport), cudaHostAllocMapped));
   report_ = new (pinned) gpu::SpinReport{};

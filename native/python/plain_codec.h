@@ -93,6 +93,8 @@ class PlainDecoder {
 
   PyObject* value();
   PyObject* key();
+  template <auto kNew, auto kSetItem>
+  PyObject* sequence(size_t count);
   PyObject* list(size_t count);
   PyObject* tuple(size_t count);
   PyObject* dict(size_t count);

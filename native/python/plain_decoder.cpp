@@ -144,10 +144,11 @@ PyObject* PlainDecoder::key() {
   return object;
 }
 
-PyObject* PlainDecoder::list(size_t count) {
+template <auto kNew, auto kSetItem>
+PyObject* PlainDecoder::sequence(size_t count) {
   // Each value takes a byte at least: no size that is wrong asks for much memory.
   if (!left(count) || depth_ == kMaxDepth) return malformed();
-  PyObject* made = PyList_New(static_cast<Py_ssize_t>(count));
+  PyObject* made = kNew(static_cast<Py_ssize_t>(count));
   if (made == nullptr) return nullptr;
   ++depth_;
   for (size_t i = 0; i < count; ++i) {
@@ -156,27 +157,16 @@ PyObject* PlainDecoder::list(size_t count) {
       Py_DECREF(made);
       return nullptr;
     }
-    PyList_SetItem(made, static_cast<Py_ssize_t>(i), item);
+    kSetItem(made, static_cast<Py_ssize_t>(i), item);
   }
   --depth_;
   return made;
 }
 
+PyObject* PlainDecoder::list(size_t count) { return sequence<PyList_New, PyList_SetItem>(count); }
+
 PyObject* PlainDecoder::tuple(size_t count) {
-  if (!left(count) || depth_ == kMaxDepth) return malformed();
-  PyObject* made = PyTuple_New(static_cast<Py_ssize_t>(count));
-  if (made == nullptr) return nullptr;
-  ++depth_;
-  for (size_t i = 0; i < count; ++i) {
-    PyObject* item = value();
-    if (item == nullptr) {
-      Py_DECREF(made);
-      return nullptr;
-    }
-    PyTuple_SetItem(made, static_cast<Py_ssize_t>(i), item);
-  }
-  --depth_;
-  return made;
+  return sequence<PyTuple_New, PyTuple_SetItem>(count);
 }
 
 PyObject* PlainDecoder::dict(size_t count) {
