@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import re
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -81,6 +85,35 @@ def load(name: str) -> Path:
         _load(path)
         return path
     raise ValueError(f"no native library is named {name!r}; there are 'cpu' and 'cuda'")
+
+
+@functools.cache
+def python_module(name: str) -> ModuleType | None:
+    """A Python module that the CPU library holds (native/python); None where it cannot be had.
+
+    That is where the interpreter has no lock (its free-threaded builds load no modules of the
+    limited API), and where the library was compiled without Python's headers. NativeLibraryError
+    when it is of another version or broken.
+    """
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None
+    path = str(load("cpu"))
+    if not hasattr(ctypes.PyDLL(path), f"PyInit_{name}"):
+        return None
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    try:
+        loaded = importlib.util.module_from_spec(spec)
+        loader.exec_module(loaded)
+    except ImportError as error:
+        raise NativeLibraryError(f"{path} holds no {name} for this Python: {error}") from error
+    if loaded.version != __version__:
+        raise NativeLibraryError(
+            f"{path} is version {loaded.version}, and the Python package is {__version__}; "
+            "install or compile it again"
+        )
+    return loaded
 
 
 _TAGGED = re.compile(r"(\w+): (.*)", re.DOTALL)

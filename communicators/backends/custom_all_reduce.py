@@ -32,9 +32,6 @@ from ..workspace import LAYOUT, SharedBuffer
 
 WORLD_SIZES = (2, 4, 6, 8)
 
-_CODES = custom_ar.DTYPES
-_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a CPU build has none
-
 
 class CustomAllreduce(Communicator):
     """All-reduce, all-gather and reduce-scatter over NVLink, for the GPUs of one node.
@@ -80,8 +77,9 @@ class CustomAllreduce(Communicator):
         self._in_capture = False
         self._captured = 0
         self._captured_ever = False
-        self._fast = False  # live, and a call needs neither counting nor comparing
-        self._c_all_reduce: Any = None
+        #: (inp, out) -> status, while live and while calls need neither counting nor comparing.
+        self._fast: custom_ar.AllReduceCall | None = None
+        self._plain_call: custom_ar.AllReduceCall | None = None
         ranks = Group.of(group)
         if verdict is None and ranks.world_size in WORLD_SIZES:
             verdict = p2p.group_verdict(ranks, device)
@@ -127,8 +125,10 @@ class CustomAllreduce(Communicator):
         with torch.cuda.device(self.device):
             self._handle = self._library.create(self._buffer.pointers, self.group.rank, LAYOUT)
         self.set_timeout(self.settings.timeout_s)
-        self._c_all_reduce = self._library.all_reduce
-        self._fast = not self.settings.debug
+        self._plain_call = self._library.all_reduce_call(
+            self._handle, torch.empty(1, device=self.device)
+        )
+        self._fast = None if self.settings.debug else self._plain_call
 
     def run(
         self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
@@ -136,13 +136,12 @@ class CustomAllreduce(Communicator):
         if not self._handle:
             self.require_live()
         assert out is not None and inp is not None
-        if op == "all_reduce":
-            if not (inp.is_contiguous() and out.is_contiguous()):
-                self._check_tensors(op, inp, out)
-            self.all_reduce(inp, out=out)
+        if op == "all_reduce" and self._launched(inp, out):
             return
         self._check_tensors(op, inp, out)
-        if op == "all_gather":
+        if op == "all_reduce":
+            self._all_reduce(inp, out)
+        elif op == "all_gather":
             self._all_gather(inp, out)
         elif op == "reduce_scatter":
             self._reduce_scatter(inp, out)
@@ -151,7 +150,7 @@ class CustomAllreduce(Communicator):
 
     def release(self) -> None:
         library, handle, buffer = self._library, self._handle, self._buffer
-        self._handle, self._buffer, self._fast = 0, None, False
+        self._handle, self._buffer, self._fast = 0, None, None
         if handle:
             assert library is not None
             if self._captured_ever:
@@ -163,6 +162,15 @@ class CustomAllreduce(Communicator):
             library.destroy(handle)
         if buffer is not None:
             buffer.close()
+
+    def _launched(self, inp: torch.Tensor, out: torch.Tensor) -> bool:
+        """An all-reduce of tensors as they mostly come; False, with nothing done, for others."""
+        if self._fast is None or torch.compiler.is_compiling():
+            return False
+        status = self._fast(inp, out)
+        if status > 0:
+            self._library.fail(status)  # type: ignore[union-attr]
+        return status == 0
 
     # The collectives, on checked tensors.
 
@@ -178,7 +186,7 @@ class CustomAllreduce(Communicator):
             inp.data_ptr(),
             out.data_ptr(),
             inp.nbytes,
-            _stream(self._index),
+            custom_ar.current_stream(self._index),
         )
         if status:
             self._library.fail(status)  # type: ignore[union-attr]
@@ -191,7 +199,7 @@ class CustomAllreduce(Communicator):
         if self._in_capture or self.settings.debug:
             self._before_call("all_gather", inp)
         assert self._library is not None
-        stream = _stream(self._index)
+        stream = custom_ar.current_stream(self._index)
         self._library.check(
             self._library.all_gather(
                 self._handle, inp.data_ptr(), out.data_ptr(), inp.nbytes, stream
@@ -207,7 +215,7 @@ class CustomAllreduce(Communicator):
             self._before_call("reduce_scatter", inp)
         assert self._library is not None
         code = custom_ar.DTYPES[inp.dtype]
-        stream = _stream(self._index)
+        stream = custom_ar.current_stream(self._index)
         self._library.check(
             self._library.reduce_scatter(
                 self._handle, code, inp.data_ptr(), out.data_ptr(), out.nbytes, stream
@@ -269,30 +277,8 @@ class CustomAllreduce(Communicator):
 
         `registered` is accepted and changes nothing: inputs are always read where they lie.
         """
-        if self._fast and not torch.compiler.is_compiling():
-            # The common case, with nothing on the way that costs a microsecond.
-            code = _CODES.get(inp.dtype)
-            if code is not None and inp.get_device() == self._index and inp.is_contiguous():
-                if out is None:
-                    out = torch.empty_like(inp)
-                elif not self._fits(inp, out):
-                    return self._all_reduce_checked(inp, out)
-                status = self._c_all_reduce(
-                    self._handle, code, inp.data_ptr(), out.data_ptr(), inp.nbytes,
-                    _stream(self._index),
-                )  # fmt: skip
-                if status:
-                    self._library.fail(status)  # type: ignore[union-attr]
-                return out
-        return self._all_reduce_checked(inp, out)
-
-    def _fits(self, inp: torch.Tensor, out: torch.Tensor) -> bool:
-        return (
-            out.dtype is inp.dtype
-            and out.get_device() == self._index
-            and out.is_contiguous()
-            and out.numel() == inp.numel()
-        )
+        target = torch.empty_like(inp) if out is None else out
+        return target if self._launched(inp, target) else self._all_reduce_checked(inp, out)
 
     def _all_reduce_checked(
         self, inp: torch.Tensor, out: torch.Tensor | None = None
@@ -352,12 +338,12 @@ class CustomAllreduce(Communicator):
         At its end, if the capture succeeded, the ranks compare how many calls each has captured:
         CommMismatchError otherwise, since replays would wait for calls that never come.
         """
-        self._in_capture, self._fast = True, False
+        self._in_capture, self._fast = True, None
         try:
             yield
         finally:
             self._in_capture = False
-            self._fast = bool(self._handle) and not self.settings.debug
+            self._fast = self._plain_call if self._handle and not self.settings.debug else None
         if not self.disabled:
             self.register_graph_buffers()
 

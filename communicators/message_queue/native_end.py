@@ -11,49 +11,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
-import importlib.util
 import pickle
-import sysconfig
 import threading
 from collections import deque
 from types import ModuleType
 from typing import Any
 
-from .. import __version__, native
-from ..errors import NativeLibraryError
+from .. import native
 from . import plain
 from .codec import cannot_unpickle
 from .ends import RingReader, RingWriter
 from .native_ring import CANCELLED, EMPTY, IN_PLACE, INLINE, MESSAGE, READY, api
 
-_MODULE = "_native_queue"
 #: What put() and try_put() say: to be pickled, sent, no slot is free, another thread is inside.
 OTHERWISE, SENT, FULL, BUSY = range(4)
 
 
-@functools.cache
 def module() -> ModuleType | None:
     """The native module; None where it cannot be had. NativeLibraryError if it is broken."""
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return None
-    path = str(native.load("cpu"))
-    if not hasattr(ctypes.PyDLL(path), f"PyInit_{_MODULE}"):
-        return None
-    loader = importlib.machinery.ExtensionFileLoader(_MODULE, path)
-    spec = importlib.util.spec_from_file_location(_MODULE, path, loader=loader)
-    assert spec is not None
-    try:
-        loaded = importlib.util.module_from_spec(spec)
-        loader.exec_module(loaded)
-    except ImportError as error:
-        raise NativeLibraryError(f"{path} holds no module for this Python: {error}") from error
-    if loaded.version != __version__:
-        raise NativeLibraryError(
-            f"{path} is version {loaded.version}, and the Python package is {__version__}; "
-            "install or compile it again"
-        )
-    return loaded
+    return native.python_module("_native_queue")
 
 
 def writer_end(writer: RingWriter, is_only: bool) -> Any:

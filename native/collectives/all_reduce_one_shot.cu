@@ -43,7 +43,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   // put them off until they are needed; but not across a branch on them.
   if (all == 0) return;
   gpu::dependency_wait();
-  gpu::launch_dependents();
   uint4 own = {};
   if (inside) own = *inp;
   if (!call.enter()) return;
@@ -54,6 +53,8 @@ __global__ void __launch_bounds__(kMaxThreads)
       gpu::send_marked(reinterpret_cast<uint4*>(theirs[turn] + slot), own);
     }
   }
+  // Blocks of the next kernel that start sooner get in the way of these stores.
+  gpu::launch_dependents();
   call.settle(ws);
   if (inside) {
     ours += slot;

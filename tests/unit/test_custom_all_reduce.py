@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from communicators import allreduce
+from communicators import allreduce, native
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.base import Refusal
 from communicators.bindings import collectives_library, custom_ar
@@ -39,8 +40,12 @@ EXPORT int communicators_ar_create(void** h, const uint64_t* bases, int world, i
   return 0;
 }
 EXPORT void communicators_ar_destroy(void* h) {}
+static uint64_t seen[6];
+EXPORT uint64_t* seen_arguments(void) { return seen; }
 EXPORT int communicators_ar_all_reduce(void* h, int d, const void* i, void* o, uint64_t n,
                                        void* s) {
+  seen[0] = (uint64_t)h; seen[1] = d; seen[2] = (uint64_t)i;
+  seen[3] = (uint64_t)o; seen[4] = n; seen[5] = (uint64_t)s;
   return d;
 }
 EXPORT int communicators_ar_all_gather(void* h, const void* i, void* o, uint64_t n, void* s) {
@@ -70,6 +75,102 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> custom_ar.CustomArLibra
 def test_handles_come_from_all_bases(library: custom_ar.CustomArLibrary) -> None:
     assert library.create([1000, 2000], 1, (1, 2, 3)) == 2001
     assert library.bytes(16, 1, 8) == 65536 + 50
+
+
+@pytest.fixture(params=["native", "python"])
+def all_reduce_call(
+    request: pytest.FixtureRequest,
+    library: custom_ar.CustomArLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """A call on host tensors, and a function that tells what the library was given last."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "python_module", lambda name: None)
+        monkeypatch.setattr(custom_ar, "current_stream", lambda index: 0)
+    elif native.python_module("_native_all_reduce") is None:
+        pytest.skip("there is no native module")
+    seen = library._library.seen_arguments
+    seen.restype = ctypes.POINTER(ctypes.c_uint64)
+    ctypes.memset(seen(), 0, 48)
+    return library.all_reduce_call(2**63 + 5, torch.empty(1)), lambda: seen()[:6]
+
+
+@pytest.mark.parametrize("dtype", custom_ar.DTYPES)
+def test_a_call_hands_over_what_the_tensors_are(all_reduce_call: Any, dtype: torch.dtype) -> None:
+    call, seen = all_reduce_call
+    inp = torch.zeros(9, 5, dtype=dtype)[2:]
+    out = torch.empty(5, 7, 1, dtype=dtype)
+    code = custom_ar.DTYPES[dtype]
+    assert call(inp, out) == code  # the stub's status
+    assert seen() == [2**63 + 5, code, inp.data_ptr(), out.data_ptr(), inp.nbytes, 0]
+    for same in (inp, torch.zeros((), dtype=dtype), torch.zeros(1, 3, dtype=dtype).t()):
+        assert call(same, same) == code
+        assert seen() == [2**63 + 5, code, same.data_ptr(), same.data_ptr(), same.nbytes, 0]
+    parameter = torch.nn.Parameter(out)
+    assert call(parameter, out) == code and seen()[2] == out.data_ptr()
+
+
+_WHOLE = torch.zeros(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("inp", "out"),
+    [
+        (_WHOLE, _WHOLE.half()),
+        (_WHOLE, torch.zeros(4, 8, dtype=torch.half)),
+        (_WHOLE.bfloat16(), _WHOLE.half()),
+        (_WHOLE, torch.zeros(15)),
+        (_WHOLE.t()[1:], torch.zeros(3, 4)),
+        (torch.zeros(3, 4), _WHOLE.t()[1:]),
+        (torch.zeros(1).expand(4, 4), _WHOLE),
+        (_WHOLE.int(), _WHOLE.int()),
+        (_WHOLE.double(), _WHOLE.double()),
+        (_WHOLE.to(torch.complex64), _WHOLE.to(torch.complex64)),
+    ],
+    ids=[
+        "dtypes", "dtypes of equal bytes", "16 bits", "sizes", "inp strided", "out strided",
+        "expanded", "int", "double", "complex",
+    ],
+)  # fmt: skip
+def test_a_call_leaves_other_tensors_alone(
+    all_reduce_call: Any, inp: torch.Tensor, out: torch.Tensor
+) -> None:
+    call, seen = all_reduce_call
+    assert call(inp, out) == custom_ar.OTHERWISE
+    assert seen() == [0] * 6
+
+
+@pytest.mark.parametrize("arguments", [(_WHOLE, None), (3, _WHOLE), (_WHOLE,), ()])
+def test_a_call_of_no_tensors_raises(all_reduce_call: Any, arguments: tuple[Any, ...]) -> None:
+    call, seen = all_reduce_call
+    with pytest.raises((TypeError, AttributeError)):
+        call(*arguments)
+    assert seen() == [0] * 6
+
+
+def test_a_call_that_waits_lets_other_threads_run(
+    library: custom_ar.CustomArLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.python_module("_native_all_reduce") is None:
+        pytest.skip("there is no native module")
+    entered, leave = threading.Event(), threading.Event()
+
+    def launch(handle: int, dtype: int, inp: int, out: int, nbytes: int, stream: int) -> int:
+        entered.set()
+        return 0 if leave.wait(30) else 1
+
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
+    function = ctypes.CFUNCTYPE(number, pointer, number, pointer, pointer, size, pointer)(launch)
+    address = ctypes.cast(function, pointer).value
+    monkeypatch.setattr(library, "_all_reduce_address", address)
+    call = library.all_reduce_call(1, torch.empty(1))
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(call(_WHOLE, _WHOLE)))
+    thread.start()
+    assert entered.wait(30)
+    leave.set()
+    thread.join(30)
+    assert statuses == [0]
 
 
 @pytest.mark.parametrize(

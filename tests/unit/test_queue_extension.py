@@ -140,9 +140,9 @@ def test_the_module_is_there_where_it_can_be() -> None:
 def test_a_module_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if native_end.module() is None:
         pytest.skip("there is no native module")
-    monkeypatch.setattr(native_end, "__version__", "0.0.0")
+    monkeypatch.setattr(native, "__version__", "0.0.0")
     with pytest.raises(NativeLibraryError, match=r"the Python package is 0\.0\.0"):
-        native_end.module.__wrapped__()
+        native.python_module.__wrapped__("_native_queue")
 
 
 # --- what stands in for it ------------------------------------------------------------------------
