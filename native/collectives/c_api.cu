@@ -1,5 +1,5 @@
-// The C interface, called through ctypes, and all_reduce by native/python/all_reduce_call.cpp too: a
-// call from Python costs microseconds less than a torch operator, as much as a small all-reduce
+// The C interface, called through ctypes, and all_reduce by native/python/all_reduce_call.cpp too:
+// a call from Python costs microseconds less than a torch operator, as much as a small all-reduce
 // takes. Functions return 0 or a collectives::Failure; communicators_ar_error() is then the
 // sentence, for the calling thread.
 #include <exception>
