@@ -176,14 +176,8 @@ def _write_three_and_die(pipe: Any) -> None:
     pipe.send(queue.export_handle())
     for number in range(3):
         queue.enqueue(number)
-    queue._remote_writer.wait_until_ready(queue_group_deadline())
+    queue.wait_until_ready()
     time.sleep(1000)
-
-
-def queue_group_deadline() -> Any:
-    from communicators.message_queue.deadline import Deadline
-
-    return Deadline(30, SETTINGS)
 
 
 def test_a_killed_writer_ends_the_reader_after_what_it_sent() -> None:
@@ -195,6 +189,7 @@ def test_a_killed_writer_ends_the_reader_after_what_it_sent() -> None:
     writer.start()
     assert ours.poll(60)
     reader = join(ours.recv(), 0)
+    reader.wait_until_ready()  # that signal comes behind the messages: all three have arrived
     assert reader.dequeue(timeout=20) == 0
     writer.kill()
     assert [reader.dequeue(timeout=20), reader.dequeue(timeout=20)] == [1, 2]
