@@ -289,10 +289,10 @@ class NcclComm:
         NCCL keeps a communicator while a CUDA graph holds operations of it. Then this returns, and
         the communicator goes, on a thread of its own, with the last such graph.
         """
+        if self._watch is not None:
+            self._watch.stop()  # from here on peers end, as they should; its abort is waited for
         if self.handle is None:
             return
-        if self._watch is not None:
-            self._watch.stop()  # from here on peers end, as they should
         if self.broken:
             self.abort(self.broken)
             return

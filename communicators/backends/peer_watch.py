@@ -104,12 +104,11 @@ class PeerWatch:
                 return answer, False
 
     def stop(self) -> None:
-        """Ends the thread; idempotent. May be called from on_trouble."""
+        """Ends the thread and waits for what it does; idempotent; on_trouble may call it."""
         wake, self._wake = self._wake, -1
-        if wake < 0:
-            return
-        with contextlib.suppress(BrokenPipeError):  # the thread has ended by itself
-            os.write(wake, b"x")
-        os.close(wake)
+        if wake >= 0:
+            with contextlib.suppress(BrokenPipeError):  # the thread has ended by itself
+                os.write(wake, b"x")
+            os.close(wake)
         if threading.current_thread() is not self._thread:
             self._thread.join(5)

@@ -305,6 +305,13 @@ def test_a_dead_peer_ends_the_communicator_at_once(
     def body(comm: HostNccl, rank: int) -> None:
         assert comm._comm is not None and comm._comm._watch is not None
         comm._comm._watch.stop()
+        abort = comm._comm.nccl.ncclCommAbort
+
+        def slow_abort(handle: Any) -> None:  # close() waits for it
+            time.sleep(0.3)
+            abort(handle)
+
+        comm._comm.nccl.ncclCommAbort = slow_abort  # type: ignore[method-assign]
         with subprocess.Popen(["sleep", "60"]) as peer:
             comm._comm.watch({1: peer.pid})
             comm.all_reduce(torch.ones(1))
