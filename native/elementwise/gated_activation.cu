@@ -91,7 +91,7 @@ __device__ float2 gate(float2 x, float2 y, float alpha, float limit) {
 
 // kN gated values of one place.
 template <Activation kAct, class T, bool kAligned, int kN>
-__device__ void gate_step(const ActivationArgs& a, const T* input, int64_t d, T* out, int n) {
+__device__ void gate_step(float alpha, float limit, const T* input, int64_t d, T* out, int n) {
   gpu::Kept<gpu::Vec<T, kN>> first, second;
   gpu::load<kAligned>(first, input, n);
   gpu::load<kAligned>(second, input + d, n);
@@ -99,7 +99,7 @@ __device__ void gate_step(const ActivationArgs& a, const T* input, int64_t d, T*
   gpu::Vec<T, kN> result;
 #pragma unroll
   for (int j = 0; j < kN; j += 2) {
-    const float2 both = gate<kAct, T>(gpu::pair_at(x, j), gpu::pair_at(y, j), a.alpha, a.limit);
+    const float2 both = gate<kAct, T>(gpu::pair_at(x, j), gpu::pair_at(y, j), alpha, limit);
     gpu::set_pair(result, j, both);
   }
   gpu::store<kAligned>(out, result, n);
@@ -120,18 +120,22 @@ __global__ void __launch_bounds__(kThreads)
   gpu::prefetch_early(input);
   gpu::prefetch_early(input + d);
   gpu::dependency_wait();
-  gate_step<kAct, T, kAligned, kN>(a, input, d, static_cast<T*>(a.out) + at,
+  gate_step<kAct, T, kAligned, kN>(a.alpha, a.limit, input, d, static_cast<T*>(a.out) + at,
                                    kAligned ? kN : min(static_cast<int>(d - col), kN));
 }
 
-// The same for a few rows, one a blockIdx.y: as little as can be before and after the loads.
+// The same for a few rows, one a blockIdx.y: as little as can be before and after the loads, and
+// few parameters, which a multiprocessor fetches line by line.
 template <Activation kAct, class T, int kN>
-__global__ void __launch_bounds__(kThreads) gated_few(ActivationArgs a, uint32_t d) {
-  gpu::begin_overlapped();
+__global__ void __launch_bounds__(kThreads)
+    gated_few(const T* input, T* out, uint32_t d, float alpha, float limit) {
   const uint32_t col = (blockIdx.x * kThreads + threadIdx.x) * kN, at = blockIdx.y * d + col;
-  if (col >= d) return;
-  const T* input = static_cast<const T*>(a.input) + (blockIdx.y * d + at);
-  gate_step<kAct, T, true, kN>(a, input, d, static_cast<T*>(a.out) + at, kN);
+  input += blockIdx.y * d + at;
+  out += at;
+  // Never true. Compilers would read parameters when they are needed, but not across a branch.
+  if ((reinterpret_cast<uint64_t>(input) | reinterpret_cast<uint64_t>(out)) == 0) return;
+  gpu::begin_overlapped();
+  if (col < d) gate_step<kAct, T, true, kN>(alpha, limit, input, d, out, kN);
 }
 
 // Gate and up value side by side: a vector of pairs becomes half a vector, and rows do not matter.
@@ -175,28 +179,29 @@ void run(const ActivationArgs& a, gpu::Stream stream) {
     const int64_t vecs = kPairs ? gpu::ceil_div(items, kStep) : a.rows * gpu::ceil_div(a.d, kStep);
     const bool all =
         gpu::aligned(16, a.out, a.input, (kPairs ? items : a.d) * sizeof(T) * (kPairs ? 2 : 1));
-    auto go = [&](auto kernel, int64_t steps, int64_t rows, auto... more) {
+    auto go = [&](auto kernel, int64_t steps, int64_t rows, auto... arguments) {
       const dim3 grid(static_cast<unsigned>(gpu::ceil_div(steps, kThreads)),
                       static_cast<unsigned>(rows));
-      gpu::launch_overlapped("gated_activation", kernel, grid, kThreads, stream, a, more...);
+      gpu::launch_overlapped("gated_activation", kernel, grid, kThreads, stream, arguments...);
     };
     if constexpr (kPairs) {
       gpu::with_bool(all, [&](auto is_aligned) {
         constexpr bool kAligned = decltype(is_aligned)::value;
         const bool few = vecs < 1 << 16;  // more blocks, each with less to wait for
-        few ? go(gated_pairs<kAct, T, kAligned, 1>, vecs, 1, items)
-            : go(gated_pairs<kAct, T, kAligned, 2>, gpu::ceil_div(vecs, 2), 1, items);
+        few ? go(gated_pairs<kAct, T, kAligned, 1>, vecs, 1, a, items)
+            : go(gated_pairs<kAct, T, kAligned, 2>, gpu::ceil_div(vecs, 2), 1, a, items);
       });
     } else {
       auto halves = [&](auto kernel, auto index) {
         const int64_t row_steps = gpu::ceil_div(a.d, kStep), steps = a.rows * row_steps;
-        go(kernel, steps, 1, static_cast<decltype(index)>(steps), gpu::FastDivisor(row_steps));
+        go(kernel, steps, 1, a, static_cast<decltype(index)>(steps), gpu::FastDivisor(row_steps));
       };
       if (!all || !gpu::narrow(2 * items)) {
         halves(gated_halves<kAct, T, uint64_t, false, kStep>, uint64_t{});
       } else if (vecs < 1 << 13) {
         constexpr int kFew = 2;  // more blocks, each with less to compute
-        go(gated_few<kAct, T, kFew>, a.d / kFew, a.rows, static_cast<uint32_t>(a.d));
+        go(gated_few<kAct, T, kFew>, a.d / kFew, a.rows, static_cast<const T*>(a.input),
+           static_cast<T*>(a.out), static_cast<uint32_t>(a.d), a.alpha, a.limit);
       } else {
         halves(gated_halves<kAct, T, uint32_t, true, kStep>, uint32_t{});
       }

@@ -162,8 +162,8 @@ void launch(const char* op, const FusedAddRmsNormArgs& args, const void* input, 
                                static_cast<T*>(out), static_cast<T*>(a.residual),
                                static_cast<const T*>(a.weight), a);
       };
-      if (kAligned && spreads_over_clusters(rows, vecs)) {
-        launch_in_clusters<T, kFused>(op, a, input, out, rows, vecs, stream);
+      if (kAligned && spreads_over_clusters(a, vecs, kFused)) {
+        launch_in_clusters<T, kFused>(op, a, input, out, vecs, stream);
       } else if (vecs > kMaxHeld * kLongThreads) {
         go(norm_long<T, kAligned, kFused>, kLongThreads);
       } else if (vecs > 1024) {

@@ -20,7 +20,8 @@ __device__ inline float warp_sum(float x) {
 }
 
 // What a row is multiplied by, of its groups' sums of squares. To be called by whole warps.
-__device__ inline float factor_of(const float* sums, int groups, const NormArgs& a) {
+template <class Args>
+__device__ float factor_of(const float* sums, int groups, const Args& a) {
   float total = 0.0f;
   for (int g = threadIdx.x % 32; g < groups; g += 32) total += sums[g];
   return rsqrtf(warp_sum(total) * a.inverse_hidden + a.epsilon);
@@ -37,7 +38,8 @@ __device__ inline Row row_of(const NormArgs& a, int64_t row) {
           i * a.residual_stride0 + j * a.residual_stride1 + k * a.residual_stride2};
 }
 
-template <class T, bool kAligned, bool kFused>
+// Args has hidden.
+template <class T, bool kAligned, bool kFused, class Args = NormArgs>
 struct Norm {
   static constexpr int kN = gpu::kVec<T>;
   using V = gpu::Vec<T, kN>;
@@ -45,7 +47,7 @@ struct Norm {
   const T* input;
   T *out, *residual;
   const T* weight;
-  const NormArgs& a;
+  const Args& a;
 
   __device__ int count(int first) const { return min(static_cast<int>(a.hidden) - first, kN); }
   // Adds the residual and keeps the sum of both; returns the sum of squares.

@@ -144,7 +144,11 @@ void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Stream stream) {
           a.key_block_stride * kOut, a.key_page_stride * kOut, a.key_head_stride * kOut,
           a.value_block_stride * kOut, a.value_page_stride * kOut, a.value_head_stride * kOut);
       if (!aligned || !narrow) return launch<T, kFormat, uint64_t, false, 1, 128, 1>(a, s);
-      launch<T, kFormat, uint32_t, true, 1, 128, 12>(a, s);
+      if constexpr (kFormat == KvFormat::kCopy) {
+        launch<T, kFormat, uint32_t, true, 1, 128, 12>(a, s);
+      } else {  // half of the bytes to write: more to read at a time
+        launch<T, kFormat, uint32_t, true, 2, 64, 16>(a, s);
+      }
     });
   });
 }
