@@ -16,10 +16,11 @@ _loaded: set[str] = set()
 _check_slots = False
 
 
-def _fake(name: str) -> Callable[..., None]:
+def _fake(name: str, shown: str | None = None) -> Callable[..., None]:
     """The fake implementation of an op: it writes into its arguments alone, so there is no result.
 
-    A call that mixes meta tensors with others arrives here too, and is refused.
+    A call that mixes meta tensors with others arrives here too, and is refused. ``shown`` is what
+    the op's Python function is called, if otherwise.
     """
 
     def no_result(*args: Any, **kwargs: Any) -> None:
@@ -30,7 +31,7 @@ def _fake(name: str) -> Callable[..., None]:
         for argument, device in devices.items():
             if real and device.type == "meta":
                 raise RuntimeError(
-                    f"{name}({argument}): a tensor on meta was given; "
+                    f"{shown or name}({argument}): a tensor on meta was given; "
                     f"a tensor on {real[0]}, as the others, is accepted"
                 )
 
@@ -53,6 +54,8 @@ def _load(device_type: str) -> bool:
         _loaded.add("cpu")
     if device_type != "cpu":
         load(device_type)
+        batch = "swap_blocks_batch_cuda"
+        torch.library.register_fake(f"kvcache_ops::{batch}", _fake(batch, "swap_blocks_batch"))
         _loaded.add(device_type)
     return True
 

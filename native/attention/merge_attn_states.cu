@@ -79,25 +79,25 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       }
     }
     gpu::Vec<T, kN> out = kept.get();
-    float x[kN];
+    gpu::Vec<float, kN> x;
     if (!alone) {
       const gpu::Vec<T, kN> before = pre[u].get(), after = suf[u].get();
 #pragma unroll
       for (int j = 0; j < kN; j += 2) {
         const float2 v = gpu::pair_at(before, j), w = gpu::pair_at(after, j);
-        x[j] = v.x * a + w.x * b;
-        x[j + 1] = v.y * a + w.y * b;
-        if constexpr (!kFp8) gpu::set_pair(out, j, {x[j], x[j + 1]});
+        x.at[j] = v.x * a + w.x * b;
+        x.at[j + 1] = v.y * a + w.y * b;
+        if constexpr (!kFp8) gpu::set_pair(out, j, {x.at[j], x.at[j + 1]});
       }
     } else if constexpr (kFp8) {
 #pragma unroll
-      for (int j = 0; j < kN; ++j) x[j] = gpu::to_float(out.at[j]);
+      for (int j = 0; j < kN; ++j) x.at[j] = gpu::to_float(out.at[j]);
     }
     if constexpr (kFp8) {
-      gpu::Vec<uint8_t, kN> codes;
 #pragma unroll
-      for (int j = 0; j < kN; ++j) x[j] *= inverse;
-      gpu::quantize<KvFormat::kE4M3>(codes, x, gpu::Divisor(1.0f));
+      for (int j = 0; j < kN; ++j) x.at[j] *= inverse;
+      const auto codes =
+          gpu::quantized_by_product<KvFormat::kE4M3>(gpu::Kept(x), gpu::Divisor(1.0f));
       gpu::store<kAligned>(static_cast<uint8_t*>(m.out) + at, codes, n);
     } else {
       gpu::store<kAligned>(static_cast<T*>(m.out) + at, out, n);

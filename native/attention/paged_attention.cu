@@ -8,27 +8,12 @@
 namespace attention {
 namespace {
 
-// One attribute of the current device, asked for once.
-int device_attribute(GPU_NAME(DeviceAttr) which, int (&known)[64]) {
-  int device = 0;
-  GPU_CHECK(GPU_NAME(GetDevice)(&device));
-  int& value = known[device % 64];
-  if (value == 0) GPU_CHECK(GPU_NAME(DeviceGetAttribute)(&value, which, device));
-  return value;
-}
-
-int multiprocessors() {
-  static int known[64] = {};
-  return device_attribute(GPU_NAME(DevAttrMultiProcessorCount), known);
-}
-
 // Whether a block's ring (see Decode) fits in this device's shared memory.
 bool ring_fits(const PagedAttentionArgs& a) {
-  static int known[64] = {};
   const int64_t d = a.head_size > 128 ? 256 : a.head_size > 64 ? 128 : 64;
   const int64_t stages = a.format == KvFormat::kCopy ? 3 * 2 : 4;
   const int64_t bytes = kWarps * stages * 2 * kTile * d + 16 * d * 2 + 1024;
-  return bytes <= device_attribute(GPU_NAME(DevAttrMaxSharedMemoryPerBlockOptin), known);
+  return bytes <= gpu::on_current_device<gpu::most_shared_bytes>();
 }
 
 bool on_tensor_cores(const PagedAttentionArgs& a) {
@@ -53,7 +38,8 @@ int splits_for(const PagedAttentionArgs& a) {
     return static_cast<int>(std::max<int64_t>(1, gpu::ceil_div(a.longest, int64_t{kPartition})));
   }
   const bool fp8 = a.format != KvFormat::kCopy;
-  const int64_t group = a.heads / a.kv_heads, processors = multiprocessors();
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t processors = gpu::on_current_device<gpu::multiprocessors>();
   const int64_t work = a.sequences * a.kv_heads * gpu::ceil_div(group, group > 8 ? 16 : 8);
   // Of three blocks a multiprocessor a few find no room at once.
   const int64_t at_once = a.head_size > 128 ? processors

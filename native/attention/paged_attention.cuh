@@ -495,8 +495,8 @@ void launch_decode(const PagedAttentionArgs& a, const Splits& splits, gpu::Strea
   const dim3 grid(static_cast<unsigned>(splits.count),
                   static_cast<unsigned>(a.kv_heads * gpu::ceil_div(group, W::kRows)),
                   static_cast<unsigned>(a.sequences));
-  gpu::launch_overlapped_shared("paged_attention", kernel, grid, kThreads, W::kSharedBytes, stream,
-                                a, splits);
+  gpu::launch_overlapped_with({.shared_bytes = W::kSharedBytes}, "paged_attention", kernel, grid,
+                              kThreads, stream, a, splits);
 }
 
 // The instantiations, by layout: each in a source of its own.

@@ -89,50 +89,53 @@ __device__ float2 gate(float2 x, float2 y, float alpha, float limit) {
   }
 }
 
-// Gate and up value from the two halves of a row. Blocks that follow each other take vectors that
-// follow each other: DRAM likes it best.
-template <Activation kAct, class T, bool kAligned, int kUnroll>
+// kN gated values of one place.
+template <Activation kAct, class T, bool kAligned, int kN>
+__device__ void gate_step(float alpha, float limit, const T* input, int64_t d, T* out, int n) {
+  gpu::Kept<gpu::Vec<T, kN>> first, second;
+  gpu::load<kAligned>(first, input, n);
+  gpu::load<kAligned>(second, input + d, n);
+  const gpu::Vec<T, kN> x = first.get(), y = second.get();
+  gpu::Vec<T, kN> result;
+#pragma unroll
+  for (int j = 0; j < kN; j += 2) {
+    const float2 both = gate<kAct, T>(gpu::pair_at(x, j), gpu::pair_at(y, j), alpha, limit);
+    gpu::set_pair(result, j, both);
+  }
+  gpu::store<kAligned>(out, result, n);
+}
+
+// Gate and up value from the two halves of a row, kN of them a thread. Blocks that follow each
+// other take memory that follows: DRAM likes it best. Index is uint32_t where the elements of the
+// input can be counted with it.
+template <Activation kAct, class T, class Index, bool kAligned, int kN>
 __global__ void __launch_bounds__(kThreads)
-    gated_halves(ActivationArgs a, gpu::FastDivisor row_vecs) {
+    gated_halves(ActivationArgs a, Index steps, gpu::FastDivisor row_steps) {
   gpu::launch_dependents();
-  constexpr int kN = gpu::kVec<T>;
-  const int64_t total = a.rows * row_vecs.divisor;
-  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
-  gpu::Kept<gpu::Vec<T, kN>> first[kUnroll], second[kUnroll];
-  const T* input[kUnroll];
-  int64_t at[kUnroll];  // of the output
-  int n[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t i = base + u * kThreads;
-    if (i >= total) break;
-    const int64_t row = row_vecs.long_quotient(i);
-    const int col = static_cast<int>(i - row * row_vecs.divisor) * kN;
-    n[u] = min(static_cast<int>(a.d) - col, kN);
-    at[u] = row * a.d + col;
-    input[u] = static_cast<const T*>(a.input) + row * a.d + at[u];
-    gpu::prefetch_early(input[u]);
-    gpu::prefetch_early(input[u] + a.d);
-  }
+  const Index i = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= steps) return;
+  const auto [row, step] = gpu::place_of(i, row_steps);
+  const Index d = static_cast<Index>(a.d), col = step * kN, at = row * d + col;
+  const T* input = static_cast<const T*>(a.input) + (row * d + at);
+  gpu::prefetch_early(input);
+  gpu::prefetch_early(input + d);
   gpu::dependency_wait();
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    if (base + u * kThreads >= total) break;
-    gpu::load<kAligned>(first[u], input[u], n[u]);
-    gpu::load<kAligned>(second[u], input[u] + a.d, n[u]);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    if (base + u * kThreads >= total) break;
-    const gpu::Vec<T, kN> x = first[u].get(), y = second[u].get();
-    gpu::Vec<T, kN> out;
-#pragma unroll
-    for (int j = 0; j < kN; j += 2) {
-      const float2 both = gate<kAct, T>(gpu::pair_at(x, j), gpu::pair_at(y, j), a.alpha, a.limit);
-      gpu::set_pair(out, j, both);
-    }
-    gpu::store<kAligned>(static_cast<T*>(a.out) + at[u], out, n[u]);
-  }
+  gate_step<kAct, T, kAligned, kN>(a.alpha, a.limit, input, d, static_cast<T*>(a.out) + at,
+                                   kAligned ? kN : min(static_cast<int>(d - col), kN));
+}
+
+// The same for a few rows, one a blockIdx.y: as little as can be before and after the loads, and
+// few parameters, which a multiprocessor fetches line by line.
+template <Activation kAct, class T, int kN>
+__global__ void __launch_bounds__(kThreads)
+    gated_few(const T* input, T* out, uint32_t d, float alpha, float limit) {
+  const uint32_t col = (blockIdx.x * kThreads + threadIdx.x) * kN, at = blockIdx.y * d + col;
+  input += blockIdx.y * d + at;
+  out += at;
+  // Never true. Compilers would read parameters when they are needed, but not across a branch.
+  if ((reinterpret_cast<uint64_t>(input) | reinterpret_cast<uint64_t>(out)) == 0) return;
+  gpu::begin_overlapped();
+  if (col < d) gate_step<kAct, T, true, kN>(alpha, limit, input, d, out, kN);
 }
 
 // Gate and up value side by side: a vector of pairs becomes half a vector, and rows do not matter.
@@ -171,25 +174,38 @@ void run(const ActivationArgs& a, gpu::Stream stream) {
   gpu::with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kStep = kPairs ? gpu::kVec<T> / 2 : gpu::kVec<T>;
-    const int64_t row_vecs = gpu::ceil_div(a.d, kStep), items = a.rows * a.d;
+    const int64_t items = a.rows * a.d;
     // Pairs are one long row.
-    const int64_t vecs = kPairs ? gpu::ceil_div(items, kStep) : a.rows * row_vecs;
+    const int64_t vecs = kPairs ? gpu::ceil_div(items, kStep) : a.rows * gpu::ceil_div(a.d, kStep);
     const bool all =
         gpu::aligned(16, a.out, a.input, (kPairs ? items : a.d) * sizeof(T) * (kPairs ? 2 : 1));
-    gpu::with_bool(all, [&](auto is_aligned) {
-      constexpr bool kAligned = decltype(is_aligned)::value;
-      auto go = [&](auto kernel, int unroll, auto last) {
-        const dim3 grid(static_cast<unsigned>(gpu::ceil_div(vecs, kThreads * unroll)));
-        gpu::launch_overlapped("gated_activation", kernel, grid, kThreads, stream, a, last);
-      };
-      if constexpr (kPairs) {
+    auto go = [&](auto kernel, int64_t steps, int64_t rows, auto... arguments) {
+      const dim3 grid(static_cast<unsigned>(gpu::ceil_div(steps, kThreads)),
+                      static_cast<unsigned>(rows));
+      gpu::launch_overlapped("gated_activation", kernel, grid, kThreads, stream, arguments...);
+    };
+    if constexpr (kPairs) {
+      gpu::with_bool(all, [&](auto is_aligned) {
+        constexpr bool kAligned = decltype(is_aligned)::value;
         const bool few = vecs < 1 << 16;  // more blocks, each with less to wait for
-        few ? go(gated_pairs<kAct, T, kAligned, 1>, 1, items)
-            : go(gated_pairs<kAct, T, kAligned, 2>, 2, items);
+        few ? go(gated_pairs<kAct, T, kAligned, 1>, vecs, 1, a, items)
+            : go(gated_pairs<kAct, T, kAligned, 2>, gpu::ceil_div(vecs, 2), 1, a, items);
+      });
+    } else {
+      auto halves = [&](auto kernel, auto index) {
+        const int64_t row_steps = gpu::ceil_div(a.d, kStep), steps = a.rows * row_steps;
+        go(kernel, steps, 1, a, static_cast<decltype(index)>(steps), gpu::FastDivisor(row_steps));
+      };
+      if (!all || !gpu::narrow(2 * items)) {
+        halves(gated_halves<kAct, T, uint64_t, false, kStep>, uint64_t{});
+      } else if (vecs < 1 << 13) {
+        constexpr int kFew = 2;  // more blocks, each with less to compute
+        go(gated_few<kAct, T, kFew>, a.d / kFew, a.rows, static_cast<const T*>(a.input),
+           static_cast<T*>(a.out), static_cast<uint32_t>(a.d), a.alpha, a.limit);
       } else {
-        go(gated_halves<kAct, T, kAligned, 1>, 1, gpu::FastDivisor(row_vecs));
+        halves(gated_halves<kAct, T, uint32_t, true, kStep>, uint32_t{});
       }
-    });
+    }
   });
 }
 

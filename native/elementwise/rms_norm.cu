@@ -1,10 +1,7 @@
 // RMSNorm on the GPU: a block owns a row and keeps it in registers between the sum of squares and
-// the scaling.
-//
-// The order of a row's sum depends on the hidden size alone, whatever the launch: 32 vectors that
-// follow each other, a group, are summed by a butterfly; the groups' sums by a second one.
-#include "elementwise/elementwise.h"
-#include "prim/gpu_floats.h"
+// the scaling. A few rows are spread over more blocks: see rms_norm_clusters.cuh.
+#include "elementwise/rms_norm.cuh"
+#include "elementwise/rms_norm_clusters.cuh"
 
 namespace elementwise {
 namespace {
@@ -13,12 +10,6 @@ constexpr int kMaxHeld = 8;      // vectors a thread keeps; longer rows are read
 constexpr int kMaxGroups = 128;  // of rows that are kept
 constexpr int kLongThreads = 512;
 constexpr int kAhead = 132;  // rows; more of them leave the L2 before they are read (H200)
-
-__device__ float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
 
 // The sums over the warp of kCount values a lane, each added as warp_sum() adds it. Lane l ends
 // with that of value owner_value<kCount>(l): at each step but the last ones a lane passes on half
@@ -49,71 +40,11 @@ __device__ int owner_value(int lane) {
   return lane / (32 / kCount);
 }
 
-struct Row {
-  int64_t i, input, residual;  // index of dim 0, element offsets
-};
-
-__device__ Row row_of(const FusedAddRmsNormArgs& a, int64_t row) {
-  if (a.n1 * a.n2 == 1) return {row, row * a.input_stride0, row * a.residual_stride0};
-  const int64_t k = row % a.n2, j = row / a.n2 % a.n1, i = row / a.n2 / a.n1;
-  return {i, i * a.input_stride0 + j * a.input_stride1 + k * a.input_stride2,
-          i * a.residual_stride0 + j * a.residual_stride1 + k * a.residual_stride2};
-}
-
-// Vector by vector, what both kernels do to a row.
-template <class T, bool kAligned, bool kFused>
-struct Norm {
-  static constexpr int kN = gpu::kVec<T>;
-  using V = gpu::Vec<T, kN>;
-  using K = gpu::Kept<V>;
-  const T* input;
-  T *out, *residual;
-  const T* weight;
-  const FusedAddRmsNormArgs& a;
-
-  __device__ int count(int first) const { return min(static_cast<int>(a.hidden) - first, kN); }
-  // Adds the residual and keeps the sum of both; returns the sum of squares.
-  __device__ float square(K& kept, const K& other, T* z, int first) const {
-    V v = kept.get();
-    if constexpr (kFused) {
-      const V r = other.get();
-#pragma unroll
-      for (int j = 0; j < kN; j += 2) {
-        const float2 x = gpu::pair_at(v, j), y = gpu::pair_at(r, j);
-        gpu::set_pair(v, j, {x.x + y.x, x.y + y.y});
-      }
-      kept = v;
-      gpu::store<kAligned>(z + first, v, count(first));
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const float f = gpu::to_float(v.at[j]);
-      sum += kAligned || j < count(first) ? f * f : 0.0f;
-    }
-    return sum;
-  }
-  __device__ void scale(const K& kept, const K& weights, float factor, T* y, int first) const {
-    const V v = kept.get(), w = weights.get();
-    V result;
-#pragma unroll
-    for (int j = 0; j < kN; j += 2) {
-      const float2 x = gpu::pair_at(v, j);
-      const float2 by = weight == nullptr ? float2{1.0f, 1.0f} : gpu::pair_at(w, j);
-      gpu::set_pair(result, j, {x.x * factor * by.x, x.y * factor * by.y});
-    }
-    gpu::store<kAligned>(y + first, result, count(first));
-  }
-  __device__ T* target(const Row& at, int64_t row) const {
-    return kFused ? out + at.input : out + row * a.hidden;
-  }
-};
-
 // kHeld vectors a thread. kEarly loads the weights before the sum is known: quicker for a few rows;
 // for many rows their registers are worth more as further rows.
 template <class T, int kHeld, int kThreads, int kMinBlocks, bool kAligned, bool kFused, bool kEarly>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    norm(const T* input, T* out, T* residual, const T* weight, FusedAddRmsNormArgs a) {
+    norm(const T* input, T* out, T* residual, const T* weight, NormArgs a) {
   gpu::launch_dependents();
   using N = Norm<T, kAligned, kFused>;
   using K = typename N::K;
@@ -166,9 +97,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const float sum = warp_sums(sums);
   if (lane % (32 / kHeld) == 0) partial[owner_value<kHeld>(lane) * warps + warp] = sum;
   __syncthreads();
-  float total = 0.0f;
-  for (int g = lane; g < kHeld * warps; g += 32) total += partial[g];
-  const float factor = rsqrtf(warp_sum(total) / static_cast<float>(hidden) + a.epsilon);
+  const float factor = factor_of(partial, kHeld * warps, a);
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
     const int first = first_of(h);
@@ -181,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // Rows of any length, read twice.
 template <class T, bool kAligned, bool kFused>
 __global__ void __launch_bounds__(kLongThreads)
-    norm_long(const T* input, T* out, T* residual, const T* weight, FusedAddRmsNormArgs a) {
+    norm_long(const T* input, T* out, T* residual, const T* weight, NormArgs a) {
   gpu::begin_overlapped();
   using N = Norm<T, kAligned, kFused>;
   const N n{input, out, residual, weight, a};
@@ -201,8 +130,7 @@ __global__ void __launch_bounds__(kLongThreads)
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
   __syncthreads();
-  sum = warp_sum(threadIdx.x % 32 < kLongThreads / 32 ? partial[threadIdx.x % 32] : 0.0f);
-  const float factor = rsqrtf(sum / static_cast<float>(hidden) + a.epsilon);
+  const float factor = factor_of(partial, kLongThreads / 32, a);
   for (int first = threadIdx.x * N::kN; first < hidden; first += stride) {
     typename N::K v, w;
     gpu::load<kAligned>(v, (kFused ? z : x) + first, n.count(first));
@@ -214,8 +142,9 @@ __global__ void __launch_bounds__(kLongThreads)
 }
 
 template <bool kFused>
-void launch(const char* op, const FusedAddRmsNormArgs& a, const void* input, void* out,
+void launch(const char* op, const FusedAddRmsNormArgs& args, const void* input, void* out,
             gpu::Stream stream) {
+  const NormArgs a = {args, 1.0f / static_cast<float>(args.hidden)};
   gpu::with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kItem = sizeof(T);
@@ -233,7 +162,9 @@ void launch(const char* op, const FusedAddRmsNormArgs& a, const void* input, voi
                                static_cast<T*>(out), static_cast<T*>(a.residual),
                                static_cast<const T*>(a.weight), a);
       };
-      if (vecs > kMaxHeld * kLongThreads) {
+      if (kAligned && spreads_over_clusters(a, vecs, kFused)) {
+        launch_in_clusters<T, kFused>(op, a, input, out, vecs, stream);
+      } else if (vecs > kMaxHeld * kLongThreads) {
         go(norm_long<T, kAligned, kFused>, kLongThreads);
       } else if (vecs > 1024) {
         go(norm<T, kMaxHeld, 512, 1, kAligned, kFused, false>, 512);

@@ -1,37 +1,49 @@
 // MLA cache entries on the GPU: the vectors of all entries in one row of threads.
 #include "kvcache/cache.h"
-#include "kvcache/runs.cuh"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 namespace {
 
+// Strides in bytes, uint32_t where all of them and the slots fit: an address then is a few products
+// of 32 bits.
+template <class Stride>
+struct Entries {
+  const char *kv_c, *k_pe;
+  char* cache;
+  const int64_t* slots;
+  const float* scale;  // null: 1
+  Stride kv_c_stride, k_pe_stride, block_stride, entry_stride, slot_count;
+  int latent, rope, latent_vecs;
+  uint32_t vecs;  // of all rows
+  gpu::FastDivisor row_vecs, block_size;
+};
+
 // Vectors [0, latent_vecs) of an entry come from kv_c, the others from k_pe.
-template <class T, KvFormat kFormat, bool kAligned, int kUnroll, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    write_mla(ConcatMlaArgs a, int latent_vecs, gpu::FastDivisor row_vecs,
-              gpu::FastDivisor block_size) {
+template <class T, KvFormat kFormat, class Stride, bool kAligned, int kUnroll, int kThreads>
+__global__ void __launch_bounds__(kThreads) write_mla(const __grid_constant__ Entries<Stride> a) {
   gpu::launch_dependents();
-  using C = CacheItemT<T, kFormat>;
+  using Write = gpu::Quantizer<kFormat, T>;
+  using C = typename Write::Item;
   constexpr int kN = gpu::kVec<T>;
-  const int64_t limit = a.num_blocks * a.block_size;
-  const uint32_t total = static_cast<uint32_t>(a.tokens) * row_vecs.divisor;
   const uint32_t base = blockIdx.x * (kUnroll * kThreads) + threadIdx.x;
   gpu::Kept<gpu::Vec<T, kN>> v[kUnroll];
   const T* from[kUnroll];
-  int64_t t[kUnroll], slot[kUnroll];
+  uint32_t t[kUnroll];
+  int64_t slot[kUnroll];
   int at[kUnroll], n[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const uint32_t i = base + u * kThreads;
-    if (i >= total) break;
-    t[u] = row_vecs.quotient(i);
-    const int vec = static_cast<int>(i - t[u] * row_vecs.divisor);
-    const bool rope = vec >= latent_vecs;
-    const int col = (rope ? vec - latent_vecs : vec) * kN;
-    n[u] = min(static_cast<int>(rope ? a.rope : a.latent) - col, kN);
-    at[u] = rope ? static_cast<int>(a.latent) + col : col;
-    from[u] = (rope ? static_cast<const T*>(a.k_pe) + t[u] * a.k_pe_stride
-                    : static_cast<const T*>(a.kv_c) + t[u] * a.kv_c_stride) +
+    const uint32_t i = min(base + u * kThreads, a.vecs - 1);
+    t[u] = a.row_vecs.quotient(i);
+    const int vec = static_cast<int>(i - t[u] * a.row_vecs.divisor);
+    const bool rope = vec >= a.latent_vecs;
+    const int col = (rope ? vec - a.latent_vecs : vec) * kN;
+    n[u] = min((rope ? a.rope : a.latent) - col, kN);
+    at[u] = rope ? a.latent + col : col;
+    from[u] = reinterpret_cast<const T*>((rope ? a.k_pe : a.kv_c) +
+                                         static_cast<uint64_t>(t[u]) *
+                                             (rope ? a.k_pe_stride : a.kv_c_stride)) +
               col;
     gpu::prefetch_early(from[u]);
     gpu::prefetch_early(a.slots + t[u]);
@@ -39,27 +51,30 @@ __global__ void __launch_bounds__(kThreads)
   gpu::dependency_wait();
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (base + u * kThreads >= total) break;
+    slot[u] = -1;
+    if (base + u * kThreads >= a.vecs) continue;
     slot[u] = a.slots[t[u]];
     // The row exists whatever its slot: load it while the slot is on its way.
     gpu::load<kAligned>(v[u], from[u], n[u]);
   }
-  const gpu::Divisor divisor(a.scale == nullptr ? 1.0f : *a.scale);
+  const bool scaled = kFormat != KvFormat::kCopy && a.scale != nullptr;
+  const Write write = Write::for_warps(scaled ? *a.scale : 1.0f);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (base + u * kThreads >= total) break;
-    if (slot[u] < 0 || slot[u] >= limit) continue;
-    int64_t block, off;
-    gpu::split_slot(slot[u], a.block_size, block_size, block, off);
-    C* entry = static_cast<C*>(a.cache) + block * a.block_stride + off * a.entry_stride;
-    gpu::store<kAligned>(entry + at[u], convert<T, kFormat>(v[u].get(), divisor), n[u]);
+    if (static_cast<uint64_t>(slot[u]) >= a.slot_count) continue;
+    const auto place = gpu::place_of(static_cast<Stride>(slot[u]), a.block_size);
+    C* entry = reinterpret_cast<C*>(a.cache + static_cast<uint64_t>(place.block) * a.block_stride +
+                                    static_cast<uint64_t>(place.offset) * a.entry_stride);
+    gpu::store<kAligned>(entry + at[u], write(v[u]), n[u]);
   }
 }
 
 // The 656-byte entry: a warp a token, 8 lanes a tile of 128 values, 16 values a lane.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(128) write_ds_mla(ConcatMlaArgs a, bool aligned_in) {
+__global__ void __launch_bounds__(128)
+    write_ds_mla(ConcatMlaArgs a, gpu::FastDivisor block_size, bool aligned_in) {
   gpu::launch_dependents();
+  using V = gpu::Kept<gpu::Vec<T, 8>>;
   const int lane = threadIdx.x % 32;
   const int64_t t = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (t >= a.tokens) return;
@@ -70,17 +85,12 @@ __global__ void __launch_bounds__(128) write_ds_mla(ConcatMlaArgs a, bool aligne
   if (lane < 8) gpu::prefetch_early(k_pe);
   gpu::dependency_wait();
   const int64_t slot = a.slots[t];
-  gpu::Vec<T, 8> x[2], rope;
+  V x[2], rope{};
   auto fetch = [&](auto in) {
     constexpr bool kIn = decltype(in)::value;
     gpu::load<kIn>(x[0], kv_c);
     gpu::load<kIn>(x[1], kv_c + 8);
-    if (lane < 8 && a.rope != 0) {
-      gpu::load<kIn>(rope, k_pe);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) rope.at[j] = gpu::from_float<T>(0.0f);
-    }
+    if (lane < 8 && a.rope != 0) gpu::load<kIn>(rope, k_pe);
   };
   if (aligned_in) {
     fetch(gpu::BoolTag<true>{});
@@ -90,8 +100,12 @@ __global__ void __launch_bounds__(128) write_ds_mla(ConcatMlaArgs a, bool aligne
   if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
   float amax = 0.0f;
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    amax = fmaxf(amax, fabsf(gpu::to_float(x[j / 8].at[j % 8])));  // passes over a NaN
+  for (int i = 0; i < 2; ++i) {
+    const gpu::Vec<T, 8> values = x[i].get();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      amax = fmaxf(amax, fabsf(gpu::to_float(values.at[j])));  // passes over a NaN
+    }
   }
 #pragma unroll
   for (int offset = 4; offset > 0; offset /= 2) {
@@ -99,14 +113,13 @@ __global__ void __launch_bounds__(128) write_ds_mla(ConcatMlaArgs a, bool aligne
   }
   const float scale = gpu::power_of_two_at_least(fmaxf(amax / 448.0f, 1e-4f));
   const gpu::Divisor divisor(scale);
-  gpu::Vec<uint8_t, 8> half[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) gpu::quantize<KvFormat::kE4M3, true>(half[i], x[i], divisor);
-  gpu::Vec<uint8_t, 16> codes;
-  memcpy(&codes, half, 16);
-  int64_t block, off;
-  gpu::split_slot(slot, a.block_size, block, off);
-  uint8_t* entry = static_cast<uint8_t*>(a.cache) + block * a.block_stride + off * a.entry_stride;
+  const uint2 low = gpu::quantized_by_product<KvFormat::kE4M3>(x[0], divisor).raw;
+  const uint2 high = gpu::quantized_by_product<KvFormat::kE4M3>(x[1], divisor).raw;
+  gpu::Kept<gpu::Vec<uint8_t, 16>> codes;
+  codes.raw = {low.x, low.y, high.x, high.y};
+  const auto place = gpu::place_of(static_cast<uint64_t>(slot), block_size);
+  uint8_t* entry =
+      static_cast<uint8_t*>(a.cache) + place.block * a.block_stride + place.offset * a.entry_stride;
   gpu::store<kAligned>(entry + lane * 16, codes);
   if (lane % 8 == 0) *reinterpret_cast<float*>(entry + kDsMlaScales + lane / 2) = scale;
   if (lane < 8) gpu::store<kAligned>(reinterpret_cast<T*>(entry + kDsMlaRope) + lane * 8, rope);
@@ -116,18 +129,48 @@ template <KvFormat kFormat>
 __global__ void write_grouped(ConcatMlaGroupedArgs a) {
   gpu::begin_overlapped();
   using T = gpu::BFloat16;
-  using C = CacheItemT<T, kFormat>;
+  using Write = gpu::Quantizer<kFormat, T>;
+  using C = typename Write::Item;
   const int64_t row = blockIdx.x, slot = a.slots[row], layer = row / a.tokens;
   if (slot < 0) return;
   C* entry = reinterpret_cast<C*>(a.cache_ptrs[layer]) + slot / a.block_size * a.block_stride +
              slot % a.block_size * a.entry_stride;
-  const gpu::Divisor divisor(a.scales == nullptr ? 1.0f : a.scales[layer]);
+  const Write write(a.scales == nullptr ? 1.0f : a.scales[layer]);
   for (int64_t i = threadIdx.x; i < a.latent + a.rope; i += blockDim.x) {
     gpu::Vec<T, 4> v{};
     v.at[0] = i < a.latent ? static_cast<const T*>(a.kv_c)[row * a.latent + i]
                            : static_cast<const T*>(a.k_pe)[row * a.rope + i - a.latent];
-    entry[i] = convert<T, kFormat>(v, divisor).at[0];
+    entry[i] = write(gpu::Kept(v)).get().at[0];
   }
+}
+
+// A launch: kUnroll vectors a thread.
+template <class T, KvFormat kFormat, class Stride, bool kAligned, int kUnroll, int kThreads>
+void launch(const ConcatMlaArgs& a, gpu::Stream stream) {
+  constexpr int64_t kIn = sizeof(T), kOut = sizeof(gpu::CacheItem<kFormat, T>);
+  const int latent_vecs = static_cast<int>(gpu::ceil_div(a.latent, gpu::kVec<T>));
+  const int row_vecs = latent_vecs + static_cast<int>(gpu::ceil_div(a.rope, gpu::kVec<T>));
+  const int64_t vecs = a.tokens * row_vecs;
+  const Entries<Stride> args = {static_cast<const char*>(a.kv_c),
+                                static_cast<const char*>(a.k_pe),
+                                static_cast<char*>(a.cache),
+                                a.slots,
+                                a.scale,
+                                static_cast<Stride>(a.kv_c_stride * kIn),
+                                static_cast<Stride>(a.k_pe_stride * kIn),
+                                static_cast<Stride>(a.block_stride * kOut),
+                                static_cast<Stride>(a.entry_stride * kOut),
+                                static_cast<Stride>(a.num_blocks * a.block_size),
+                                static_cast<int>(a.latent),
+                                static_cast<int>(a.rope),
+                                latent_vecs,
+                                static_cast<uint32_t>(vecs),
+                                gpu::FastDivisor(row_vecs),
+                                gpu::FastDivisor(a.block_size)};
+  const dim3 grid(static_cast<unsigned>(gpu::ceil_div(vecs, kUnroll * kThreads)));
+  gpu::launch_overlapped("concat_and_cache_mla",
+                         write_mla<T, kFormat, Stride, kAligned, kUnroll, kThreads>, grid, kThreads,
+                         stream, args);
 }
 
 }  // namespace
@@ -151,32 +194,23 @@ void concat_and_cache_mla(const ConcatMlaArgs& a, Stream stream) {
     gpu::with_format(a.format, [&](auto format) {
       using T = decltype(type);
       constexpr KvFormat kFormat = decltype(format)::value;
-      constexpr int64_t kIn = sizeof(T), kOut = sizeof(CacheItemT<T, kFormat>);
+      constexpr int64_t kIn = sizeof(T), kOut = sizeof(gpu::CacheItem<kFormat, T>);
       constexpr int kN = gpu::kVec<T>;
-      const int latent_vecs = static_cast<int>(gpu::ceil_div(a.latent, kN));
-      const int row_vecs = latent_vecs + static_cast<int>(gpu::ceil_div(a.rope, kN));
-      const bool all =
+      const gpu::Stream s = gpu::stream_of(stream);
+      const bool aligned =
           gpu::aligned(kN, a.latent, a.rope) &&
           gpu::aligned(16, a.kv_c, a.k_pe, a.kv_c_stride * kIn, a.k_pe_stride * kIn) &&
           gpu::aligned(kOut * kN, a.cache, a.block_stride * kOut, a.entry_stride * kOut);
-      gpu::with_bool(all, [&](auto is_aligned) {
-        constexpr bool kAligned = decltype(is_aligned)::value;
-        auto go = [&](auto kernel, int unroll, int threads) {
-          const dim3 grid(
-              static_cast<unsigned>(gpu::ceil_div(a.tokens * row_vecs, unroll * threads)));
-          gpu::launch_overlapped("concat_and_cache_mla", kernel, grid, threads,
-                                 gpu::stream_of(stream), a, latent_vecs, gpu::FastDivisor(row_vecs),
-                                 gpu::FastDivisor(a.block_size));
-        };
-        // Few tokens: spread them over more blocks.
-        if (a.tokens * row_vecs < 1 << 17) {
-          go(write_mla<T, kFormat, kAligned, 1, 128>, 1, 128);
-        } else {
-          constexpr bool kCodes = kFormat != KvFormat::kCopy;
-          constexpr int kUnroll = kCodes ? 2 : 3, kThreads = kCodes ? 256 : 128;
-          go(write_mla<T, kFormat, kAligned, kUnroll, kThreads>, kUnroll, kThreads);
-        }
-      });
+      const bool narrow =
+          gpu::narrow(a.kv_c_stride * kIn, a.k_pe_stride * kIn, a.block_stride * kOut,
+                      a.entry_stride * kOut, a.num_blocks * a.block_size);
+      if (!aligned || !narrow) {
+        launch<T, kFormat, uint64_t, false, 1, 128>(a, s);
+      } else if (a.tokens * (a.latent + a.rope) < 1 << 20) {
+        launch<T, kFormat, uint32_t, true, 1, 128>(a, s);  // few tokens over more blocks
+      } else {
+        launch<T, kFormat, uint32_t, true, 2, 128>(a, s);
+      }
     });
   });
 }
@@ -190,7 +224,7 @@ void concat_and_cache_ds_mla(const ConcatMlaArgs& a, Stream stream) {
     gpu::launch_overlapped("concat_and_cache_mla (fp8_ds_mla)",
                            a.dtype == DType::kFloat16 ? write_ds_mla<gpu::Half, kAligned>
                                                       : write_ds_mla<gpu::BFloat16, kAligned>,
-                           dim3(blocks), 128, s, a, in);
+                           dim3(blocks), 128, s, a, gpu::FastDivisor(a.block_size), in);
   });
 }
 

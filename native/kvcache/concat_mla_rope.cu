@@ -1,7 +1,7 @@
 // The fused rotation and MLA cache write on the GPU: a block owns a part of a token.
 #include "elementwise/rotary.cuh"
 #include "kvcache/cache.h"
-#include "kvcache/runs.cuh"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 namespace {
@@ -13,7 +13,8 @@ template <class T, KvFormat kFormat, bool kNeox, bool kAligned, int kUnroll, int
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     rope_and_write(ConcatMlaRopeArgs a, gpu::FastDivisor steps) {
   gpu::begin_overlapped();
-  using C = CacheItemT<T, kFormat>;
+  using Write = gpu::Quantizer<kFormat, T>;
+  using C = typename Write::Item;
   constexpr int kN = gpu::kVec<T>, kP = elementwise::kPairs<T, kNeox>;
   const ConcatMlaArgs& m = a.mla;
   const int64_t t = blockIdx.x, slot = m.slots[t], position = a.positions[t];
@@ -50,13 +51,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   gpu::split_slot(slot, m.block_size, block, off);
   C* entry = static_cast<C*>(m.cache) + block * m.block_stride + off * m.entry_stride;
   const T* row = static_cast<const T*>(a.cos_sin) + position * a.cos_sin_stride;
-  const gpu::Divisor divisor(m.scale == nullptr ? 1.0f : *m.scale);
+  const Write write = Write::for_warps(m.scale == nullptr ? 1.0f : *m.scale);
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int i = base + u * kThreads;
     if (i >= total) break;
     if (i >= rotated) {
-      gpu::store_once<kAligned>(entry + first[u], convert<T, kFormat>(step[u].x.get(), divisor),
+      gpu::store_once<kAligned>(entry + first[u], write(step[u].x),
                                 min(static_cast<int>(m.latent) - first[u], kN));
       continue;
     }
@@ -68,12 +69,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (at[u] != key) continue;
     C* rope = entry + m.latent;
     if constexpr (kNeox) {
-      gpu::store<kAligned>(rope + first[u], convert<T, kFormat>(step[u].x.get(), divisor), n);
-      gpu::store<kAligned>(rope + half + first[u], convert<T, kFormat>(step[u].y.get(), divisor),
-                           n);
+      gpu::store<kAligned>(rope + first[u], write(step[u].x), n);
+      gpu::store<kAligned>(rope + half + first[u], write(step[u].y), n);
     } else {
-      gpu::store<kAligned>(rope + 2 * first[u], convert<T, kFormat>(step[u].x.get(), divisor),
-                           2 * n);
+      gpu::store<kAligned>(rope + 2 * first[u], write(step[u].x), 2 * n);
     }
   }
 }
@@ -88,7 +87,7 @@ void concat_and_cache_mla_rope_fused(const ConcatMlaRopeArgs& a, Stream stream) 
         using T = decltype(type);
         constexpr KvFormat kFormat = decltype(format)::value;
         constexpr bool kNeox = decltype(neox)::value;
-        constexpr int64_t kIn = sizeof(T), kOut = sizeof(CacheItemT<T, kFormat>);
+        constexpr int64_t kIn = sizeof(T), kOut = sizeof(gpu::CacheItem<kFormat, T>);
         constexpr int kN = gpu::kVec<T>, kP = elementwise::kPairs<T, kNeox>;
         const int64_t half = m.rope / 2;
         const int64_t steps = gpu::ceil_div(half, kP);
@@ -99,7 +98,7 @@ void concat_and_cache_mla_rope_fused(const ConcatMlaRopeArgs& a, Stream stream) 
                          gpu::aligned(kOut * kN, m.cache, m.block_stride * kOut,
                                       m.entry_stride * kOut, m.latent * kOut, half * kOut);
         gpu::with_bool(all, [&](auto is_aligned) {
-          constexpr int kUnroll = 3, kThreads = 208;
+          constexpr int kUnroll = 3, kThreads = 224;
           const int64_t total = (a.heads + 1) * steps + gpu::ceil_div(m.latent, kN);
           const dim3 grid(static_cast<unsigned>(m.tokens),
                           static_cast<unsigned>(gpu::ceil_div(total, kUnroll * kThreads)));

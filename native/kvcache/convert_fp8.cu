@@ -1,7 +1,7 @@
 // Between floats and 8-bit codes on the GPU: 8 elements a step, so that the 16-byte stores of a
 // warp fill whole sectors.
 #include "kvcache/cache.h"
-#include "kvcache/runs.cuh"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 namespace {
@@ -16,9 +16,10 @@ struct Floats {
 };
 
 template <class T, KvFormat kFormat, bool kToFp8, bool kAligned, int kUnroll, int kMinBlocks>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    convert_all(ConvertFp8Args a, gpu::Divisor divisor) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) convert_all(ConvertFp8Args a) {
   gpu::begin_overlapped();
+  using Write = gpu::Quantizer<kToFp8 ? kFormat : KvFormat::kCopy, T>;
+  const Write write = Write::for_warps(a.scale);
   using F = Floats<T>;
   const int64_t base =
       (static_cast<int64_t>(blockIdx.x) * kUnroll * kThreads + threadIdx.x) * kStep;
@@ -59,15 +60,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int64_t i = base + u * kThreads * kStep, left = a.n - i;
     if (left <= 0) break;
     if constexpr (kToFp8) {
-      gpu::Vec<T, kStep> x;
+      uint32_t words[kStep / 4];
 #pragma unroll
       for (int p = 0; p < F::kParts; ++p) {
-        const gpu::Vec<T, F::kN> v = floats[u].part[p].get();
-#pragma unroll
-        for (int j = 0; j < F::kN; ++j) x.at[p * F::kN + j] = v.at[j];
+        const auto part_codes = write(floats[u].part[p]);
+        memcpy(words + p * F::kN / 4, &part_codes, F::kN);
       }
-      gpu::Vec<uint8_t, kStep> out_codes;
-      gpu::quantize<kFormat>(out_codes, x, divisor);
+      gpu::Kept<gpu::Vec<uint8_t, kStep>> out_codes;
+      out_codes.raw = {words[0], words[1]};
       uint8_t* out = static_cast<uint8_t*>(a.out) + i;
       if (left >= kStep) {
         gpu::store<kAligned>(out, out_codes);
@@ -101,7 +101,7 @@ void convert_fp8(const ConvertFp8Args& a, Stream stream) {
       gpu::with_bool(gpu::aligned(16, a.in, a.out), [&](auto is_aligned) {
         using T = decltype(type);
         constexpr bool kTo = decltype(to_fp8)::value, kAligned = decltype(is_aligned)::value;
-        constexpr int kUnroll = kTo ? 4 : 2, kMinBlocks = kTo ? 6 : 8;
+        constexpr int kUnroll = kTo ? 2 : 1, kMinBlocks = kTo ? 6 : 8;
         constexpr int64_t kBlockItems = int64_t{kThreads} * kStep * kUnroll;
         const auto blocks = static_cast<unsigned>(gpu::ceil_div(a.n, kBlockItems));
         gpu::launch_overlapped(
@@ -109,7 +109,7 @@ void convert_fp8(const ConvertFp8Args& a, Stream stream) {
             a.format == KvFormat::kE5M2
                 ? convert_all<T, KvFormat::kE5M2, kTo, kAligned, kUnroll, kMinBlocks>
                 : convert_all<T, KvFormat::kE4M3, kTo, kAligned, kUnroll, kMinBlocks>,
-            dim3(blocks), kThreads, gpu::stream_of(stream), a, gpu::Divisor(a.scale));
+            dim3(blocks), kThreads, gpu::stream_of(stream), a);
       });
     });
   });

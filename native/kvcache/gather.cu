@@ -2,42 +2,58 @@
 // row finds where its entry lies, then all lanes move the entries. Warps need nothing of each
 // other, so some look up while others move.
 #include "kvcache/cache.h"
-#include "kvcache/runs.cuh"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 namespace {
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 128;
 
-// Entry number (block * block_size + offset) of a row, or -1 to leave the row alone.
-__device__ int64_t find(const GatherMap& m, const gpu::FastDivisor& block_size, int64_t row) {
-  int64_t b;
-  if (m.seq_of != nullptr) {
-    b = m.seq_of[row];
-  } else {  // the last sequence that starts at or before the row
-    int64_t low = 0, high = m.sequences;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (m.cu[middle] <= row) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
+// The last sequence that starts at or before `row`, of those from `low` on; -1 if there is none.
+__device__ int64_t last_start(const GatherMap& m, int64_t row, int64_t low) {
+  int64_t high = m.sequences;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (m.cu[middle] <= row) {
+      low = middle + 1;
+    } else {
+      high = middle;
     }
-    b = low - 1;
   }
-  if (b < 0 || b >= m.sequences) return -1;
+  return low - 1;
+}
+
+// The same of the rows of a warp, one a lane from `first` on. With up to 32 sequences each lane
+// loads the start of one: one load to wait for instead of one for each halving.
+__device__ int64_t sequence_of(const GatherMap& m, int64_t first, int64_t row) {
+  if (m.sequences > 32) return last_start(m, row, 0);
+  const int lane = threadIdx.x % 32;
+  const int64_t start = lane < m.sequences ? m.cu[lane] : INT64_MAX;
+  const int64_t b = __popc(__ballot_sync(~0u, start <= first)) - 1;
+  const int64_t next = __shfl_sync(~0u, start, (b + 1) % 32);
+  return b + 1 >= m.sequences || row < next ? b : last_start(m, row, b + 1);
+}
+
+// Where the entry of a row lies; a negative block: nowhere, leave the row alone.
+struct Entry {
+  int64_t block, offset;
+};
+
+__device__ Entry find(const GatherMap& m, const gpu::FastDivisor& block_size, int64_t b,
+                      int64_t row) {
+  constexpr Entry kNowhere = {-1, 0};
+  if (b < 0 || b >= m.sequences) return kNowhere;
   const int64_t first = m.cu[b];
   const int64_t end = m.open_end && b == m.sequences - 1 ? m.rows : m.cu[b + 1];
-  if (row < first || row >= end) return -1;
+  if (row < first || row >= end) return kNowhere;
   const int64_t p = row - first + (m.starts == nullptr ? 0 : m.starts[b]);
-  if (p < 0) return -1;
-  int64_t logical, off;
-  gpu::split_slot(p, m.block_size, block_size, logical, off);
-  if (logical >= m.table_width) return -1;
+  if (p < 0) return kNowhere;
+  const auto place = gpu::place_of(static_cast<uint64_t>(p), block_size);
+  const int64_t logical = static_cast<int64_t>(place.block);
+  if (logical >= m.table_width) return kNowhere;
   const int64_t block = m.table[b * m.table_stride + logical];
-  if (block < 0 || block >= m.num_blocks) return -1;
-  return block * m.block_size + off;
+  if (block >= m.num_blocks) return kNowhere;
+  return {block, static_cast<int64_t>(place.offset)};
 }
 
 // The rows [first, first + kRows) of a warp, one a lane: `place` makes an int64 of the block and
@@ -66,11 +82,12 @@ struct Rows {
                               const Place& place) const {
     const int lane = threadIdx.x % 32;
     const int64_t row = first + lane;
-    const int64_t entry = lane < kRows && row < m.rows ? find(m, block_size, row) : -1;
-    if (entry < 0) return -1;
-    int64_t block, off;
-    gpu::split_slot(entry, m.block_size, block_size, block, off);
-    return place(entry, block, off);
+    const int64_t b = m.seq_of == nullptr            ? sequence_of(m, first, row)
+                      : lane < kRows && row < m.rows ? m.seq_of[row]
+                                                     : -1;
+    if (lane >= kRows || row >= m.rows) return -1;
+    const Entry entry = find(m, block_size, b, row);
+    return entry.block < 0 ? -1 : place(entry.block, entry.offset);
   }
 };
 
@@ -106,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
                 gpu::FastDivisor block_size, int64_t block_stride, int64_t entry_stride,
                 int64_t dst_stride) {
   const Rows<kRows> rows(m);
-  const int64_t own = rows.find_own(m, block_size, [&](int64_t, int64_t block, int64_t off) {
+  const int64_t own = rows.find_own(m, block_size, [&](int64_t block, int64_t off) {
     return block * block_stride + off * entry_stride;
   });
   V v[kUnroll];
@@ -122,7 +139,7 @@ template <class T, KvFormat kFormat, int kRows, int kUnroll, int kN>
 __global__ void __launch_bounds__(kThreads)
     gather_fp8(GatherArgs a, gpu::FastDivisor steps, gpu::FastDivisor block_size) {
   const Rows<kRows> rows(a.map);
-  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t, int64_t block, int64_t off) {
+  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t block, int64_t off) {
     return block * a.block_stride + off * a.entry_stride;
   });
   const float scale = *a.scale;
@@ -145,24 +162,28 @@ __global__ void __launch_bounds__(kThreads)
       });
 }
 
-// 16 bytes at an address that is a multiple of 4.
+// 16 bytes at an address that is a multiple of 4, or of 16.
+template <bool kAligned>
 __device__ uint4 load_words(const uint8_t* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return *reinterpret_cast<const uint4*>(p);
+  if constexpr (kAligned) return *reinterpret_cast<const uint4*>(p);
   const uint32_t* w = reinterpret_cast<const uint32_t*>(p);
   return {w[0], w[1], w[2], w[3]};
 }
 
 // 8 of them, in the first two words.
+template <bool kAligned>
 __device__ uint4 load_two_words(const uint8_t* p) {
+  if constexpr (kAligned) {
+    const uint2 both = *reinterpret_cast<const uint2*>(p);
+    return {both.x, both.y, 0, 0};
+  }
   const uint32_t* w = reinterpret_cast<const uint32_t*>(p);
-  if (reinterpret_cast<uintptr_t>(p) % 8 != 0) return {w[0], w[1], 0, 0};
-  const uint2 both = *reinterpret_cast<const uint2*>(p);
-  return {both.x, both.y, 0, 0};
+  return {w[0], w[1], 0, 0};
 }
 
 // The 656-byte entries: 8 codes a step, then 8 rotary values a step. A step writes 16 bytes, a warp
 // whole sectors.
-template <int kRows, int kUnroll>
+template <bool kAligned, int kRows, int kUnroll>
 __global__ void __launch_bounds__(kThreads)
     upconvert(GatherUpconvertArgs a, gpu::FastDivisor block_size) {
   using T = gpu::BFloat16;
@@ -170,19 +191,20 @@ __global__ void __launch_bounds__(kThreads)
   constexpr gpu::FastDivisor kDivisor(kCodes + 8);  // steps
   const Rows<kRows> rows(a.map);
   // Addresses, as numbers.
-  const int64_t own =
-      rows.find_own(a.map, block_size, [&](int64_t entry, int64_t block, int64_t off) -> int64_t {
-        if (a.host != nullptr) {
-          const int64_t device_row = a.device_rows[entry], host_row = a.host_rows[entry];
-          if (device_row < 0) {
-            if (host_row < 0 || host_row >= a.host_count) return -1;
-            return reinterpret_cast<int64_t>(a.host + host_row * kDsMlaEntry);
-          }
-          if (device_row >= a.src_blocks * a.map.block_size) return -1;
-          gpu::split_slot(device_row, a.map.block_size, block_size, block, off);
-        }
-        return reinterpret_cast<int64_t>(a.src + block * a.block_stride + off * a.entry_stride);
-      });
+  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t block, int64_t off) -> int64_t {
+    if (a.host != nullptr) {
+      const int64_t entry = block * a.map.block_size + off;
+      const int64_t device_row = a.device_rows[entry], host_row = a.host_rows[entry];
+      if (device_row < 0) {
+        if (host_row < 0 || host_row >= a.host_count) return -1;
+        return reinterpret_cast<int64_t>(a.host + host_row * kDsMlaEntry);
+      }
+      if (device_row >= a.src_blocks * a.map.block_size) return -1;
+      const auto place = gpu::place_of(static_cast<uint64_t>(device_row), block_size);
+      block = static_cast<int64_t>(place.block), off = static_cast<int64_t>(place.offset);
+    }
+    return reinterpret_cast<int64_t>(a.src + block * a.block_stride + off * a.entry_stride);
+  });
   uint4 words[kUnroll];
   float scale[kUnroll];
   move_rows<kRows, kUnroll>(
@@ -190,9 +212,9 @@ __global__ void __launch_bounds__(kThreads)
       [&](int u, uint32_t, uint32_t step, int64_t at) {
         const uint8_t* entry = reinterpret_cast<const uint8_t*>(at);
         if (step >= kCodes) {
-          words[u] = load_words(entry + kDsMlaRope + (step - kCodes) * 16);
+          words[u] = load_words<kAligned>(entry + kDsMlaRope + (step - kCodes) * 16);
         } else {
-          words[u] = load_two_words(entry + step * 8);
+          words[u] = load_two_words<kAligned>(entry + step * 8);
           scale[u] = *reinterpret_cast<const float*>(entry + kDsMlaScales + step / 16 * 4);
         }
       },
@@ -206,11 +228,7 @@ __global__ void __launch_bounds__(kThreads)
           memcpy(&codes, &words[u], 8);
           gpu::dequantize<KvFormat::kE4M3>(out, codes, scale[u]);
         }
-        if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-          gpu::store<true>(to, out);
-        } else {
-          gpu::store<false>(to, out);
-        }
+        gpu::store<kAligned>(to, out);
       });
 }
 
@@ -221,7 +239,7 @@ __global__ void __launch_bounds__(kThreads)
                  bool aligned) {
   const Rows<kRows> rows(a.map);
   const uint8_t* scales = nullptr;
-  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t, int64_t block, int64_t off) {
+  const int64_t own = rows.find_own(a.map, block_size, [&](int64_t block, int64_t off) {
     const int64_t at = block * a.block_stride;
     scales = a.cache + at + a.map.block_size * a.head_size + off * a.scale_bytes;
     return at + off * a.head_size;
@@ -317,13 +335,18 @@ void gather_cache(const GatherArgs& a, Stream stream) {
 
 void gather_and_upconvert_ds_mla(const GatherUpconvertArgs& a, Stream stream) {
   constexpr int kRows = 2;
-  gpu::launch_overlapped("cp_gather_and_upconvert_fp8_kv_cache", upconvert<kRows, 5>,
-                         grid_for(a.map.rows, kRows), kThreads, gpu::stream_of(stream), a,
-                         gpu::FastDivisor(a.map.block_size));
+  const bool all = gpu::aligned(16, a.src, a.host, a.block_stride, a.entry_stride, a.dst,
+                                a.dst_stride * int64_t{sizeof(gpu::BFloat16)});
+  gpu::with_bool(all, [&](auto is_aligned) {
+    gpu::launch_overlapped("cp_gather_and_upconvert_fp8_kv_cache",
+                           upconvert<decltype(is_aligned)::value, kRows, 5>,
+                           grid_for(a.map.rows, kRows), kThreads, gpu::stream_of(stream), a,
+                           gpu::FastDivisor(a.map.block_size));
+  });
 }
 
 void gather_indexer(const IndexerGatherArgs& a, Stream stream) {
-  constexpr int kRows = 16;
+  constexpr int kRows = 8;
   const bool all = gpu::aligned(16, a.cache, a.dst_k, a.block_stride, a.head_size) &&
                    gpu::aligned(4, a.dst_scale, a.scale_bytes);
   gpu::launch_overlapped("cp_gather_indexer_k_quant_cache", gather_index<kRows, 2>,

@@ -1,7 +1,7 @@
 // The indexer's keys into their cache on the GPU: 8 values a thread, group / 8 neighbouring lanes a
 // group.
 #include "kvcache/cache.h"
-#include "kvcache/runs.cuh"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 namespace {
@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
   const int d = static_cast<int>(in_row) * kN;
   const bool exists = token < a.tokens;
   const int64_t slot = exists ? a.slots[token] : -1;
-  gpu::Vec<T, kN> v{};
+  gpu::Kept<gpu::Vec<T, kN>> v{};
   if (exists) gpu::load<kAligned>(v, static_cast<const T*>(a.k) + token * a.head_size + d);
+  const gpu::Vec<T, kN> values = v.get();
   float amax = 0.0f;
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    amax = fmaxf(amax, fabsf(gpu::to_float(v.at[j])));  // passes over a NaN
+    amax = fmaxf(amax, fabsf(gpu::to_float(values.at[j])));  // passes over a NaN
   }
   for (int offset = static_cast<int>(a.group) / kN / 2; offset > 0; offset /= 2) {
     amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
@@ -31,13 +32,10 @@ __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
   if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
   float scale = fmaxf(amax, 1e-4f) / 448.0f;
   if (a.scale_format != ScaleFormat::kFloat32) scale = gpu::power_of_two_at_least(scale);
-  gpu::Vec<uint8_t, kN> codes;
   const gpu::Divisor divisor(scale);
-  if (a.scale_format == ScaleFormat::kFloat32) {
-    gpu::quantize<KvFormat::kE4M3>(codes, v, divisor);
-  } else {
-    gpu::quantize<KvFormat::kE4M3, true>(codes, v, divisor);
-  }
+  const auto codes = a.scale_format == ScaleFormat::kFloat32
+                         ? gpu::quantized<KvFormat::kE4M3>(v, divisor)
+                         : gpu::quantized_by_product<KvFormat::kE4M3>(v, divisor);
   int64_t in_cache, off;
   gpu::split_slot(slot, a.block_size, in_cache, off);
   uint8_t* block = a.cache + in_cache * a.block_stride;

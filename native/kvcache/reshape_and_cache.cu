@@ -2,7 +2,7 @@
 // in shared memory and writes them transposed: 8 tokens that follow each other in one cache block
 // share a store of values; others are scattered item by item.
 #include "kvcache/cache.h"
-#include "kvcache/runs.cuh"
+#include "prim/gpu_fp8.h"
 
 namespace kvcache {
 namespace {
@@ -12,7 +12,8 @@ constexpr int kSliceBytes = 512;  // of cache items a token
 
 template <class T, KvFormat kFormat, bool kAligned>
 __global__ void __launch_bounds__(kThreads) write_packed(ReshapeAndCacheArgs a) {
-  using C = CacheItemT<T, kFormat>;
+  using Write = gpu::Quantizer<kFormat, T>;
+  using C = typename Write::Item;
   constexpr int kN = gpu::kVec<T>, kX = 16 / sizeof(C);
   constexpr int kSlice = kSliceBytes / sizeof(C), kPitch = kSlice + kX;
   __shared__ __align__(16) C keys[kTokens * kPitch];
@@ -37,19 +38,20 @@ __global__ void __launch_bounds__(kThreads) write_packed(ReshapeAndCacheArgs a) 
     for (int i = 1; i < kRun; ++i) ok = ok && run[i] == run[0] + i;
     together[threadIdx.x] = ok;
   }
-  const gpu::Divisor k_divisor(kFormat == KvFormat::kCopy ? 1.0f : *a.k_scale);
-  const gpu::Divisor v_divisor(kFormat == KvFormat::kCopy ? 1.0f : *a.v_scale);
+  const bool scaled = kFormat != KvFormat::kCopy;
+  const auto [write_key, write_value] =
+      Write::for_warps(scaled ? *a.k_scale : 1.0f, scaled ? *a.v_scale : 1.0f);
   const int vecs = (cols + kN - 1) / kN;
   for (int i = threadIdx.x; i < kTokens * vecs; i += kThreads) {
     const int token = i / vecs, col = (i - token * vecs) * kN, n = min(cols - col, kN);
     if (slots[token] < 0) continue;
     const int64_t t = first_token + token;
-    gpu::Vec<T, kN> k, v;
+    gpu::Kept<gpu::Vec<T, kN>> k, v;
     gpu::load<kAligned>(k, static_cast<const T*>(a.key) + t * a.key_stride + first_col + col, n);
     gpu::load<kAligned>(v, static_cast<const T*>(a.value) + t * a.value_stride + first_col + col,
                         n);
-    gpu::store<true>(keys + token * kPitch + col, convert<T, kFormat>(k, k_divisor));
-    gpu::store<true>(values + token * kPitch + col, convert<T, kFormat>(v, v_divisor));
+    gpu::store<true>(keys + token * kPitch + col, write_key(k));
+    gpu::store<true>(values + token * kPitch + col, write_value(v));
   }
   __syncthreads();
 
@@ -98,7 +100,7 @@ void reshape_and_cache(const ReshapeAndCacheArgs& a, Stream stream) {
     gpu::with_format(a.format, [&](auto format) {
       using T = decltype(type);
       constexpr KvFormat kFormat = decltype(format)::value;
-      constexpr int kSlice = kSliceBytes / sizeof(CacheItemT<T, kFormat>);
+      constexpr int kSlice = kSliceBytes / sizeof(gpu::CacheItem<kFormat, T>);
       const dim3 grid(static_cast<unsigned>(gpu::ceil_div(a.tokens, kTokens)),
                       static_cast<unsigned>(gpu::ceil_div(a.heads * a.head_size, kSlice)));
       const bool all = gpu::aligned(16, a.key, a.value, a.key_stride * sizeof(T),

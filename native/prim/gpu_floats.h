@@ -40,14 +40,22 @@ __device__ inline uint32_t rounded_word(float2 x) {
   return std::is_same_v<T, BFloat16> ? round_to_bfloat16s(x.x, x.y) : round_to_halves(x.x, x.y);
 }
 
+// The other way round.
+template <class T>
+__device__ inline float2 widened_word(uint32_t word) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  } else {
+    return widen_halves(word);
+  }
+}
+
 // Two values rounded to T, as floats.
 template <class T>
 __device__ inline float2 rounded(float2 x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t word = rounded_word<T>(x);
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  } else if constexpr (std::is_same_v<T, Half>) {
-    return widen_halves(rounded_word<T>(x));
+  if constexpr (sizeof(T) == 2) {
+    return widened_word<T>(rounded_word<T>(x));
   } else {
     return x;
   }
@@ -65,7 +73,13 @@ struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Vec {
 // Elements i and i + 1 as floats, and rounded.
 template <class T, int kCount>
 __device__ inline float2 pair_at(const Vec<T, kCount>& v, int i) {
-  return {to_float(v.at[i]), to_float(v.at[i + 1])};
+  if constexpr (sizeof(T) == 2) {
+    uint32_t word;
+    memcpy(&word, &v.at[i], 4);
+    return widened_word<T>(word);
+  } else {
+    return {to_float(v.at[i]), to_float(v.at[i + 1])};
+  }
 }
 template <class T, int kCount>
 __device__ inline void set_pair(Vec<T, kCount>& v, int i, float2 x) {
@@ -123,6 +137,15 @@ __device__ inline void load(Kept<Vec<T, kCount>>& v, const T* p, int count = kCo
   }
 }
 
+template <bool kAligned, class T, int kCount>
+__device__ inline void store(T* p, const Kept<Vec<T, kCount>>& v, int count = kCount) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<std::remove_cvref_t<decltype(v.raw)>*>(p) = v.raw;
+  } else {
+    store<false>(p, v.get(), count);
+  }
+}
+
 // load() and store() for memory that the kernel touches once, past the L1.
 template <bool kAligned, class T, int kCount>
 __device__ inline void load_once(Kept<Vec<T, kCount>>& v, const T* p, int count = kCount) {
@@ -139,6 +162,15 @@ __device__ inline void store_once(T* p, const Vec<T, kCount>& v, int count = kCo
     st_once(reinterpret_cast<uint4*>(p), std::bit_cast<uint4>(v));
   } else if constexpr (kAligned && sizeof(v) == 8) {
     st_once(reinterpret_cast<uint2*>(p), std::bit_cast<uint2>(v));
+  } else {
+    store<kAligned>(p, v, count);
+  }
+}
+
+template <bool kAligned, class T, int kCount>
+__device__ inline void store_once(T* p, const Kept<Vec<T, kCount>>& v, int count = kCount) {
+  if constexpr (kAligned && sizeof(v) >= 8) {
+    st_once(reinterpret_cast<std::remove_cvref_t<decltype(v.raw)>*>(p), v.raw);
   } else {
     store<kAligned>(p, v, count);
   }
@@ -211,11 +243,24 @@ __device__ inline void split_slot(int64_t slot, int64_t block_size, int64_t& blo
   }
 }
 
-// The same with a divisor that the host has prepared.
-__device__ inline void split_slot(int64_t slot, int64_t block_size, const FastDivisor& fast,
-                                  int64_t& block, int64_t& off) {
-  block = fast.long_quotient(slot);
-  off = slot - block * block_size;
+// The same with a divisor that the host has prepared; below 2^31 for an Index of 32 bits.
+template <class Index>
+struct Place {
+  Index block, offset;
+};
+__device__ inline Place<uint32_t> place_of(uint32_t slot, const FastDivisor& block_size) {
+  const uint32_t block = block_size.quotient(slot);
+  return {block, slot - block * block_size.divisor};
+}
+__device__ inline Place<uint64_t> place_of(uint64_t slot, const FastDivisor& block_size) {
+  const uint64_t block = block_size.long_quotient(static_cast<int64_t>(slot));
+  return {block, slot - block * block_size.divisor};
+}
+
+// Whether numbers and strides are small enough for kernels that count in 32 bits.
+template <class... Values>
+bool narrow(Values... values) {
+  return ((static_cast<int64_t>(values) >> 31 == 0) && ...);
 }
 
 // Calls f with a value of the element type of a float dtype.

@@ -55,6 +55,13 @@ inline int multiprocessors(int device) {
   return count;
 }
 
+// The most shared memory that a block can have.
+inline int most_shared_bytes(int device) {
+  int bytes = 0;
+  GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 // A fact about the current device, asked for once. It is kept as 1 more, 0 being "not yet asked".
 template <auto ask>
 int on_current_device() {
@@ -139,30 +146,53 @@ void launch_typed(const LaunchConfig& config, const char* name, void (*)(Paramet
 
 #endif  // COMMUNICATORS_HIP
 
+// What a launch of any shape may ask for beside it. cluster: blocks of grid.x that run together and
+// reach each other's shared memory (0: none); for GPUs that have_clusters().
+struct LaunchExtras {
+  int shared_bytes = 0;
+  int cluster = 0;
+};
+
+inline bool have_clusters() {
+#if COMMUNICATORS_HIP
+  return false;
+#else
+  return on_current_device<has_dependent_launch>();  // they came together, with sm_90
+#endif
+}
+
 // A launch of any shape, for a kernel whose first line is begin_overlapped(): where the GPU can, it
 // starts while its predecessor in the stream ends. A small grid starts afterwards: behind a kernel
 // that does not let it in early it would lose 0.2 us (H200, in torch's CUDA graphs).
 template <typename... Parameters>
-void launch_overlapped_shared(const char* name, void (*kernel)(Parameters...), dim3 grid,
-                              int threads, int shared_bytes, Stream stream,
-                              std::type_identity_t<Parameters>... arguments) {
+void launch_overlapped_with(const LaunchExtras& extras, const char* name,
+                            void (*kernel)(Parameters...), dim3 grid, int threads, Stream stream,
+                            std::type_identity_t<Parameters>... arguments) {
 #if COMMUNICATORS_HIP
-  kernel<<<grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes), stream>>>(
-      arguments...);
+  kernel<<<grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(extras.shared_bytes),
+           stream>>>(arguments...);
   check(hipGetLastError(), name, __FILE__, __LINE__);
 #else
   cudaLaunchConfig_t native = {};
   native.gridDim = grid;
   native.blockDim = dim3(static_cast<unsigned>(threads));
-  native.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  native.dynamicSmemBytes = static_cast<size_t>(extras.shared_bytes);
   native.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  native.attrs = &attribute;
+  cudaLaunchAttribute attributes[2];
+  native.attrs = attributes;
   constexpr uint64_t kSmallGrid = 64;  // blocks
   const bool large = uint64_t{grid.x} * grid.y * grid.z >= kSmallGrid;
-  native.numAttrs = large && on_current_device<has_dependent_launch>() ? 1 : 0;
+  if (large && on_current_device<has_dependent_launch>()) {
+    cudaLaunchAttribute& overlap = attributes[native.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (extras.cluster > 0) {
+    cudaLaunchAttribute& cluster = attributes[native.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(extras.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
   check(cudaLaunchKernelEx(&native, kernel, arguments...), name, __FILE__, __LINE__);
 #endif
 }
@@ -170,7 +200,7 @@ void launch_overlapped_shared(const char* name, void (*kernel)(Parameters...), d
 template <typename... Parameters>
 void launch_overlapped(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
                        Stream stream, std::type_identity_t<Parameters>... arguments) {
-  launch_overlapped_shared(name, kernel, grid, threads, 0, stream, arguments...);
+  launch_overlapped_with({}, name, kernel, grid, threads, stream, arguments...);
 }
 
 template <auto kernel, typename... Arguments>

@@ -20,7 +20,8 @@ void swap_blocks_batch_cuda(const Tensor& src_ptrs, const Tensor& dst_ptrs, cons
 }  // namespace kvcache_glue
 
 // Dispatch by the tensors' device cannot tell a batch for a GPU from one for the CPU: an op of its
-// own, which kvcache_ops.swap_blocks_batch calls once this process uses a GPU.
+// own, which kvcache_ops.swap_blocks_batch calls once this process uses a GPU. Both are there for
+// tensors on a GPU too, to say that those belong on the host.
 STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
   m.def(
       "swap_blocks_batch_cuda(Tensor src_ptrs, Tensor! dst_ptrs, Tensor sizes, "
@@ -29,4 +30,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CPU, m) {
   m.impl("swap_blocks_batch_cuda", TORCH_BOX(&kvcache_glue::swap_blocks_batch_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CUDA, m) {
+  m.impl("swap_blocks_batch_cuda", TORCH_BOX(&kvcache_glue::swap_blocks_batch_cuda));
+  m.impl("swap_blocks_batch", TORCH_BOX(&kvcache_glue::swap_blocks_batch_cuda));
 }

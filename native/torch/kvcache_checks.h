@@ -57,7 +57,10 @@ class Checks {
  public:
   // `anchor` is the tensor whose device the others must share.
   Checks(const char* op, const Arg& anchor)
-      : op_(op), device_type_(anchor.device_type), device_index_(anchor.device_index) {}
+      : op_(op),
+        anchor_(anchor.name),
+        device_type_(anchor.device_type),
+        device_index_(anchor.device_index) {}
 
   [[noreturn]] void fail(const char* arg, const std::string& given,
                          const std::string& accepted) const;
@@ -81,7 +84,7 @@ class Checks {
   const char* op() const { return op_; }
 
  private:
-  const char* op_;
+  const char *op_, *anchor_;
   int32_t device_type_, device_index_;
 };
 

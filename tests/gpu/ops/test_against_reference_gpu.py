@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,16 +106,70 @@ def test_fp8_of_random_bits(kv_dtype: str, fmt: torch.dtype, scale: float) -> No
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fp8_of_every_16_bit_value(dtype: torch.dtype) -> None:
+def every_16_bit_value(dtype: torch.dtype) -> torch.Tensor:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    x = bits.view(dtype).cuda()
-    for kv, scale in itertools.product(("fp8", "fp8_e5m2"), (1.0, 0.7, 1.3e-3, 448.0)):
-        got = torch.empty(x.numel(), dtype=torch.uint8, device="cuda")
-        want = torch.empty_like(got)
+    return bits.view(dtype).cuda()
+
+
+def fp8_scales() -> list[float]:
+    """Ordinary ones, decimal ones, ratios of small integers (whose quotients lie on the edges
+    between codes), powers of two, and the two ends of fp32, subnormal numbers included."""
+    generator = torch.Generator().manual_seed(11)
+    random = torch.empty(300).uniform_(-60, 60, generator=generator).exp2().tolist()
+    decimal = [i / 100 for i in range(1, 120)] + [0.001, 0.003, 0.007, 1.3e-3, 448.0, 3.7, 9.9]
+    ratios = [a / b for a in (1, 3, 5, 7, 11, 21, 255) for b in (1, 3, 9, 17, 31)]
+    ends = [2.0**e for e in (-149, -140, -126, -100, 1, 100, 127)] + [1e-45, 3e-39, 1e-30, 1e30]
+    return [*random, *decimal, *ratios, *ends, 3e38, float("inf"), -0.7, -1.0, -1e-40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kv", ["fp8", "fp8_e5m2"])
+def test_fp8_of_every_16_bit_value(dtype: torch.dtype, kv: str) -> None:
+    """Whichever way a kernel divides by the scale."""
+    x = every_16_bit_value(dtype)
+    got = torch.empty(x.numel(), dtype=torch.uint8, device="cuda")
+    want = torch.empty_like(got)
+    for scale in fp8_scales():
         kvcache_ops.convert_fp8(got, x, scale, kv)
         reference.convert_fp8(want, x, scale, kv)
-        assert torch.equal(got, want)
+        assert torch.equal(got, want), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cache_writes_of_every_16_bit_value(dtype: torch.dtype) -> None:
+    """Two scales in one kernel, of which either or none may need an exact division; and one a
+    head."""
+    x = every_16_bit_value(dtype).view(64, 8, 128)
+    slots = torch.arange(64, device="cuda")
+    got = [torch.zeros(4, 16, 8, 128, device="cuda", dtype=torch.uint8) for _ in "kv"]
+    want = [t.clone() for t in got]
+    scales = fp8_scales()
+    for key_scale, value_scale in zip(scales, reversed(scales), strict=True):
+        for n in (1, 8):
+            k, v = (torch.full((n,), s, device="cuda") for s in (key_scale, value_scale))
+            if n == 8:
+                k[3], v[5] = 0.7, 0.3
+            kvcache_ops.reshape_and_cache_flash(x, x, *got, slots, "fp8", k, v)
+            reference.reshape_and_cache_flash(x, x, *want, slots, "fp8", k, v)
+            assert all(map(torch.equal, got, want)), (key_scale, value_scale, n)
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_grouped_is_one_write_a_layer(kv: str) -> None:
+    layers, tokens, dt = 3, 37, torch.bfloat16 if kv == "auto" else torch.uint8
+    kv_c = torch.randn(layers, tokens, 512, device="cuda", dtype=torch.bfloat16)
+    k_pe = torch.randn(layers, tokens, 64, device="cuda", dtype=torch.bfloat16)
+    got = torch.zeros(layers, 5, 16, 576, device="cuda", dtype=dt)
+    want = torch.zeros_like(got)
+    slots = torch.stack([torch.randperm(80, device="cuda")[:tokens] - 1 for _ in range(layers)])
+    scales = torch.tensor([0.7, 0.3, 1.0], device="cuda")
+    at = torch.tensor([t.data_ptr() for t in got], device="cuda")
+    kvcache_ops.concat_and_cache_mla_grouped(
+        kv_c, k_pe, at, slots, 16, 16 * 576, 576, scales, kv_cache_dtype=kv
+    )
+    for i in range(layers):
+        reference.concat_and_cache_mla(kv_c[i], k_pe[i], want[i], slots[i], kv, scales[i : i + 1])
+    assert torch.equal(got, want)
 
 
 def test_cpu_and_gpu_agree_on_devices() -> None:
@@ -173,3 +225,43 @@ def test_swap_blocks_batch(own_stream: bool) -> None:
     for i, n in enumerate(sizes.tolist()):
         expected[4 - i, :n] = host[i, :n]
     assert torch.equal(gpu.cpu(), expected)
+
+
+def batch(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return (
+        torch.tensor([t.data_ptr() for t in sources]),
+        torch.tensor([t.data_ptr() for t in targets]),
+        torch.tensor([t.nbytes for t in sources]),
+    )
+
+
+def test_swap_blocks_batch_in_a_graph() -> None:
+    """The addresses are those of the capture; a replay moves what they hold by then."""
+    sources = [torch.zeros(1000, dtype=torch.uint8).pin_memory()]
+    sources += [torch.zeros(77, dtype=torch.uint8, device="cuda")]
+    targets = [torch.zeros_like(t, device="cuda") for t in sources]
+    numbers = batch(sources, targets)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kvcache_ops.swap_blocks_batch(*numbers)
+    for t in numbers:
+        t.zero_()  # they are read when the call is captured
+    for _ in range(2):
+        for t in sources:
+            t.random_(0, 255)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(sources, targets, strict=True))
+
+
+def test_swap_blocks_batch_compiled() -> None:
+    source = torch.randint(0, 255, (1000,), dtype=torch.uint8, device="cuda")
+    target = torch.zeros_like(source)
+    numbers = batch([source], [target])
+    compiled = torch.compile(kvcache_ops.swap_blocks_batch, fullgraph=True, backend="aot_eager")
+    compiled(*numbers)
+    torch.cuda.synchronize()
+    assert torch.equal(source, target)
+    op = torch.ops.kvcache_ops.swap_blocks_batch_cuda
+    torch.library.opcheck(op, numbers, test_utils=("test_schema", "test_faketensor"))
