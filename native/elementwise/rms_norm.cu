@@ -1,7 +1,8 @@
 // RMSNorm on the GPU: a block owns a row and keeps it in registers between the sum of squares and
-// the scaling. A few rows are spread over more blocks: see rms_norm_clusters.cuh.
+// the scaling. A few rows are spread over more blocks: rms_norm_parts.cuh, rms_norm_clusters.cuh.
 #include "elementwise/rms_norm.cuh"
 #include "elementwise/rms_norm_clusters.cuh"
+#include "elementwise/rms_norm_parts.cuh"
 
 namespace elementwise {
 namespace {
@@ -162,7 +163,9 @@ void launch(const char* op, const FusedAddRmsNormArgs& args, const void* input, 
                                static_cast<T*>(out), static_cast<T*>(a.residual),
                                static_cast<const T*>(a.weight), a);
       };
-      if (kAligned && spreads_over_clusters(a, vecs, kFused)) {
+      if (kAligned && !kFused && divides_into_parts(a, input, out, vecs, kItem)) {
+        launch_in_parts<T>(op, a, input, out, vecs, stream);
+      } else if (kAligned && spreads_over_clusters(a, vecs, kFused)) {
         launch_in_clusters<T, kFused>(op, a, input, out, vecs, stream);
       } else if (vecs > kMaxHeld * kLongThreads) {
         go(norm_long<T, kAligned, kFused>, kLongThreads);

@@ -13,6 +13,18 @@ struct NormArgs : FusedAddRmsNormArgs {
   float inverse_hidden;
 };
 
+// What a row costs before its first load counts here, and so does each line of parameters.
+struct FewRows {
+  int64_t input_stride, residual_stride, weight_stride;  // elements between rows
+  int hidden;
+  float inverse_hidden, epsilon;
+};
+
+inline FewRows few_rows(const NormArgs& a) {
+  return {a.input_stride0,  a.residual_stride0, a.weight_stride, static_cast<int>(a.hidden),
+          a.inverse_hidden, a.epsilon};
+}
+
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);

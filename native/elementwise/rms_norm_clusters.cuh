@@ -11,13 +11,6 @@ namespace elementwise {
 inline constexpr int kMostBlocks = 8;       // a cluster; more are not portable
 inline constexpr int kMostInCluster = 256;  // threads a block
 
-// What a row costs before its first load counts here, and so does each line of parameters.
-struct FewRows {
-  int64_t input_stride, residual_stride, weight_stride;  // elements between rows
-  int hidden;
-  float inverse_hidden, epsilon;
-};
-
 template <class T, bool kFused>
 __global__ void __launch_bounds__(kMostInCluster)
     norm_in_cluster(const T* input, T* out, T* residual, const T* weight,
@@ -56,8 +49,8 @@ __global__ void __launch_bounds__(kMostInCluster)
   if (inside) n.scale(v, weights, factor, n.target(at, row), first);
 }
 
-// Whether that is quicker than a block a row, for rows of aligned vectors; measured on an H200 at
-// 4096, 8192 and 16384 values.
+// Whether that is quicker than a block a row, for rows of aligned vectors that rms_norm_parts.cuh
+// does not take; measured on an H200 at 4096, 8192 and 16384 values.
 inline bool spreads_over_clusters(const NormArgs& a, int64_t vecs, bool fused) {
   int64_t most_rows = fused && vecs > 256 ? 8 : 0;
   if (vecs > 512) most_rows = fused ? 32 : 16;
@@ -75,9 +68,7 @@ void launch_in_clusters(const char* op, const NormArgs& a, const void* input, vo
                               dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.n0)),
                               static_cast<int>(threads), stream, static_cast<const T*>(input),
                               static_cast<T*>(out), static_cast<T*>(a.residual),
-                              static_cast<const T*>(a.weight),
-                              FewRows{a.input_stride0, a.residual_stride0, a.weight_stride,
-                                      static_cast<int>(a.hidden), a.inverse_hidden, a.epsilon});
+                              static_cast<const T*>(a.weight), few_rows(a));
 }
 
 }  // namespace elementwise

@@ -307,11 +307,9 @@ def test_a_dead_peer_ends_the_communicator_at_once(
         comm._comm._watch.stop()
         abort = comm._comm.nccl.ncclCommAbort
 
-        def slow_abort(handle: Any) -> None:  # close() waits for it
-            time.sleep(0.3)
-            abort(handle)
-
-        comm._comm.nccl.ncclCommAbort = slow_abort  # type: ignore[method-assign]
+        comm._comm.nccl.ncclCommAbort = lambda handle: (  # type: ignore[method-assign]
+            time.sleep(0.3), abort(handle)  # close() waits for it
+        )  # fmt: skip
         with subprocess.Popen(["sleep", "60"]) as peer:
             comm._comm.watch({1: peer.pid})
             comm.all_reduce(torch.ones(1))

@@ -54,6 +54,42 @@ def test_graph_replay_with_changed_contents(case: Case) -> None:
             assert_same_memory(case, name, value, expected[name])
 
 
+@pytest.mark.parametrize("hidden", [1032, 2048, 4096, 5000, 8192, 16384])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_norm_has_the_same_bits_among_few_rows_and_many(hidden: int, fused: bool) -> None:
+    """Rows are spread over several blocks where they are few, and over one where they are many."""
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 600, hidden, device="cuda").bfloat16()
+    weight = torch.randn(hidden, device="cuda").bfloat16()
+
+    def norm(rows: int) -> torch.Tensor:
+        out, added = x[:rows].clone(), residual[:rows].clone()
+        if fused:
+            kvcache_ops.fused_add_rms_norm(out, added, weight, 1e-5)
+        else:
+            kvcache_ops.rms_norm(out, x[:rows], weight, 1e-5)
+        return torch.cat([out, added])
+
+    many = norm(600)
+    for rows in (1, 2, 8, 9, 16, 17, 32, 33):
+        few = norm(rows)
+        assert torch.equal(few[:rows], many[:rows])
+        assert torch.equal(few[rows:], many[600 : 600 + rows])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_norm_in_place(rows: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, 8192, device="cuda").bfloat16()
+    weight = torch.randn(8192, device="cuda").bfloat16()
+    expected = torch.empty_like(x)
+    kvcache_ops.rms_norm(expected, x, weight, 1e-5)
+    for _ in range(200):
+        y = x.clone()
+        kvcache_ops.rms_norm(y, y, weight, 1e-5)
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_silu_has_the_bits_of_torch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
