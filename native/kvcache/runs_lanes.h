@@ -1,17 +1,27 @@
 // Runs of elements quantized and dequantized, for one instruction set (see prim/cpu_lanes.h).
 
 // A copy in stores of whole vectors at their own alignment: with 64 bytes a whole cache line each,
-// which need not be read first. From 4 KB on the C library knows that too.
-inline void copy_run(char* out, const char* in, int64_t bytes) {
+// which need not be read first. Rows of the input that follow each other are asked for ahead; where
+// a row goes is too soon known to wait for.
+template <cpu::Stores kStores>
+void copy_run(char* out, const char* in, int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
-  if (bytes < 4 * kBytes || bytes >= 4096) {
+  if (bytes < 4 * kBytes) {
     if (bytes > 0) std::memcpy(out, in, bytes);  // nothing may have no address
+    return;
+  }
+  if (kStores == cpu::Stores::kStreamed && cpu::on_line(out) && bytes % cpu::kLine == 0) {
+    for (int64_t i = 0; i < bytes; i += kBytes) {
+      prefetch(in + i);
+      put<kStores>(out + i, load_as<Words>(in + i));
+    }
     return;
   }
   const Words first = load_as<Words>(in), last = load_as<Words>(in + bytes - kBytes);
   std::memcpy(out, &first, kBytes);
   int64_t i = kBytes - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kBytes);
   for (; i + kBytes <= bytes; i += kBytes) {
+    prefetch(in + i);
     const Words v = load_as<Words>(in + i);
     std::memcpy(__builtin_assume_aligned(out + i, kBytes), &v, kBytes);
   }
@@ -52,6 +62,7 @@ template <cpu::Fp8 kFormat, bool kInverse, class T>
 LANES void quantize_all(uint8_t* out, const T* x, int64_t n, Floats scale) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    prefetch(x + i);
     quantize_pair<kFormat, kInverse>(out + i, x + i, scale);
   }
   if (i == n) return;
@@ -93,28 +104,30 @@ void dequantize_run(T* out, const uint8_t* codes, int64_t n, float scale) {
   std::memcpy(out + i, result, (n - i) * sizeof(T));
 }
 
-// Largest magnitude; a NaN is passed over (its bits lie above those of infinity). n is a multiple
-// of 32.
+// Largest magnitude; a NaN is passed over. n is a multiple of 32.
 template <class T>
 LANES float largest_magnitude(const T* x, int64_t n) {
-  Words largest = {};
+  Floats a = {}, b = {};
   for (int64_t i = 0; i < n; i += 2 * kWidth) {
     const Pair v = load_pair(x + i);
-    for (const Floats half : {v.a, v.b}) {
-      const Words u = (Words)half & 0x7fffffffu;
-      const Words seen = u > 0x7f800000u ? Words{} : u;
-      largest = seen > largest ? seen : largest;
-    }
+    a = larger(magnitude(v.a), a);
+    b = larger(magnitude(v.b), b);
   }
-  return cpu::float_of(largest_of(largest));
+  return largest_of(larger(a, b));
 }
 
-// Groups of n items to e4m3 codes, each with the scale that its largest magnitude asks for. First
-// all scales, then all codes, so that the groups do not wait for each other.
+// The scales that the largest magnitudes of groups of n items ask for.
 template <class T>
-void quantize_groups(uint8_t* codes, float* scales, const T* x, int64_t groups, int64_t n,
-                     GroupScale rule) {
-  for (int64_t g = 0; g < groups; ++g) scales[g] = rule.of(largest_magnitude(x + g * n, n));
+void scales_of_groups(float* scales, const T* x, int64_t groups, int64_t n, GroupScale rule) {
+  for (int64_t g = 0; g < groups; ++g) {
+    prefetch(x + g * n);
+    scales[g] = rule.of(largest_magnitude(x + g * n, n));
+  }
+}
+
+// Groups of n items to e4m3 codes.
+template <class T>
+void quantize_groups(uint8_t* codes, const float* scales, const T* x, int64_t groups, int64_t n) {
   for (int64_t g = 0; g < groups; ++g) {
     quantize_run<cpu::Fp8::kE4M3>(codes + g * n, x + g * n, n, scales[g]);
   }
