@@ -38,10 +38,10 @@ void run_storing(const ActivationArgs& a) {
 template <Activation kAct, class T>
 void run(const ActivationArgs& a) {
   const int64_t row = a.d * static_cast<int64_t>(sizeof(T));
-  const bool whole_lines = cpu::on_line(a.out) && row % cpu::kLine == 0;
-  whole_lines && cpu::beyond_caches(3 * a.rows * row)
-      ? run_storing<kAct, cpu::Stores::kStreamed, T>(a)
-      : run_storing<kAct, cpu::Stores::kCached, T>(a);
+  const bool streams =
+      cpu::beyond_caches(3 * a.rows * row) && cpu::on_line(a.out) && row % cpu::kLine == 0;
+  if (streams) return run_storing<kAct, cpu::Stores::kStreamed, T>(a);
+  return run_storing<kAct, cpu::Stores::kCached, T>(a);
 }
 
 template <Activation kAct>

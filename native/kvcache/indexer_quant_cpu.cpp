@@ -40,8 +40,8 @@ void indexer_k_quant_and_cache(const IndexerQuantArgs& a, Stream /*stream*/) {
             of_token[g] = cpu::float_of((cpu::bits_of(of_token[g]) >> 23) * 0x01010101u);
           }
         }
-        std::memcpy(block + a.block_size * a.head_size + at / a.group * 4, of_token,
-                    groups * sizeof(float));
+        uint8_t* scale_at = block + a.block_size * a.head_size + at / a.group * 4;
+        for (int64_t g = 0; g < groups; ++g) std::memcpy(scale_at + 4 * g, of_token + g, 4);
       }
     });
   });

@@ -46,10 +46,11 @@ void run_storing(const ReshapeAndCacheFlashArgs& a) {
 
 template <class T>
 void run(const ReshapeAndCacheFlashArgs& a) {
-  const int64_t read = 2 * a.tokens * a.heads * a.head_size * static_cast<int64_t>(sizeof(T));
-  a.format == KvFormat::kCopy && cpu::beyond_caches(2 * read)
-      ? run_storing<cpu::Stores::kStreamed, T>(a)
-      : run_storing<cpu::Stores::kCached, T>(a);
+  const int64_t moved = 4 * a.tokens * a.heads * a.head_size * static_cast<int64_t>(sizeof(T));
+  if (a.format == KvFormat::kCopy && cpu::beyond_caches(moved)) {
+    return run_storing<cpu::Stores::kStreamed, T>(a);
+  }
+  return run_storing<cpu::Stores::kCached, T>(a);
 }
 
 }  // namespace

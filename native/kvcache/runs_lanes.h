@@ -28,11 +28,11 @@ void copy_run(char* out, const char* in, int64_t bytes) {
   std::memcpy(out + bytes - kBytes, &last, kBytes);
 }
 
-// 2 * kWidth codes out of a pair, in the order of the items.
+// 2 * kWidth codes, in the low bytes of a pair, in the order of the items.
 template <class T>
 LANES void store_code_pair(uint8_t* at, Words a, Words b) {
   if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
-    const Shorts both = narrow(a | b << 8);
+    const Shorts both = narrow((a & 0xffu) | (b << 8 & 0xff00u));
     std::memcpy(at, &both, sizeof both);
   } else {
     store_codes(at, a);
@@ -40,14 +40,54 @@ LANES void store_code_pair(uint8_t* at, Words a, Words b) {
   }
 }
 
-template <class T>
-LANES void load_code_pair(const uint8_t* at, Words* a, Words* b) {
-  if constexpr (std::is_same_v<T, cpu::BFloat16>) {
-    const Words both = widen(load_as<Shorts>(at));
-    *a = both & 0xffu, *b = both >> 8;
-  } else {
-    *a = load_codes(at), *b = load_codes(at + kWidth);
+#if LANES_ISA == 3
+// The upper halves of the codes 0 to 127 as fp32, which is all of them: three mantissa bits.
+template <cpu::Fp8 kFormat>
+struct Decoded {
+  alignas(64) uint16_t bits[128] = {};
+  constexpr Decoded() {
+    for (int code = 0; code < 128; ++code) {
+      const auto value = cpu::from_fp8<kFormat>(static_cast<uint8_t>(code));
+      bits[code] = static_cast<uint16_t>(cpu::bits_of(value) >> 16);
+    }
   }
+  __m512i quarter(int i) const { return _mm512_load_si512(bits + 32 * i); }
+};
+template <cpu::Fp8 kFormat>
+constexpr Decoded<kFormat> decoded;
+
+// 32 codes as bf16, looked up: two registers hold 64 entries, bit 6 tells which two.
+template <cpu::Fp8 kFormat>
+LANES __m512i decode(const uint8_t* at) {
+  const Decoded<kFormat>& table = decoded<kFormat>;
+  const __m512i codes = _mm512_cvtepu8_epi16(load_as<__m256i>(at));
+  const __m512i low = _mm512_permutex2var_epi16(table.quarter(0), codes, table.quarter(1));
+  const __m512i high = _mm512_permutex2var_epi16(table.quarter(2), codes, table.quarter(3));
+  const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+  const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(-0x8000));
+  return _mm512_or_si512(_mm512_mask_blend_epi16(upper, low, high), sign);
+}
+#endif
+
+// 2 * kWidth codes as the fp32 that load_pair would give for the items of T.
+template <cpu::Fp8 kFormat, class T>
+LANES Pair load_decoded_pair(const uint8_t* at) {
+#if LANES_ISA == 3
+  const __m512i items = decode<kFormat>(at);
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {
+    return {(Floats)((Words)items << 16), (Floats)((Words)items & 0xffff0000u)};
+  } else {
+    return {(Floats)(widen((Shorts)_mm512_castsi512_si256(items)) << 16),
+            (Floats)(widen((Shorts)_mm512_extracti64x4_epi64(items, 1)) << 16)};
+  }
+#else
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
+    const Words both = widen(load_as<Shorts>(at));
+    return {from_fp8<kFormat>(both & 0xffu), from_fp8<kFormat>(both >> 8)};
+  } else {
+    return {from_fp8<kFormat>(load_codes(at)), from_fp8<kFormat>(load_codes(at + kWidth))};
+  }
+#endif
 }
 
 // kInverse: `scale` is the reciprocal of the scale, exact.
@@ -86,9 +126,8 @@ void quantize_run(uint8_t* out, const T* x, int64_t n, float scale) {
 
 template <cpu::Fp8 kFormat, class T>
 LANES void dequantize_pair(T* out, const uint8_t* codes, Floats scale) {
-  Words a, b;
-  load_code_pair<T>(codes, &a, &b);
-  store_pair(out, Pair{from_fp8<kFormat>(a) * scale, from_fp8<kFormat>(b) * scale});
+  const Pair x = load_decoded_pair<kFormat, T>(codes);
+  store_pair(out, Pair{x.a * scale, x.b * scale});
 }
 
 template <cpu::Fp8 kFormat, class T>

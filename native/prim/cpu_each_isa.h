@@ -10,7 +10,6 @@
 #define LANES_ISA 3
 namespace avx512 {
 #include "prim/cpu_lanes_of_isa.h"
-#include "prim/cpu_lanes_math.h"
 #include LANES_KERNEL
 }  // namespace avx512
 #undef LANES_ISA
@@ -21,7 +20,6 @@ namespace avx512 {
 #define LANES_ISA 2
 namespace avx2 {
 #include "prim/cpu_lanes_of_isa.h"
-#include "prim/cpu_lanes_math.h"
 #include LANES_KERNEL
 }  // namespace avx2
 #undef LANES_ISA
@@ -32,7 +30,6 @@ namespace avx2 {
 #define LANES_ISA 1
 namespace portable {
 #include "prim/cpu_lanes_of_isa.h"
-#include "prim/cpu_lanes_math.h"
 #include LANES_KERNEL
 }  // namespace portable
 #undef LANES_ISA

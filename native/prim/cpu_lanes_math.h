@@ -1,11 +1,13 @@
 // Elementary functions on vectors of fp32 for the instruction set LANES_ISA, as exact as is asked
-// for. Included by cpu_each_isa.h after cpu_lanes_of_isa.h; no include guard.
+// for. Included by cpu_lanes_of_isa.h; no include guard.
 //
-// kBits is the number of significant bits that the result will be rounded to: 24, 11 or 8. The fewer
-// there are, the shorter the chain of instructions, each of which waits for the one before.
+// kBits is the number of significant bits that the result will be rounded to: 24, 11 or 8. The
+// fewer there are, the shorter the chain of instructions, each of which waits for the one before.
 
 template <class T>
-constexpr int kBitsOf = std::is_same_v<T, float> ? 24 : std::is_same_v<T, cpu::Half> ? 11 : 8;
+constexpr int kBitsOf = std::is_same_v<T, float>       ? 24
+                        : std::is_same_v<T, cpu::Half> ? 11
+                                                       : 8;
 
 // 1 / x for 1 <= x <= 2^126: to an ulp or two, or for kBits = 8 with a relative error of 7e-5.
 template <int kBits>

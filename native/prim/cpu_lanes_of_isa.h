@@ -1,6 +1,6 @@
-// Vectors of fp32 for the instruction set LANES_ISA: loads, stores, conversions and elementary
-// functions. Included by cpu_each_isa.h inside a namespace; no include guard. The vectors are the
-// compiler's own, so that +, -, *, /, comparisons and ?: work on them lane by lane.
+// Vectors of fp32 for the instruction set LANES_ISA: loads, stores and conversions. Included by
+// cpu_each_isa.h inside a namespace; no include guard. The vectors are the compiler's own, so that
+// +, -, *, /, comparisons and ?: work on them lane by lane.
 //
 // Conversions round to nearest even and give the same bits on every instruction set, but for the
 // payload of a NaN.
@@ -48,6 +48,15 @@ LANES Floats at_most(Floats x, float most) {
   return (Floats)_mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
 #else
   return x > most ? splat(most) : x;
+#endif
+}
+
+// min(|x|, most); of a NaN either.
+LANES Floats magnitude_at_most(Floats x, float most) {
+#if LANES_ISA == 3
+  return (Floats)_mm512_range_ps((__m512)x, _mm512_set1_ps(most), 0xa);  // least size, no sign
+#else
+  return at_most(magnitude(x), most);
 #endif
 }
 
@@ -127,12 +136,12 @@ LANES Shorts narrow(Words x) {
 #endif
 }
 
-// The low bytes of words below 2^8.
+// The low bytes.
 LANES Bytes narrow_to_bytes(Words x) {
 #if LANES_ISA == 3
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
 #elif LANES_ISA == 2
-  const __m128i v = (__m128i)narrow(x);
+  const __m128i v = (__m128i)narrow(x & 0xffu);
   return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(v, v));
 #else
   return __builtin_convertvector(x, Bytes);
@@ -192,21 +201,22 @@ LANES void store(cpu::Half* at, Floats x) {
 
 // --- 8-bit codes, as in cpu_floats.h ---
 
-// A code counts in units that double with every power of two above the least normal number. Adding
-// so large a power of two that its last bit is that unit rounds to it.
+// The codes in the low bytes, rubbish above. A code counts in units that double with every power of
+// two above the least normal number. Adding so large a power of two that its last bit is one unit
+// rounds to units and counts them; that number's own last bits, an even number of units, take away
+// what the exponent of the least normal number adds.
 template <cpu::Fp8 kFormat>
 LANES Words to_fp8(Floats x) {
   constexpr bool kE4 = kFormat == cpu::Fp8::kE4M3;
   constexpr uint32_t kMantissa = kE4 ? 3 : 2, kLeast = kE4 ? 121 : 113;  // exponent, as in fp32
-  constexpr float kLargest = kE4 ? 448.0f : 57344.0f;
-  const Floats size = at_most(magnitude(x), kLargest);
+  constexpr uint32_t kLarge = ((23 - kMantissa) << 23) + (-(kLeast << kMantissa) & 0xffu);
+  const Floats size = magnitude_at_most(x, kE4 ? 448.0f : 57344.0f);
   const Words power =
       (Words)at_least((Floats)((Words)size & 0x7f800000u), cpu::float_of(kLeast << 23));
-  const Words unit_last = power + ((23 - kMantissa) << 23);
-  const Words count = (Words)(size + (Floats)unit_last) - unit_last;
-  Words code = count + (power >> (23 - kMantissa)) - (kLeast << kMantissa);
+  const Words counted = (Words)(size + (Floats)(power + kLarge));
+  Words code = counted + (power >> (23 - kMantissa));
   code = x == x ? code : Words{} + 0x7fu;
-  return (code & 0x7fu) | ((Words)x >> 24 & 0x80u);
+  return code | ((Words)x >> 24 & 0x80u);
 }
 
 template <cpu::Fp8 kFormat>
@@ -288,3 +298,5 @@ LANES Floats rounded_to<cpu::Half>(Floats x) {
   return load(items);
 #endif
 }
+
+#include "prim/cpu_lanes_math.h"
