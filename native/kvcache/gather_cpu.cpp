@@ -45,7 +45,7 @@ void upconvert(const uint8_t* entry, cpu::BFloat16* row) {
 
 void gather_cache(const GatherArgs& a, Stream /*stream*/) {
   const char* src = static_cast<const char*>(a.src);
-  const auto copy_run = PICK_ISA(copy_run<cpu::Stores::kCached>);
+  const auto copy_run = PICK_ISA(copy_run);
   cpu::parallel_for(a.map.rows, 2 * a.entry * a.item_bytes, [&](int64_t row) {
     const Source from = find(a.map, row);
     if (from.block < 0) return;

@@ -31,13 +31,13 @@ struct GroupScale {
 #define LANES_KERNEL "kvcache/runs_lanes.h"
 #include "prim/cpu_each_isa.h"
 
-// n elements into a cache of the given format, copies by kStores.
-template <cpu::Stores kStores = cpu::Stores::kCached, class T>
+// n elements into a cache of the given format.
+template <class T>
 void store_run(void* out, const T* x, int64_t n, KvFormat format, float scale) {
   switch (format) {
     case KvFormat::kCopy:
-      return PICK_ISA(copy_run<kStores>)(static_cast<char*>(out), reinterpret_cast<const char*>(x),
-                                         n * static_cast<int64_t>(sizeof(T)));
+      return PICK_ISA(copy_run)(static_cast<char*>(out), reinterpret_cast<const char*>(x),
+                                n * static_cast<int64_t>(sizeof(T)));
     case KvFormat::kE4M3:
       return PICK_ISA(quantize_run<cpu::Fp8::kE4M3, T>)(static_cast<uint8_t*>(out), x, n, scale);
     case KvFormat::kE5M2:

@@ -1,20 +1,11 @@
 // Runs of elements quantized and dequantized, for one instruction set (see prim/cpu_lanes.h).
 
 // A copy in stores of whole vectors at their own alignment: with 64 bytes a whole cache line each,
-// which need not be read first. Rows of the input that follow each other are asked for ahead; where
-// a row goes is too soon known to wait for.
-template <cpu::Stores kStores>
-void copy_run(char* out, const char* in, int64_t bytes) {
+// which need not be read first. What lies behind the run, often the next, is asked for meanwhile.
+inline void copy_run(char* out, const char* in, int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
   if (bytes < 4 * kBytes) {
     if (bytes > 0) std::memcpy(out, in, bytes);  // nothing may have no address
-    return;
-  }
-  if (kStores == cpu::Stores::kStreamed && cpu::on_line(out) && bytes % cpu::kLine == 0) {
-    for (int64_t i = 0; i < bytes; i += kBytes) {
-      prefetch(in + i);
-      put<kStores>(out + i, load_as<Words>(in + i));
-    }
     return;
   }
   const Words first = load_as<Words>(in), last = load_as<Words>(in + bytes - kBytes);
@@ -26,6 +17,20 @@ void copy_run(char* out, const char* in, int64_t bytes) {
     std::memcpy(__builtin_assume_aligned(out + i, kBytes), &v, kBytes);
   }
   std::memcpy(out + bytes - kBytes, &last, kBytes);
+}
+
+// Two copies line by line in turns, so that twice as many of their lines are on the way. Both
+// outputs begin a cache line, and bytes is a multiple of one.
+template <cpu::Stores kStores>
+void copy_two_runs(char* out, const char* in, char* other_out, const char* other_in,
+                   int64_t bytes) {
+  constexpr int64_t kBytes = sizeof(Words);
+  for (int64_t i = 0; i < bytes; i += kBytes) {
+    prefetch(in + i);
+    prefetch(other_in + i);
+    put<kStores>(out + i, load_as<Words>(in + i));
+    put<kStores>(other_out + i, load_as<Words>(other_in + i));
+  }
 }
 
 // 2 * kWidth codes, in the low bytes of a pair, in the order of the items.

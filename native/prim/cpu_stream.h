@@ -38,10 +38,10 @@ inline int64_t last_cache_bytes() {
 }
 
 // Whether an op that reads and writes this many bytes should stream its results: they are more than
-// three quarters of the last-level cache, about what stays in it. Never where its size is unknown.
+// the last-level cache holds. Never where its size is unknown.
 inline bool beyond_caches(int64_t bytes) {
   static const int64_t cache = last_cache_bytes();
-  return cache > 0 && bytes > cache / 4 * 3;
+  return cache > 0 && bytes > cache;
 }
 
 // Streamed stores are ordered with nothing: after the last of them, before another thread is told.
