@@ -102,8 +102,9 @@ LANES Floats gated(Floats x, Floats y, float alpha, float limit) {
     return (y + 1.0f) * x * sigmoid<kBits>(alpha * x);
   }
   if constexpr (kAct == Activation::kFatRelu) return (x > alpha ? x : Floats{}) * y;
-  if constexpr (kAct == Activation::kMulSilu)
+  if constexpr (kAct == Activation::kMulSilu) {
     return x * about_rounded_to<T>(activate<kAct, kBits>(y));
+  }
   return about_rounded_to<T>(activate<kAct, kBits>(x)) * y;
 }
 
