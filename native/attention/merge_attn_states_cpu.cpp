@@ -35,45 +35,61 @@ VECTORISED void pass_on_fp8(uint8_t* __restrict out, const T* __restrict x, int6
   }
 }
 
-template <class T>
-void run(const MergeArgs& m) {
+template <cpu::Stores kStores, class T>
+void run_storing(const MergeArgs& m) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   const float inverse = m.out_scale == nullptr ? 1.0f : 1.0f / *m.out_scale;
   const int64_t d = m.head_size;
-  const auto weighted = PICK_ISA(weighted<T>);
-  cpu::parallel_for(m.tokens * m.heads, 3 * sizeof(T) * d, [&](int64_t i) {
-    const int64_t n = i / m.heads, h = i % m.heads;
-    const T* pre = static_cast<const T*>(m.prefix) + n * m.prefix_stride + h * m.prefix_head_stride;
-    const T* suf = static_cast<const T*>(m.suffix) + n * m.suffix_stride + h * m.suffix_head_stride;
-    const int64_t at = n * m.out_stride + h * m.out_head_stride;
-    const float s_given = m.suffix_lse[h * m.suffix_lse_stride0 + n * m.suffix_lse_stride1];
-    float lse = s_given, a = 0.0f, b = 0.0f;
-    const T* alone = n >= m.with_prefix ? suf : nullptr;
-    if (alone == nullptr) {
-      float p = m.prefix_lse[h * m.prefix_lse_stride0 + n * m.prefix_lse_stride1], s = s_given;
-      p = p == -kMinusInf ? kMinusInf : p;
-      s = s == -kMinusInf ? kMinusInf : s;
-      const float top = p > s ? p : s;
-      if (top == kMinusInf) {
-        alone = pre;
-        lse = kMinusInf;
+  const auto weighted = PICK_ISA(weighted<kStores, T>);
+  cpu::parallel_spans(m.tokens * m.heads, 3 * sizeof(T) * d, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) {
+      const int64_t n = i / m.heads, h = i % m.heads;
+      const T* pre =
+          static_cast<const T*>(m.prefix) + n * m.prefix_stride + h * m.prefix_head_stride;
+      const T* suf =
+          static_cast<const T*>(m.suffix) + n * m.suffix_stride + h * m.suffix_head_stride;
+      const int64_t at = n * m.out_stride + h * m.out_head_stride;
+      const float s_given = m.suffix_lse[h * m.suffix_lse_stride0 + n * m.suffix_lse_stride1];
+      float lse = s_given, a = 0.0f, b = 0.0f;
+      const T* alone = n >= m.with_prefix ? suf : nullptr;
+      if (alone == nullptr) {
+        float p = m.prefix_lse[h * m.prefix_lse_stride0 + n * m.prefix_lse_stride1], s = s_given;
+        p = p == -kMinusInf ? kMinusInf : p;
+        s = s == -kMinusInf ? kMinusInf : s;
+        const float top = p > s ? p : s;
+        if (top == kMinusInf) {
+          alone = pre;
+          lse = kMinusInf;
+        } else {
+          const float ep = std::exp(p - top), es = std::exp(s - top);
+          a = ep / (ep + es), b = es / (ep + es);
+          lse = std::log(ep + es) + top;
+        }
+      }
+      if (m.out_lse != nullptr) m.out_lse[h * m.out_lse_stride0 + n * m.out_lse_stride1] = lse;
+      if (m.out_scale != nullptr) {
+        uint8_t* out = static_cast<uint8_t*>(m.out) + at;
+        alone != nullptr ? pass_on_fp8(out, alone, d, inverse)
+                         : weighted_fp8(out, pre, suf, d, a, b, inverse);
       } else {
-        const float ep = std::exp(p - top), es = std::exp(s - top);
-        a = ep / (ep + es), b = es / (ep + es);
-        lse = std::log(ep + es) + top;
+        T* out = static_cast<T*>(m.out) + at;
+        alone != nullptr ? static_cast<void>(std::memmove(out, alone, d * sizeof(T)))
+                         : weighted(out, pre, suf, d, a, b);
       }
     }
-    if (m.out_lse != nullptr) m.out_lse[h * m.out_lse_stride0 + n * m.out_lse_stride1] = lse;
-    if (m.out_scale != nullptr) {
-      uint8_t* out = static_cast<uint8_t*>(m.out) + at;
-      alone != nullptr ? pass_on_fp8(out, alone, d, inverse)
-                       : weighted_fp8(out, pre, suf, d, a, b, inverse);
-    } else {
-      T* out = static_cast<T*>(m.out) + at;
-      alone != nullptr ? static_cast<void>(std::memmove(out, alone, d * sizeof(T)))
-                       : weighted(out, pre, suf, d, a, b);
-    }
+    if constexpr (kStores == cpu::Stores::kStreamed) cpu::finish_streaming();
   });
+}
+
+template <class T>
+void run(const MergeArgs& m) {
+  constexpr int64_t kItem = sizeof(T);
+  const bool streams =
+      m.out_scale == nullptr && cpu::beyond_caches(3 * kItem * m.tokens * m.heads * m.head_size) &&
+      cpu::on_line(m.out) && kItem * m.head_size % cpu::kLine == 0 &&
+      kItem * m.out_stride % cpu::kLine == 0 && kItem * m.out_head_stride % cpu::kLine == 0;
+  if (streams) return run_storing<cpu::Stores::kStreamed, T>(m);
+  return run_storing<cpu::Stores::kCached, T>(m);
 }
 
 }  // namespace

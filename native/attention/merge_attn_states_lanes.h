@@ -8,11 +8,13 @@ LANES Pair weighted_pair(const T* prefix, const T* suffix, float a, float b) {
 
 // prefix a + suffix b. A row may be the output itself, element for element: what is stored has been
 // loaded.
-template <class T>
+template <cpu::Stores kStores, class T>
 void weighted(T* out, const T* prefix, const T* suffix, int64_t n, float a, float b) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    store_pair(out + i, weighted_pair(prefix + i, suffix + i, a, b));
+    prefetch(prefix + i);
+    prefetch(suffix + i);
+    store_pair<true, kStores>(out + i, weighted_pair(prefix + i, suffix + i, a, b));
   }
   if (i == n) return;
   T p[2 * kWidth] = {}, s[2 * kWidth] = {}, result[2 * kWidth];

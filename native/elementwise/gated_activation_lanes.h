@@ -1,20 +1,51 @@
 // Gated activations of one run of a row, for one instruction set (see prim/cpu_lanes.h).
 
 // 1 / (1 + e^-x). The exponent is cut where the result is about 1e-38.
-template <bool kShort>
+template <int kBits>
 LANES Floats sigmoid(Floats x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  return reciprocal(1.0f + exp<kShort>(-x));
+  return reciprocal<kBits>(1.0f + exp<kBits>(-at_least(x, -87.0f)));
 }
 
-// 0.5 erfc(z) for 0 <= z <= 15, as t e^(Q(t) - z^2) with t = 1 / (1 + c z). Q of degree 9 is that
-// of W. Press et al., Numerical Recipes, erfcc (relative error 1.2e-7); the short one of degree 6
-// is ours (1.2e-5).
-template <bool kShort>
-LANES Floats half_erfc(Floats z) {
+#if LANES_ISA == 3
+// log2 of Phi(-z), cubics in z on [0, 1), [1, 2) ... [15, 16): relative errors of Phi up to 3.4e-5.
+constexpr float kLogPhi[4][16] = {
+    {-1.00004816f, -1.01882458f, -1.0926075f, -1.21420038f, -1.36014986f, -1.51323676f, -1.664168f,
+     -1.80866206f, -1.94509673f, -2.07315731f, -2.19313478f, -2.30557299f, -2.41109705f,
+     -2.51033115f, -2.60386133f, -2.6922226f},
+    {-1.14953685f, -1.095227f, -0.983592689f, -0.860756218f, -0.750391424f, -0.657953978f,
+     -0.582114637f, -0.519946277f, -0.468622208f, -0.425825298f, -0.389754951f, -0.359034598f,
+     -0.332612872f, -0.30968228f, -0.289616883f, -0.271926671f},
+    {-0.467212528f, -0.521833718f, -0.578748524f, -0.620308697f, -0.648200691f, -0.666837156f,
+     -0.679554403f, -0.688477933f, -0.694917858f, -0.699687779f, -0.703304052f, -0.706102788f,
+     -0.708308637f, -0.710075319f, -0.711510539f, -0.712691307f},
+    {-0.0392834209f, -0.0201743376f, -0.0104009127f, -0.0056923274f, -0.00333661702f,
+     -0.00208211294f, -0.00137046445f, -0.000943148334f, -0.000673624745f, -0.000496323919f,
+     -0.000375422766f, -0.00029039997f, -0.000228996738f, -0.000183614888f, -0.00014938922f,
+     -0.000123113656f}};
+
+LANES Floats of_segment(int power, __m512i segment) {
+  return (Floats)_mm512_permutexvar_ps(segment, _mm512_loadu_ps(kLogPhi[power]));
+}
+#endif
+
+// Phi(-z), the tail of the normal distribution, for 0 <= z <= 15.9: for fewer than 24 bits from the
+// table above where a vector holds one, else as t e^(Q(t) - z^2 / 2) with t = 1 / (1 + c z). Q of
+// degree 9 is that of W. Press et al., Numerical Recipes, erfcc (relative error 1.2e-7), evaluated
+// in thirds that do not wait for each other; the short one of degree 6 is ours (1.2e-5).
+template <int kBits>
+LANES Floats normal_tail(Floats z) {
+#if LANES_ISA == 3
+  if constexpr (kBits < 24) {
+    const __m512i segment = _mm512_cvttps_epi32((__m512)z);
+    Floats p = of_segment(3, segment) * z + of_segment(2, segment);
+    p = p * z + of_segment(1, segment);
+    return exp2_of<kBits>(p * z + of_segment(0, segment));
+  }
+#endif
+  const Floats x = z * 0.70710678f;  // 0.5 erfc(x)
   Floats t, q;
-  if constexpr (kShort) {
-    t = reciprocal(z * 0.7f + 1.0f);
+  if constexpr (kBits < 24) {
+    t = reciprocal<kBits>(x * 0.7f + 1.0f);
     q = t * -0.250463808f + 0.859921519f;
     q = q * t - 0.903780802f;
     q = q * t - 0.0171336662f;
@@ -22,94 +53,99 @@ LANES Floats half_erfc(Floats z) {
     q = q * t + 1.00054992f;
     q = q * t - 0.9290425f;
   } else {
-    t = reciprocal(z * 0.5f + 1.0f);
-    q = t * 0.17087277f - 0.82215223f;
-    q = q * t + 1.48851587f;
-    q = q * t - 1.13520398f;
-    q = q * t + 0.27886807f;
-    q = q * t - 0.18628806f;
-    q = q * t + 0.09678418f;
-    q = q * t + 0.37409196f;
-    q = q * t + 1.00002368f;
-    q = q * t - 1.26551223f;
+    t = reciprocal<kBits>(x * 0.5f + 1.0f);
+    const Floats t2 = t * t, t3 = t2 * t;
+    const Floats high = t3 * 0.17087277f + (t2 * -0.82215223f + (t * 1.48851587f - 1.13520398f));
+    const Floats middle = t2 * 0.27886807f + (t * -0.18628806f + 0.09678418f);
+    const Floats low = t2 * 0.37409196f + (t * 1.00002368f - 1.26551223f);
+    q = (high * t3 + middle) * t3 + low;
   }
-  return 0.5f * t * exp<kShort>(q - z * z);
+  return 0.5f * t * exp<kBits>(q - x * x);
 }
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|): the tail comes from erfc, so that large negative x keep
-// their relative accuracy.
-template <bool kShort>
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|): from the tail, so that large negative x keep their relative
+// accuracy.
+template <int kBits>
 LANES Floats gelu(Floats x) {
-  Floats size = magnitude(x);
-  size = size > 20.0f ? splat(20.0f) : size;  // where the tail is 0 already
-  return (x < 0.0f ? Floats{} : x) - size * half_erfc<kShort>(size * 0.70710678f);
+  const Floats size = at_most(magnitude(x), 15.9f);  // where the tail is 0 already
+  return at_least(x, 0.0f) - size * normal_tail<kBits>(size);
 }
 
 // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-template <bool kShort>
+template <int kBits>
 LANES Floats gelu_tanh(Floats x) {
-  return x * sigmoid<kShort>(x * (x * x * 0.0713548162726f + 1.59576912f));
+  return x * sigmoid<kBits>(x * (x * x * 0.0713548162726f + 1.59576912f));
 }
 
-template <Activation kAct, bool kShort>
+template <Activation kAct, int kBits>
 LANES Floats activate(Floats x) {
-  if constexpr (kAct == Activation::kGelu) return gelu<kShort>(x);
-  if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh<kShort>(x);
-  return x * sigmoid<kShort>(x);
+  if constexpr (kAct == Activation::kGelu) return gelu<kBits>(x);
+  if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh<kBits>(x);
+  return x * sigmoid<kBits>(x);
+}
+
+// x as T would hold it, but that a tie of bf16 goes away from zero: x comes out of an approximation
+// that errs by more, so that no tie is one.
+template <class T>
+LANES Floats about_rounded_to(Floats x) {
+  if constexpr (!std::is_same_v<T, cpu::BFloat16>) return rounded_to<T>(x);
+  return (Floats)(((Words)x + 0x8000u) & 0xffff0000u);
 }
 
 template <Activation kAct, class T>
 LANES Floats gated(Floats x, Floats y, float alpha, float limit) {
-  constexpr bool kShort = sizeof(T) == 2;
+  constexpr int kBits = kBitsOf<T>;
   if constexpr (kAct == Activation::kSwigluOai) {
     x = x > limit ? splat(limit) : x;
     y = y > limit ? splat(limit) : y;
     y = y < -limit ? splat(-limit) : y;
-    return (y + 1.0f) * x * sigmoid<kShort>(alpha * x);
+    return (y + 1.0f) * x * sigmoid<kBits>(alpha * x);
   }
   if constexpr (kAct == Activation::kFatRelu) return (x > alpha ? x : Floats{}) * y;
-  if constexpr (kAct == Activation::kMulSilu) return x * rounded_to<T>(activate<kAct, kShort>(y));
-  return rounded_to<T>(activate<kAct, kShort>(x)) * y;
+  if constexpr (kAct == Activation::kMulSilu) {
+    return x * about_rounded_to<T>(activate<kAct, kBits>(y));
+  }
+  return about_rounded_to<T>(activate<kAct, kBits>(x)) * y;
 }
 
 // Outputs of two halves of a row, 2 * kWidth of each.
-template <Activation kAct, class T>
+template <Activation kAct, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void halves(T* out, const T* x, const T* y, float alpha, float limit) {
   const Pair a = load_pair(x), b = load_pair(y);
-  store_pair(out,
-             Pair{gated<kAct, T>(a.a, b.a, alpha, limit), gated<kAct, T>(a.b, b.b, alpha, limit)});
+  const Pair c = {gated<kAct, T>(a.a, b.a, alpha, limit), gated<kAct, T>(a.b, b.b, alpha, limit)};
+  store_pair<false, kStores>(out, c);
 }
 
 // Outputs of kWidth pairs.
-template <Activation kAct, class T>
+template <Activation kAct, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void interleaved(T* out, const T* pairs, float alpha, float limit) {
   if constexpr (std::is_same_v<T, cpu::BFloat16>) {
     const Pair split = load_pair(pairs);  // by even and odd places
-    store(out, gated<kAct, T>(split.a, split.b, alpha, limit));
+    store<kStores>(out, gated<kAct, T>(split.a, split.b, alpha, limit));
   } else {
     const Floats a = load(pairs), b = load(pairs + kWidth);
     const Ints even = 2 * places();
     const Floats x = __builtin_shuffle(a, b, even), y = __builtin_shuffle(a, b, even + 1);
-    store(out, gated<kAct, T>(x, y, alpha, limit));
+    store<kStores>(out, gated<kAct, T>(x, y, alpha, limit));
   }
 }
 
 // n outputs of one row. x and y point at the first element of each half; for kSwigluOai x points at
 // the pairs.
-template <Activation kAct, class T>
+template <Activation kAct, cpu::Stores kStores, class T>
 void activate_run(T* out, const T* x, const T* y, int64_t n, float alpha, float limit) {
   constexpr bool kPairs = kAct == Activation::kSwigluOai;
   constexpr int64_t kStep = kPairs ? kWidth : 2 * kWidth;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     if constexpr (kPairs) {
-      interleaved<kAct>(out + i, x + 2 * i, alpha, limit);
+      interleaved<kAct, kStores>(out + i, x + 2 * i, alpha, limit);
     } else {
       // Three streams that start anew every few KB: the processor alone sees them too late.
       prefetch(x + i);
       prefetch(y + i);
-      prefetch(out + i);
-      halves<kAct>(out + i, x + i, y + i, alpha, limit);
+      if constexpr (kStores == cpu::Stores::kCached) prefetch(out + i);
+      halves<kAct, kStores>(out + i, x + i, y + i, alpha, limit);
     }
   }
   if (i == n) return;

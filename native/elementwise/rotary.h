@@ -1,48 +1,45 @@
-// One head's rotation on the CPU, shared by rotary_embedding and the fused MLA cache write.
+// Rotation by the angles of a position on the CPU, shared by rotary_embedding and the fused MLA
+// cache write.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "prim/cpu_dispatch.h"
-#include "prim/cpu_floats.h"
+#include "prim/cpu_lanes.h"
 
 namespace elementwise {
 namespace {
 
-// head points at the first rotated element; cos and sin hold rot / 2 fp32 values each.
+#define LANES_KERNEL "elementwise/rotary_lanes.h"
+#include "prim/cpu_each_isa.h"
+
+// The angles of one position after the other, and the heads that they turn.
 template <class T>
-VECTORISED void rotate_neox(T* __restrict head, const float* __restrict cos,
-                            const float* __restrict sin, int64_t half) {
-  T* __restrict second = head + half;
-  for (int64_t k = 0; k < half; ++k) {
-    const float x = cpu::to_float(head[k]), y = cpu::to_float(second[k]);
-    head[k] = cpu::from_float<T>(x * cos[k] - y * sin[k]);
-    second[k] = cpu::from_float<T>(y * cos[k] + x * sin[k]);
+class Rotation {
+ public:
+  Rotation(int64_t rot, bool neox) : half_(rot / 2), neox_(neox) {
+    constexpr int64_t kWidestPair = 32;  // what the angles are padded to at most
+    angles_.resize(2 * (half_ + kWidestPair));
   }
-}
 
-template <class T>
-VECTORISED void rotate_pairs(T* __restrict head, const float* __restrict cos,
-                             const float* __restrict sin, int64_t half) {
-  for (int64_t k = 0; k < half; ++k) {
-    const float x = cpu::to_float(head[2 * k]), y = cpu::to_float(head[2 * k + 1]);
-    head[2 * k] = cpu::from_float<T>(x * cos[k] - y * sin[k]);
-    head[2 * k + 1] = cpu::from_float<T>(y * cos[k] + x * sin[k]);
+  // `row` holds half cosines, then half sines, which are multiplied by `sign`.
+  template <class C>
+  void load(const C* row, float sign) {
+    neox_ ? PICK_ISA(load_angles<T, true, C>)(angles_.data(), row, half_, sign)
+          : PICK_ISA(load_angles<T, false, C>)(angles_.data(), row, half_, sign);
   }
-}
 
-template <class T>
-void rotate(T* head, const float* cos, const float* sin, int64_t half, bool neox) {
-  neox ? rotate_neox(head, cos, sin, half) : rotate_pairs(head, cos, sin, half);
-}
+  // Heads `stride` elements apart, the first rotated element of the first at `head`.
+  void turn(T* head, int64_t heads, int64_t stride) const {
+    neox_ ? PICK_ISA(rotate_heads<T, true>)(head, heads, stride, angles_.data(), half_)
+          : PICK_ISA(rotate_heads<T, false>)(head, heads, stride, angles_.data(), half_);
+  }
 
-// A row of the cos-sin cache in fp32: half cosines, then half sines.
-template <class C>
-VECTORISED void load_angles(float* __restrict out, const C* __restrict row, int64_t half,
-                            float sign) {
-  for (int64_t k = 0; k < half; ++k) out[k] = cpu::to_float(row[k]);
-  for (int64_t k = 0; k < half; ++k) out[half + k] = sign * cpu::to_float(row[half + k]);
-}
+ private:
+  int64_t half_;
+  bool neox_;
+  std::vector<float> angles_;
+};
 
 }  // namespace
 }  // namespace elementwise

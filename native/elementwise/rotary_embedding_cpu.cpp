@@ -1,6 +1,5 @@
 // Rotary position embedding on the CPU: a task is one token, its angles converted once.
 #include <cstdint>
-#include <vector>
 
 #include "elementwise/elementwise.h"
 #include "elementwise/rotary.h"
@@ -9,38 +8,34 @@
 namespace elementwise {
 namespace {
 
-void load_angles(const RotaryArgs& a, int64_t position, float* out) {
-  const int64_t half = a.rot / 2, at = position * a.cos_sin_stride;
+template <class T>
+void load_angles(Rotation<T>& rotation, const RotaryArgs& a, int64_t position) {
+  const int64_t at = position * a.cos_sin_stride;
   const float sign = a.inverse ? -1.0f : 1.0f;
   switch (a.cos_sin_dtype) {
     case DType::kFloat32:
-      return load_angles(out, static_cast<const float*>(a.cos_sin) + at, half, sign);
+      return rotation.load(static_cast<const float*>(a.cos_sin) + at, sign);
     case DType::kFloat16:
-      return load_angles(out, static_cast<const cpu::Half*>(a.cos_sin) + at, half, sign);
+      return rotation.load(static_cast<const cpu::Half*>(a.cos_sin) + at, sign);
     default:
-      return load_angles(out, static_cast<const cpu::BFloat16*>(a.cos_sin) + at, half, sign);
+      return rotation.load(static_cast<const cpu::BFloat16*>(a.cos_sin) + at, sign);
   }
 }
 
 template <class T>
 void run(const RotaryArgs& a) {
-  const int64_t half = a.rot / 2;
   const int64_t cost = 2 * sizeof(T) * a.rot * (a.query_heads + a.key_heads);
-  cpu::parallel_for(a.tokens, cost, [&](int64_t t) {
-    const int64_t position = a.positions[t];
-    if (position < 0 || position >= a.max_position) return;
-    thread_local std::vector<float> angles;
-    angles.resize(a.rot);
-    load_angles(a, position, angles.data());
-    const float *cos = angles.data(), *sin = cos + half;
-    T* query = static_cast<T*>(a.query) + t * a.query_token_stride + a.offset;
-    for (int64_t h = 0; h < a.query_heads; ++h) {
-      rotate(query + h * a.query_head_stride, cos, sin, half, a.neox);
-    }
-    if (a.key == nullptr) return;
-    T* key = static_cast<T*>(a.key) + t * a.key_token_stride + a.offset;
-    for (int64_t h = 0; h < a.key_heads; ++h) {
-      rotate(key + h * a.key_head_stride, cos, sin, half, a.neox);
+  cpu::parallel_spans(a.tokens, cost, [&](int64_t t, int64_t end) {
+    Rotation<T> rotation(a.rot, a.neox);
+    for (; t < end; ++t) {
+      const int64_t position = a.positions[t];
+      if (position < 0 || position >= a.max_position) continue;
+      load_angles(rotation, a, position);
+      rotation.turn(static_cast<T*>(a.query) + t * a.query_token_stride + a.offset, a.query_heads,
+                    a.query_head_stride);
+      if (a.key == nullptr) continue;
+      rotation.turn(static_cast<T*>(a.key) + t * a.key_token_stride + a.offset, a.key_heads,
+                    a.key_head_stride);
     }
   });
 }

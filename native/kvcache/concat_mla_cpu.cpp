@@ -1,6 +1,5 @@
 // MLA cache entries on the CPU: latent and rotary part side by side.
 #include <algorithm>
-#include <vector>
 
 #include "elementwise/rotary.h"
 #include "kvcache/cache.h"
@@ -35,8 +34,9 @@ template <class T>
 void store_ds_mla(const ConcatMlaArgs& a, int64_t t, uint8_t* entry) {
   const T* kv_c = static_cast<const T*>(a.kv_c) + t * a.kv_c_stride;
   constexpr int64_t kTiles = kDsMlaLatent / kDsMlaTile;
-  float scales[kTiles];
-  PICK_ISA(quantize_groups<T>)(entry, scales, kv_c, kTiles, kDsMlaTile, GroupScale{true, true});
+  float scales[kTiles];  // all of them before any code, so that no tile waits for another
+  PICK_ISA(scales_of_groups<T>)(scales, kv_c, kTiles, kDsMlaTile, GroupScale{true, true});
+  PICK_ISA(quantize_groups<T>)(entry, scales, kv_c, kTiles, kDsMlaTile);
   std::memcpy(entry + kDsMlaScales, scales, sizeof scales);
   uint8_t* rope = entry + kDsMlaRope;
   if (a.rope == 0) {
@@ -49,24 +49,18 @@ void store_ds_mla(const ConcatMlaArgs& a, int64_t t, uint8_t* entry) {
 template <class T>
 void run_rope(const ConcatMlaRopeArgs& a) {
   const ConcatMlaArgs& m = a.mla;
-  const int64_t half = m.rope / 2;
   const int64_t cost = 2 * sizeof(T) * (m.latent + m.rope * (a.heads + 1));
-  cpu::parallel_for(m.tokens, cost, [&](int64_t t) {
-    char* entry = entry_of(m, m.slots[t], cache_item(m.dtype, m.format));
-    const int64_t position = a.positions[t];
-    if (entry == nullptr || position < 0 || position >= a.max_position) return;
-    thread_local std::vector<float> angles;
-    angles.resize(m.rope);
-    elementwise::load_angles(
-        angles.data(), static_cast<const T*>(a.cos_sin) + position * a.cos_sin_stride, half, 1.0f);
-    const float *cos = angles.data(), *sin = cos + half;
-    T* query = static_cast<T*>(a.q_pe) + t * a.q_token_stride;
-    for (int64_t h = 0; h < a.heads; ++h) {
-      elementwise::rotate(query + h * a.q_head_stride, cos, sin, half, a.neox);
+  cpu::parallel_spans(m.tokens, cost, [&](int64_t t, int64_t end) {
+    elementwise::Rotation<T> rotation(m.rope, a.neox);
+    for (; t < end; ++t) {
+      char* entry = entry_of(m, m.slots[t], cache_item(m.dtype, m.format));
+      const int64_t position = a.positions[t];
+      if (entry == nullptr || position < 0 || position >= a.max_position) continue;
+      rotation.load(static_cast<const T*>(a.cos_sin) + position * a.cos_sin_stride, 1.0f);
+      rotation.turn(static_cast<T*>(a.q_pe) + t * a.q_token_stride, a.heads, a.q_head_stride);
+      rotation.turn(static_cast<T*>(const_cast<void*>(m.k_pe)) + t * m.k_pe_stride, 1, 0);
+      store_token<T>(m, t, entry);
     }
-    T* key = static_cast<T*>(const_cast<void*>(m.k_pe)) + t * m.k_pe_stride;
-    elementwise::rotate(key, cos, sin, half, a.neox);
-    store_token<T>(m, t, entry);
   });
 }
 

@@ -45,14 +45,15 @@ void upconvert(const uint8_t* entry, cpu::BFloat16* row) {
 
 void gather_cache(const GatherArgs& a, Stream /*stream*/) {
   const char* src = static_cast<const char*>(a.src);
+  const auto copy_run = PICK_ISA(copy_run);
   cpu::parallel_for(a.map.rows, 2 * a.entry * a.item_bytes, [&](int64_t row) {
     const Source from = find(a.map, row);
     if (from.block < 0) return;
     const char* entry =
         src + a.item_bytes * (from.block * a.block_stride + from.off * a.entry_stride);
     if (a.format == KvFormat::kCopy) {
-      std::memcpy(static_cast<char*>(a.dst) + row * a.dst_stride * a.item_bytes, entry,
-                  a.entry * a.item_bytes);
+      copy_run(static_cast<char*>(a.dst) + row * a.dst_stride * a.item_bytes, entry,
+               a.entry * a.item_bytes);
       return;
     }
     with_float(a.dtype, [&](auto type) {

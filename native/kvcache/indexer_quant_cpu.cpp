@@ -1,4 +1,5 @@
 // The indexer's keys into their cache on the CPU: e4m3 codes with a scale a group.
+#include <algorithm>
 #include <vector>
 
 #include "kvcache/cache.h"
@@ -6,29 +7,42 @@
 #include "prim/cpu_parallel.h"
 
 namespace kvcache {
+namespace {
+
+// Tokens whose scales are found before any of their codes: no token waits for another's.
+constexpr int64_t kBatch = 16;
+
+}  // namespace
 
 void indexer_k_quant_and_cache(const IndexerQuantArgs& a, Stream /*stream*/) {
   const int64_t groups = a.head_size / a.group;
   const GroupScale rule{false, a.scale_format != ScaleFormat::kFloat32};
   with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
+    const auto scales_of_groups = PICK_ISA(scales_of_groups<T>);
     const auto quantize_groups = PICK_ISA(quantize_groups<T>);
-    cpu::parallel_for(a.tokens, 3 * a.head_size, [&](int64_t t) {
-      const int64_t slot = a.slots[t];
-      if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
-      uint8_t* block = a.cache + slot / a.block_size * a.block_stride;
-      const int64_t first = slot % a.block_size * a.head_size;
+    const int64_t batches = (a.tokens + kBatch - 1) / kBatch;
+    cpu::parallel_for(batches, 3 * kBatch * a.head_size, [&](int64_t batch) {
+      const int64_t first = batch * kBatch, count = std::min(kBatch, a.tokens - first);
+      const T* rows = static_cast<const T*>(a.k) + first * a.head_size;
       thread_local std::vector<float> scales;
-      scales.resize(groups);
-      quantize_groups(block + first, scales.data(), static_cast<const T*>(a.k) + t * a.head_size,
-                      groups, a.group, rule);
-      if (a.scale_format == ScaleFormat::kExponentByte) {
-        for (float& scale : scales) {
-          scale = cpu::float_of((cpu::bits_of(scale) >> 23) * 0x01010101u);
+      scales.resize(kBatch * groups);
+      scales_of_groups(scales.data(), rows, count * groups, a.group, rule);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t slot = a.slots[first + i];
+        if (slot < 0 || slot >= a.num_blocks * a.block_size) continue;
+        uint8_t* block = a.cache + slot / a.block_size * a.block_stride;
+        const int64_t at = slot % a.block_size * a.head_size;
+        float* of_token = scales.data() + i * groups;
+        quantize_groups(block + at, of_token, rows + i * a.head_size, groups, a.group);
+        if (a.scale_format == ScaleFormat::kExponentByte) {
+          for (int64_t g = 0; g < groups; ++g) {
+            of_token[g] = cpu::float_of((cpu::bits_of(of_token[g]) >> 23) * 0x01010101u);
+          }
         }
+        uint8_t* scale_at = block + a.block_size * a.head_size + at / a.group * 4;
+        for (int64_t g = 0; g < groups; ++g) std::memcpy(scale_at + 4 * g, of_token + g, 4);
       }
-      std::memcpy(block + a.block_size * a.head_size + first / a.group * 4, scales.data(),
-                  groups * sizeof(float));
     });
   });
 }

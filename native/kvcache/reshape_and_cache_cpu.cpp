@@ -38,6 +38,16 @@ template <class C>
 struct Tokens {
   const C* rows;
   int64_t stride, count, block, off;
+  const C* next;  // as many rows that are read after these, or null
+  int64_t next_stride;
+
+  // Asks for the cache line of those rows that holds item j, if that is its first: so many streams
+  // at once are more than the processor follows by itself.
+  void ask_ahead(int64_t j) const {
+    constexpr int64_t kItems = cpu::kLine / sizeof(C);
+    if (next == nullptr || j % kItems != 0) return;
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(next + i * next_stride + j, 0, 2);
+  }
 };
 
 template <class C>
@@ -45,6 +55,7 @@ void scatter_keys(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
   const int64_t chunks = a.heads * a.head_size / a.x;
   C* at = static_cast<C*>(a.key_cache) + (t.block * chunks * a.block_size + t.off) * a.x;
   for (int64_t c = 0; c < chunks; ++c, at += a.block_size * a.x) {
+    t.ask_ahead(c * a.x);
     for (int64_t i = 0; i < t.count; ++i) {
       std::memcpy(at + i * a.x, t.rows + i * t.stride + c * a.x, 16);
     }
@@ -66,7 +77,10 @@ void scatter_values(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
     for (int64_t h = 0; h < a.heads; ++h, at += d * a.block_size, row += d) {
       int64_t j = 0;
       if (square) {
-        for (; j + kSide <= d; j += kSide) transpose_square(at + j * step, step, row + j, t.stride);
+        for (; j + kSide <= d; j += kSide) {
+          if (i == 0) t.ask_ahead(h * d + j);
+          transpose_square(at + j * step, step, row + j, t.stride);
+        }
       }
       for (; j < d; ++j) {
         for (int64_t k = 0; k < (square ? kSide : 1); ++k) {
@@ -86,6 +100,13 @@ int64_t side_by_side(const ReshapeAndCacheArgs& a, int64_t t, int64_t end) {
   return i - t;
 }
 
+// Asks for cache lines that will be written soon.
+inline void ask_to_write(const void* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += cpu::kLine) {
+    __builtin_prefetch(static_cast<const char*>(at) + i, 1);
+  }
+}
+
 // T is what the tokens hold, C what the cache does: the same for a copy.
 template <class T, class C>
 void write(const ReshapeAndCacheArgs& a, int64_t t, int64_t count) {
@@ -94,19 +115,23 @@ void write(const ReshapeAndCacheArgs& a, int64_t t, int64_t count) {
   const T* key = static_cast<const T*>(a.key) + t * a.key_stride;
   const T* value = static_cast<const T*>(a.value) + t * a.value_stride;
   if constexpr (std::is_same_v<T, C>) {
-    scatter_keys<C>(a, {key, a.key_stride, count, block, off});
-    scatter_values<C>(a, {value, a.value_stride, count, block, off});
+    scatter_keys<C>(a, {key, a.key_stride, count, block, off, value, a.value_stride});
+    const T* next_key = key + count * a.key_stride;
+    scatter_values<C>(a, {value, a.value_stride, count, block, off, next_key, a.key_stride});
   } else {
     thread_local std::vector<C> codes;
     codes.resize(count * n);
-    for (int64_t i = 0; i < count; ++i) {
-      store_run(codes.data() + i * n, key + i * a.key_stride, n, a.format, *a.k_scale);
-    }
-    scatter_keys<C>(a, {codes.data(), n, count, block, off});
-    for (int64_t i = 0; i < count; ++i) {
-      store_run(codes.data() + i * n, value + i * a.value_stride, n, a.format, *a.v_scale);
-    }
-    scatter_values<C>(a, {codes.data(), n, count, block, off});
+    const auto quantize = [&](const T* rows, int64_t stride, const float* scale, void* cache) {
+      const C* at = static_cast<const C*>(cache) + (block * a.block_size + off) * n;
+      for (int64_t i = 0; i < count; ++i, at += n) {
+        ask_to_write(at, n);  // of a whole block, what the codes of one token fill
+        store_run(codes.data() + i * n, rows + i * stride, n, a.format, *scale);
+      }
+    };
+    quantize(key, a.key_stride, a.k_scale, a.key_cache);
+    scatter_keys<C>(a, {codes.data(), n, count, block, off, nullptr, 0});
+    quantize(value, a.value_stride, a.v_scale, a.value_cache);
+    scatter_values<C>(a, {codes.data(), n, count, block, off, nullptr, 0});
   }
 }
 

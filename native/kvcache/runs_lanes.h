@@ -1,10 +1,10 @@
 // Runs of elements quantized and dequantized, for one instruction set (see prim/cpu_lanes.h).
 
 // A copy in stores of whole vectors at their own alignment: with 64 bytes a whole cache line each,
-// which need not be read first. From 4 KB on the C library knows that too.
+// which need not be read first. What lies behind the run, often the next, is asked for meanwhile.
 inline void copy_run(char* out, const char* in, int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
-  if (bytes < 4 * kBytes || bytes >= 4096) {
+  if (bytes < 4 * kBytes) {
     if (bytes > 0) std::memcpy(out, in, bytes);  // nothing may have no address
     return;
   }
@@ -12,17 +12,32 @@ inline void copy_run(char* out, const char* in, int64_t bytes) {
   std::memcpy(out, &first, kBytes);
   int64_t i = kBytes - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kBytes);
   for (; i + kBytes <= bytes; i += kBytes) {
+    prefetch(in + i);
     const Words v = load_as<Words>(in + i);
     std::memcpy(__builtin_assume_aligned(out + i, kBytes), &v, kBytes);
   }
   std::memcpy(out + bytes - kBytes, &last, kBytes);
 }
 
-// 2 * kWidth codes out of a pair, in the order of the items.
+// Two copies line by line in turns, so that twice as many of their lines are on the way. Both
+// outputs begin a cache line, and bytes is a multiple of one.
+template <cpu::Stores kStores>
+void copy_two_runs(char* out, const char* in, char* other_out, const char* other_in,
+                   int64_t bytes) {
+  constexpr int64_t kBytes = sizeof(Words);
+  for (int64_t i = 0; i < bytes; i += kBytes) {
+    prefetch(in + i);
+    prefetch(other_in + i);
+    put<kStores>(out + i, load_as<Words>(in + i));
+    put<kStores>(other_out + i, load_as<Words>(other_in + i));
+  }
+}
+
+// 2 * kWidth codes, in the low bytes of a pair, in the order of the items.
 template <class T>
 LANES void store_code_pair(uint8_t* at, Words a, Words b) {
   if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
-    const Shorts both = narrow(a | b << 8);
+    const Shorts both = narrow((a & 0xffu) | (b << 8 & 0xff00u));
     std::memcpy(at, &both, sizeof both);
   } else {
     store_codes(at, a);
@@ -30,14 +45,54 @@ LANES void store_code_pair(uint8_t* at, Words a, Words b) {
   }
 }
 
-template <class T>
-LANES void load_code_pair(const uint8_t* at, Words* a, Words* b) {
-  if constexpr (std::is_same_v<T, cpu::BFloat16>) {
-    const Words both = widen(load_as<Shorts>(at));
-    *a = both & 0xffu, *b = both >> 8;
-  } else {
-    *a = load_codes(at), *b = load_codes(at + kWidth);
+#if LANES_ISA == 3
+// The upper halves of the codes 0 to 127 as fp32, which is all of them: three mantissa bits.
+template <cpu::Fp8 kFormat>
+struct Decoded {
+  alignas(64) uint16_t bits[128] = {};
+  constexpr Decoded() {
+    for (int code = 0; code < 128; ++code) {
+      const auto value = cpu::from_fp8<kFormat>(static_cast<uint8_t>(code));
+      bits[code] = static_cast<uint16_t>(cpu::bits_of(value) >> 16);
+    }
   }
+  __m512i quarter(int i) const { return _mm512_load_si512(bits + 32 * i); }
+};
+template <cpu::Fp8 kFormat>
+constexpr Decoded<kFormat> decoded;
+
+// 32 codes as bf16, looked up: two registers hold 64 entries, bit 6 tells which two.
+template <cpu::Fp8 kFormat>
+LANES __m512i decode(const uint8_t* at) {
+  const Decoded<kFormat>& table = decoded<kFormat>;
+  const __m512i codes = _mm512_cvtepu8_epi16(load_as<__m256i>(at));
+  const __m512i low = _mm512_permutex2var_epi16(table.quarter(0), codes, table.quarter(1));
+  const __m512i high = _mm512_permutex2var_epi16(table.quarter(2), codes, table.quarter(3));
+  const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+  const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(-0x8000));
+  return _mm512_or_si512(_mm512_mask_blend_epi16(upper, low, high), sign);
+}
+#endif
+
+// 2 * kWidth codes as the fp32 that load_pair would give for the items of T.
+template <cpu::Fp8 kFormat, class T>
+LANES Pair load_decoded_pair(const uint8_t* at) {
+#if LANES_ISA == 3
+  const __m512i items = decode<kFormat>(at);
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {
+    return {(Floats)((Words)items << 16), (Floats)((Words)items & 0xffff0000u)};
+  } else {
+    return {(Floats)(widen((Shorts)_mm512_castsi512_si256(items)) << 16),
+            (Floats)(widen((Shorts)_mm512_extracti64x4_epi64(items, 1)) << 16)};
+  }
+#else
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
+    const Words both = widen(load_as<Shorts>(at));
+    return {from_fp8<kFormat>(both & 0xffu), from_fp8<kFormat>(both >> 8)};
+  } else {
+    return {from_fp8<kFormat>(load_codes(at)), from_fp8<kFormat>(load_codes(at + kWidth))};
+  }
+#endif
 }
 
 // kInverse: `scale` is the reciprocal of the scale, exact.
@@ -52,6 +107,7 @@ template <cpu::Fp8 kFormat, bool kInverse, class T>
 LANES void quantize_all(uint8_t* out, const T* x, int64_t n, Floats scale) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    prefetch(x + i);
     quantize_pair<kFormat, kInverse>(out + i, x + i, scale);
   }
   if (i == n) return;
@@ -75,9 +131,8 @@ void quantize_run(uint8_t* out, const T* x, int64_t n, float scale) {
 
 template <cpu::Fp8 kFormat, class T>
 LANES void dequantize_pair(T* out, const uint8_t* codes, Floats scale) {
-  Words a, b;
-  load_code_pair<T>(codes, &a, &b);
-  store_pair(out, Pair{from_fp8<kFormat>(a) * scale, from_fp8<kFormat>(b) * scale});
+  const Pair x = load_decoded_pair<kFormat, T>(codes);
+  store_pair(out, Pair{x.a * scale, x.b * scale});
 }
 
 template <cpu::Fp8 kFormat, class T>
@@ -93,28 +148,30 @@ void dequantize_run(T* out, const uint8_t* codes, int64_t n, float scale) {
   std::memcpy(out + i, result, (n - i) * sizeof(T));
 }
 
-// Largest magnitude; a NaN is passed over (its bits lie above those of infinity). n is a multiple
-// of 32.
+// Largest magnitude; a NaN is passed over. n is a multiple of 32.
 template <class T>
 LANES float largest_magnitude(const T* x, int64_t n) {
-  Words largest = {};
+  Floats a = {}, b = {};
   for (int64_t i = 0; i < n; i += 2 * kWidth) {
     const Pair v = load_pair(x + i);
-    for (const Floats half : {v.a, v.b}) {
-      const Words u = (Words)half & 0x7fffffffu;
-      const Words seen = u > 0x7f800000u ? Words{} : u;
-      largest = seen > largest ? seen : largest;
-    }
+    a = larger(magnitude(v.a), a);
+    b = larger(magnitude(v.b), b);
   }
-  return cpu::float_of(largest_of(largest));
+  return largest_of(larger(a, b));
 }
 
-// Groups of n items to e4m3 codes, each with the scale that its largest magnitude asks for. First
-// all scales, then all codes, so that the groups do not wait for each other.
+// The scales that the largest magnitudes of groups of n items ask for.
 template <class T>
-void quantize_groups(uint8_t* codes, float* scales, const T* x, int64_t groups, int64_t n,
-                     GroupScale rule) {
-  for (int64_t g = 0; g < groups; ++g) scales[g] = rule.of(largest_magnitude(x + g * n, n));
+void scales_of_groups(float* scales, const T* x, int64_t groups, int64_t n, GroupScale rule) {
+  for (int64_t g = 0; g < groups; ++g) {
+    prefetch(x + g * n);
+    scales[g] = rule.of(largest_magnitude(x + g * n, n));
+  }
+}
+
+// Groups of n items to e4m3 codes.
+template <class T>
+void quantize_groups(uint8_t* codes, const float* scales, const T* x, int64_t groups, int64_t n) {
   for (int64_t g = 0; g < groups; ++g) {
     quantize_run<cpu::Fp8::kE4M3>(codes + g * n, x + g * n, n, scales[g]);
   }

@@ -18,8 +18,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-ALWAYS_INLINE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
-ALWAYS_INLINE float float_of(uint32_t x) { return std::bit_cast<float>(x); }
+ALWAYS_INLINE constexpr uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+ALWAYS_INLINE constexpr float float_of(uint32_t x) { return std::bit_cast<float>(x); }
 
 ALWAYS_INLINE float to_float(float x) { return x; }
 ALWAYS_INLINE float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
@@ -84,7 +84,7 @@ ALWAYS_INLINE uint8_t to_fp8(float x) {
 
 // Exact; e5m2's infinities and the NaNs of both formats become those of fp32.
 template <Fp8 kFormat>
-ALWAYS_INLINE float from_fp8(uint8_t code) {
+ALWAYS_INLINE constexpr float from_fp8(uint8_t code) {
   constexpr bool kE4 = kFormat == Fp8::kE4M3;
   constexpr uint32_t kShift = kE4 ? 20 : 21;
   constexpr uint32_t kBias = kE4 ? 7 : 15;

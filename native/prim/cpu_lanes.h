@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "prim/cpu_floats.h"
+#include "prim/cpu_stream.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,6 +1,6 @@
-// Vectors of fp32 for the instruction set LANES_ISA: loads, stores, conversions and elementary
-// functions. Included by cpu_each_isa.h inside a namespace; no include guard. The vectors are the
-// compiler's own, so that +, -, *, /, comparisons and ?: work on them lane by lane.
+// Vectors of fp32 for the instruction set LANES_ISA: loads, stores and conversions. Included by
+// cpu_each_isa.h inside a namespace; no include guard. The vectors are the compiler's own, so that
+// +, -, *, /, comparisons and ?: work on them lane by lane.
 //
 // Conversions round to nearest even and give the same bits on every instruction set, but for the
 // payload of a NaN.
@@ -31,18 +31,76 @@ LANES Ints places() {
 LANES Floats splat(float x) { return x - Floats{}; }
 LANES Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
+// max(x, least) and min(x, most) that leave a NaN as it is.
+LANES Floats at_least(Floats x, float least) {
+#if LANES_ISA == 3
+  return (Floats)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
+#elif LANES_ISA == 2
+  return (Floats)_mm256_max_ps(_mm256_set1_ps(least), (__m256)x);
+#else
+  return x < least ? splat(least) : x;
+#endif
+}
+LANES Floats at_most(Floats x, float most) {
+#if LANES_ISA == 3
+  return (Floats)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
+#elif LANES_ISA == 2
+  return (Floats)_mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
+#else
+  return x > most ? splat(most) : x;
+#endif
+}
+
+// min(|x|, most); of a NaN either.
+LANES Floats magnitude_at_most(Floats x, float most) {
+#if LANES_ISA == 3
+  return (Floats)_mm512_range_ps((__m512)x, _mm512_set1_ps(most), 0xa);  // least size, no sign
+#else
+  return at_most(magnitude(x), most);
+#endif
+}
+
+// The larger of the two; where x is a NaN, y.
+LANES Floats larger(Floats x, Floats y) {
+#if LANES_ISA == 3
+  return (Floats)_mm512_max_ps((__m512)x, (__m512)y);
+#elif LANES_ISA == 2
+  return (Floats)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
 // The largest lane.
-LANES uint32_t largest_of(Words x) {
+LANES float largest_of(Floats x) {
 #pragma GCC unroll 4
   for (int width = kWidth / 2; width > 0; width /= 2) {
-    const Words other = __builtin_shuffle(x, places() ^ width);
-    x = other > x ? other : x;
+    x = larger(__builtin_shuffle(x, places() ^ width), x);
   }
   return x[0];
 }
 
 // Asks for what lies 2 KB further on, wherever that is.
 LANES void prefetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048); }
+
+// A vector to memory: kStreamed past the caches (see prim/cpu_stream.h), to a multiple of its size.
+template <cpu::Stores kStores = cpu::Stores::kCached, class Vector>
+LANES void put(void* at, Vector v) {
+#if LANES_ISA == 3
+  if constexpr (kStores == cpu::Stores::kStreamed && sizeof v == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(at), (__m512i)v);
+  }
+#endif
+#if LANES_ISA >= 2
+  if constexpr (kStores == cpu::Stores::kStreamed && sizeof v == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(at), (__m256i)v);
+  }
+  if constexpr (kStores == cpu::Stores::kStreamed && sizeof v == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(at), (__m128i)v);
+  }
+#endif
+  std::memcpy(at, &v, sizeof v);
+}
 
 // --- 16-bit and 8-bit items to and from words ---
 
@@ -78,12 +136,12 @@ LANES Shorts narrow(Words x) {
 #endif
 }
 
-// The low bytes of words below 2^8.
+// The low bytes.
 LANES Bytes narrow_to_bytes(Words x) {
 #if LANES_ISA == 3
   return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
 #elif LANES_ISA == 2
-  const __m128i v = (__m128i)narrow(x);
+  const __m128i v = (__m128i)narrow(x & 0xffu);
   return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(v, v));
 #else
   return __builtin_convertvector(x, Bytes);
@@ -108,21 +166,27 @@ LANES Floats load(const cpu::Half* at) {
 #endif
 }
 
-LANES void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
+template <cpu::Stores kStores = cpu::Stores::kCached>
+LANES void store(float* at, Floats x) {
+  put<kStores>(at, x);
+}
 
+template <cpu::Stores kStores = cpu::Stores::kCached>
 LANES void store(cpu::BFloat16* at, Floats x) {
   const Words u = (Words)x;
   Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   rounded = x == x ? rounded : Words{} + 0x7fc0u;
-  const Shorts bits = narrow(rounded);
-  std::memcpy(at, &bits, sizeof bits);
+  put<kStores>(at, narrow(rounded));
 }
 
+template <cpu::Stores kStores = cpu::Stores::kCached>
 LANES void store(cpu::Half* at, Floats x) {
 #if LANES_ISA == 3
-  const __m256i bits = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Shorts bits =
+      (Shorts)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif LANES_ISA == 2
-  const __m128i bits = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Shorts bits =
+      (Shorts)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Words u = (Words)x & 0x7fffffffu;
   const Words normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
@@ -132,24 +196,27 @@ LANES void store(cpu::Half* at, Floats x) {
   h = u > 0x7f800000u ? Words{} + 0x7e00u : h;
   const Shorts bits = narrow(h | ((Words)x >> 16 & 0x8000u));
 #endif
-  std::memcpy(at, &bits, sizeof bits);
+  put<kStores>(at, bits);
 }
 
 // --- 8-bit codes, as in cpu_floats.h ---
 
+// The codes in the low bytes, rubbish above. A code counts in units that double with every power of
+// two above the least normal number. Adding so large a power of two that its last bit is one unit
+// rounds to units and counts them; that number's own last bits, an even number of units, take away
+// what the exponent of the least normal number adds.
 template <cpu::Fp8 kFormat>
 LANES Words to_fp8(Floats x) {
   constexpr bool kE4 = kFormat == cpu::Fp8::kE4M3;
-  constexpr uint32_t kShift = kE4 ? 20 : 21, kBias = kE4 ? 7 : 15;
-  constexpr uint32_t kLargest = kE4 ? 0x43e00000u : 0x47600000u;
-  constexpr float kMagic = kE4 ? 0x1p14f : 0x1p7f;
-  const Words given = (Words)x & 0x7fffffffu, sign = ((Words)x >> 24) & 0x80u;
-  const Words u = given > kLargest ? Words{} + kLargest : given;
-  const Words normal =
-      (u - ((127u - kBias) << 23) + (1u << (kShift - 1)) - 1u + ((u >> kShift) & 1u)) >> kShift;
-  const Words subnormal = (Words)((Floats)u + kMagic) - cpu::bits_of(kMagic);
-  const Words code = u < (128u - kBias) << 23 ? subnormal : normal;
-  return (given > 0x7f800000u ? Words{} + 0x7fu : code) | sign;
+  constexpr uint32_t kMantissa = kE4 ? 3 : 2, kLeast = kE4 ? 121 : 113;  // exponent, as in fp32
+  constexpr uint32_t kLarge = ((23 - kMantissa) << 23) + (-(kLeast << kMantissa) & 0xffu);
+  const Floats size = magnitude_at_most(x, kE4 ? 448.0f : 57344.0f);
+  const Words power =
+      (Words)at_least((Floats)((Words)size & 0x7f800000u), cpu::float_of(kLeast << 23));
+  const Words counted = (Words)(size + (Floats)(power + kLarge));
+  Words code = counted + (power >> (23 - kMantissa));
+  code = x == x ? code : Words{} + 0x7fu;
+  return code | ((Words)x >> 24 & 0x80u);
 }
 
 template <cpu::Fp8 kFormat>
@@ -183,10 +250,10 @@ LANES Pair load_pair(const T* at) {
   return {load(at), load(at + kWidth)};
 }
 // Without kAnyNan a NaN must not have its low 16 bits set: true of what comes of bf16 operands.
-template <bool kAnyNan = true, class T>
+template <bool kAnyNan = true, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void store_pair(T* at, Pair x) {
-  store(at, x.a);
-  store(at + kWidth, x.b);
+  store<kStores>(at, x.a);
+  store<kStores>(at + kWidth, x.b);
 }
 
 // bf16: the items at even and at odd places, which shifts and masks tell apart.
@@ -202,11 +269,10 @@ LANES Words rounded_bits(Floats x) {
   if constexpr (!kAnyNan) return rounded;
   return x == x ? rounded : Words{} + 0x7fc00000u;
 }
-template <bool kAnyNan = true>
+template <bool kAnyNan = true, cpu::Stores kStores = cpu::Stores::kCached>
 LANES void store_pair(cpu::BFloat16* at, Pair x) {
   const Words a = rounded_bits<kAnyNan>(x.a), b = rounded_bits<kAnyNan>(x.b);
-  const Words both = a >> 16 | (b & 0xffff0000u);
-  std::memcpy(at, &both, sizeof both);
+  put<kStores>(at, a >> 16 | (b & 0xffff0000u));
 }
 
 // x as T would hold it, a NaN being one as store_pair<false> takes it.
@@ -233,68 +299,4 @@ LANES Floats rounded_to<cpu::Half>(Floats x) {
 #endif
 }
 
-// --- elementary functions ---
-
-// 1 / x for 1 <= x <= 2^126, to an ulp or two.
-LANES Floats reciprocal(Floats x) {
-#if LANES_ISA == 3
-  const Floats guess = (Floats)_mm512_rcp14_ps((__m512)x);
-  return guess + guess * (1.0f - x * guess);
-#else
-  return 1.0f / x;
-#endif
-}
-
-// 2^y for y <= 128, to a relative error of 8e-8, or of 3e-6 with kShort (enough for 16 bits): the
-// fraction by a minimax polynomial of degree 5 or 4.
-template <bool kShort>
-LANES Floats exp2_of(Floats y, Floats correction) {
-#if LANES_ISA == 3
-  const Floats f = (Floats)_mm512_reduce_ps((__m512)y, 1) + correction;  // y - floor(y)
-  Floats p;
-  if constexpr (kShort) {
-    p = f * 0.0135206032f + 0.05203742877f;
-    p = p * f + 0.2414274933f;
-    p = p * f + 0.6930066207f;
-    p = p * f + 1.000002518f;
-  } else {
-    p = f * 0.001876232945f + 0.008992584031f;
-    p = p * f + 0.05582360446f;
-    p = p * f + 0.2401545299f;
-    p = p * f + 0.6931529682f;
-    p = p * f + 0.9999999269f;
-  }
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)y);  // p 2^floor(y)
-#else
-  y = y < -152.0f ? splat(-152.0f) : y;  // a NaN stays
-  constexpr float kRound = 0x1.8p23f;
-  const Floats shifted = y + kRound;
-  const Floats f = y - (shifted - kRound) + correction;
-  Floats p;
-  if constexpr (kShort) {
-    p = f * 0.009560510207f + 0.05591703917f;
-    p = p * f + 0.2402498111f;
-    p = p * f + 0.6931219677f;
-    p = p * f + 0.9999991909f;
-  } else {
-    p = f * 0.001326697039f + 0.009675459746f;
-    p = p * f + 0.05550742616f;
-    p = p * f + 0.2402212175f;
-    p = p * f + 0.6931469492f;
-    p = p * f + 1.000000071f;
-  }
-  // 2^n as a product of two, so that neither overflows.
-  const Ints n = (Ints)shifted - (Ints)splat(kRound), half = n >> 1;
-  return p * (Floats)((half + 127) << 23) * (Floats)((n - half + 127) << 23);
-#endif
-}
-
-// e^x for x <= 87, with the error of exp2_of; for kShort |x| times 6e-8 more.
-template <bool kShort>
-LANES Floats exp(Floats x) {
-  constexpr float kLog2e = 1.44269504f, kRest = 1.92596303e-8f;
-  if constexpr (!kShort) x = x < -105.0f ? splat(-105.0f) : x;  // no inf - inf below
-  const Floats y = x * kLog2e;
-  if constexpr (kShort) return exp2_of<true>(y, Floats{});
-  return exp2_of<false>(y, (x * kLog2e - y) + x * kRest);
-}
+#include "prim/cpu_lanes_math.h"
