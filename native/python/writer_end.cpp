@@ -26,12 +26,21 @@ enum Put : long { kOtherwise, kSent, kFull, kBusy };
 Put put(WriterEnd* self, PyObject* object) {
   shm::RingWriter* ring = self->ring;
   if (ring == nullptr) return kOtherwise;
-  // Before anything else: a sleeper's wake-up takes longer than making the message.
-  if (ring->somebody_sleeps()) ring->nudge();
+  // Before anything else: a sleeper's wake-up takes longer than making the message. But a reader
+  // that will have this core cannot run sooner than the message is made, and then the nudge is what
+  // it waits for; only pickling takes longer than that.
+  bool nudges = ring->somebody_sleeps();
+  if (nudges && (self->chunk_bytes == 0 || !ring->too_many_sleep())) {
+    ring->nudge();
+    nudges = false;
+  }
   if (self->chunk_bytes == 0) return kOtherwise;
   if (!ring->has_slot_soon()) return kFull;
   const size_t bytes = self->encoder->encode(object, ring->slot_payload(), self->chunk_bytes);
-  if (bytes == 0) return kOtherwise;
+  if (bytes == 0) {
+    if (nudges) ring->nudge();
+    return kOtherwise;
+  }
   ring->publish(shm::SlotKind::kInline, bytes);
   return kSent;
 }
@@ -69,9 +78,8 @@ PyObject* detach(PyObject* self, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  PyObject* lock;
   unsigned long long handle, chunk_bytes;
-  if (!PyArg_ParseTuple(arguments, "OKK", &lock, &handle, &chunk_bytes)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "KK", &handle, &chunk_bytes)) return nullptr;
   PyObject* made = PyType_GenericAlloc(type, 0);
   if (made == nullptr) return nullptr;
   of(made)->ring = reinterpret_cast<shm::RingWriter*>(handle);
@@ -81,7 +89,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   }
-  if (of(made)->encoder == nullptr || !end_set_lock(&of(made)->end, lock)) {
+  if (of(made)->encoder == nullptr) {
     Py_DECREF(made);
     return nullptr;
   }
@@ -90,13 +98,10 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
 
 void dealloc(PyObject* self) {
   delete of(self)->encoder;
-  end_dealloc(&of(self)->end);
+  end_dealloc(self);
 }
 
 PyMethodDef methods[] = {
-    {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(end_acquire)),
-     METH_VARARGS | METH_KEYWORDS, nullptr},
-    {"release", end_release, METH_NOARGS, nullptr},
     {"try_put", try_put, METH_O, nullptr},
     {"put", put_locked, METH_O, nullptr},
     {"put_pickle", put_pickle, METH_O, nullptr},
@@ -115,6 +120,8 @@ PyType_Spec spec = {"_native_queue.WriterEnd", sizeof(WriterEnd), 0, Py_TPFLAGS_
 
 }  // namespace
 
-bool add_writer_end(PyObject* module) { return add_type(module, &spec, "WriterEnd"); }
+bool add_writer_end(PyObject* module, PyObject* end) {
+  return add_type(module, end, &spec, "WriterEnd");
+}
 
 }  // namespace python

@@ -88,8 +88,8 @@ writing = ring.communicators_ring_writer_open(base, -1, wide(1 << 20), *spins)
 reading = ring.communicators_ring_reader_open(base, 0, *spins)
 assert ring.communicators_ring_join(ctypes.c_void_p(reading), 1, wide(1))
 nothing = object()
-writer = module.WriterEnd(threading.Lock(), writing, 1000)
-reader = module.ReaderEnd(threading.Lock(), reading, pickle.loads, RuntimeError, nothing, -2, 10.0)
+writer = module.WriterEnd(writing, 1000)
+reader = module.ReaderEnd(reading, pickle.loads, RuntimeError, nothing, -2, 10.0)
 for i in range(50_000):
     sent = {"i": i, "list": [1, 2.5, None, True, (i, "x" * (i % 300))], "b": b"abc", i: 2**40 + i}
     assert writer.try_put(sent) == 1
