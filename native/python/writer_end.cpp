@@ -26,21 +26,12 @@ enum Put : long { kOtherwise, kSent, kFull, kBusy };
 Put put(WriterEnd* self, PyObject* object) {
   shm::RingWriter* ring = self->ring;
   if (ring == nullptr) return kOtherwise;
-  // Before anything else: a sleeper's wake-up takes longer than making the message. But a reader
-  // that will have this core cannot run sooner than the message is made, and then the nudge is what
-  // it waits for; only pickling takes longer than that.
-  bool nudges = ring->somebody_sleeps();
-  if (nudges && (self->chunk_bytes == 0 || !ring->too_many_sleep())) {
-    ring->nudge();
-    nudges = false;
-  }
+  // Before anything else: a sleeper's wake-up takes longer than making the message.
+  if (ring->somebody_sleeps()) ring->nudge();
   if (self->chunk_bytes == 0) return kOtherwise;
   if (!ring->has_slot_soon()) return kFull;
   const size_t bytes = self->encoder->encode(object, ring->slot_payload(), self->chunk_bytes);
-  if (bytes == 0) {
-    if (nudges) ring->nudge();
-    return kOtherwise;
-  }
+  if (bytes == 0) return kOtherwise;
   ring->publish(shm::SlotKind::kInline, bytes);
   return kSent;
 }

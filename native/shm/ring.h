@@ -18,9 +18,10 @@
 //   state[r]          reader r     ABSENT -> JOINED -> LEFT                      JOINED
 //                     writer       -> DEAD, once r's process is gone (not if LEFT)
 //   sleepers          reader r     sets bit r before it sleeps on `published`,   0
-//                                  clears it after; the writer only looks, and
-//                                  wakes: after it has published, and before,
-//                                  for a reader to be up by then (nudge)
+//                                  clears it after, not at the looks between;
+//                                  the writer only looks, and wakes: after it
+//                                  has published, and before, for a reader to
+//                                  be up by then (nudge)
 //   awaited           writer       0 -> (reader + 1, count) before it sleeps     0
 //                     that reader  -> 0 by compare-and-swap once consumed has
 //                                  reached count; then bell + 1, and wakes
@@ -216,9 +217,8 @@ class RingWriter : public RingEnd {
   // Wakes readers that sleep, one for each other core, ahead of a message that is being made: a
   // wake-up takes longer than that. Those that find no core of their own sleep again.
   void nudge();
-  // Hints for whether to do so: readers sleep; and not each of them can have a core of its own.
+  // A hint for whether to do so.
   bool somebody_sleeps() const { return prim::load_relaxed(header_->sleepers) != 0; }
-  bool too_many_sleep() const { return needs_this_core(prim::load_relaxed(header_->sleepers)); }
 
   bool counts(uint32_t reader) const;  // not left, not dead
   // `reader`'s process is gone: what it has not read or not released is nobody's.
