@@ -284,6 +284,36 @@ def test_a_wait_runs_handlers_and_goes_on() -> None:
     assert len(ran) >= 5
 
 
+def test_an_end_has_a_lock() -> None:
+    if native_end.module() is None:
+        pytest.skip("there is no native module")
+    writer, (reader,) = both_ends()
+    for lock in (writer._end, reader._end):
+        with pytest.raises(RuntimeError, match="release"):
+            lock.release()
+        assert lock.acquire() and not lock.acquire(False)
+        began = time.monotonic()
+        assert not lock.acquire(timeout=0.1)
+        assert 0.1 <= time.monotonic() - began < 5
+        inside: list[int] = []
+
+        def take(lock: Any = lock, inside: list[int] = inside) -> None:
+            for _ in range(300):
+                assert lock.acquire(timeout=60)
+                inside.append(len(inside))
+                time.sleep(0)  # whoever else were inside would append the same
+                assert inside[-1] == len(inside) - 1
+                lock.release()
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        lock.release()
+        for thread in threads:
+            thread.join(60)
+        assert inside == list(range(4 * 300))
+
+
 def test_a_timeout_is_waited_once() -> None:
     _, (reader,) = both_ends()
     for timeout in (0.3, 1):
