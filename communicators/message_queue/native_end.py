@@ -38,7 +38,7 @@ def writer_end(writer: RingWriter, is_only: bool) -> Any:
     found = module()
     if found is None:
         return PythonWriterEnd(writer, chunk_bytes)
-    return found.WriterEnd(threading.Lock(), writer.handle, chunk_bytes)
+    return found.WriterEnd(writer.handle, chunk_bytes)
 
 
 def reader_end(reader: RingReader, timeout_s: float) -> Any:
@@ -48,7 +48,7 @@ def reader_end(reader: RingReader, timeout_s: float) -> Any:
         return PythonReaderEnd(reader)
     functions = pickle.loads, cannot_unpickle
     watched = reader.writer_fd, timeout_s
-    return found.ReaderEnd(threading.Lock(), reader.handle, *functions, NOTHING, *watched)
+    return found.ReaderEnd(reader.handle, *functions, NOTHING, *watched)
 
 
 class _Nothing:

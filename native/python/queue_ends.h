@@ -9,34 +9,44 @@
 
 #include <Python.h>
 
+#include <cstdint>
+
+#include "prim/atomic.h"
+
 namespace python {
 
-// Adds the types WriterEnd and ReaderEnd to the module; false with an exception set.
-bool add_writer_end(PyObject* module);
-bool add_reader_end(PyObject* module);
+// A wait comes back so often, for the handlers of signals that another thread of the process took.
+inline constexpr int64_t kSignalsNs = 500'000'000;
 
-// --- what both have in common -------------------------------------------------------------------
-
+// What both ends have in common: a lock. Not one of Python's: between a message's arrival and the
+// program that waits for it, giving one back was 5 of 100 us. All but the sleep of a thread that
+// waits for it happens with the interpreter's lock held.
 struct End {
   PyObject_HEAD;
-  PyObject* lock_acquire;
-  PyObject* lock_release;
-  bool held;  // by a longer call
+  bool held;
+  uint32_t waiting;          // threads in acquire()
+  prim::AtomicU32 releases;  // what they sleep on
 };
 
-// acquire() and release() of threading.Lock, which note what they do in `held`.
-PyObject* end_acquire(PyObject* self, PyObject* arguments, PyObject* keywords);
-PyObject* end_release(PyObject* self, PyObject*);
-
 // Takes the lock if it is free; and gives it back.
-bool end_lock(End* end);
+inline bool end_lock(End* end) {
+  if (end->held) return false;
+  return end->held = true;
+}
 void end_unlock(End* end);
 
-// Takes the two methods of `lock`; false with an exception set.
-bool end_set_lock(End* end, PyObject* lock);
-void end_dealloc(End* end);
+// The type of both, with acquire() and release() as those of threading.Lock. Null with an exception
+// set.
+PyObject* make_end_type();
+// Frees an end, for the types made from that one.
+void end_dealloc(PyObject* self);
 
-// Makes the type of `spec`, and puts it into the module under `name`.
-bool add_type(PyObject* module, PyType_Spec* spec, const char* name);
+// Add the types WriterEnd and ReaderEnd, made from `end`, to the module; false with an exception
+// set.
+bool add_writer_end(PyObject* module, PyObject* end);
+bool add_reader_end(PyObject* module, PyObject* end);
+
+// Makes the type of `spec` from `end`, and puts it into the module under `name`.
+bool add_type(PyObject* module, PyObject* end, PyType_Spec* spec, const char* name);
 
 }  // namespace python

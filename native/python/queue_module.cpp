@@ -13,64 +13,6 @@
 
 namespace python {
 
-PyObject* end_acquire(PyObject* self, PyObject* arguments, PyObject* keywords) {
-  End* end = reinterpret_cast<End*>(self);
-  PyObject* got = PyObject_Call(end->lock_acquire, arguments, keywords);
-  if (got == Py_True) end->held = true;
-  return got;
-}
-
-PyObject* end_release(PyObject* self, PyObject*) {
-  End* end = reinterpret_cast<End*>(self);
-  end->held = false;
-  return PyObject_CallObject(end->lock_release, nullptr);
-}
-
-bool end_lock(End* end) {
-  PyObject* got = PyObject_CallFunctionObjArgs(end->lock_acquire, Py_False, nullptr);
-  if (got == nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  const bool locked = got == Py_True;
-  Py_DECREF(got);
-  if (locked) end->held = true;
-  return locked;
-}
-
-// With or without an exception set.
-void end_unlock(End* end) {
-  PyObject *type, *value, *traceback;
-  PyErr_Fetch(&type, &value, &traceback);
-  end->held = false;
-  PyObject* done = PyObject_CallObject(end->lock_release, nullptr);
-  if (done == nullptr) PyErr_Clear();
-  Py_XDECREF(done);
-  PyErr_Restore(type, value, traceback);
-}
-
-bool end_set_lock(End* end, PyObject* lock) {
-  end->lock_acquire = PyObject_GetAttrString(lock, "acquire");
-  end->lock_release = PyObject_GetAttrString(lock, "release");
-  return end->lock_acquire != nullptr && end->lock_release != nullptr;
-}
-
-void end_dealloc(End* end) {
-  Py_XDECREF(end->lock_acquire);
-  Py_XDECREF(end->lock_release);
-  PyTypeObject* type = Py_TYPE(end);
-  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(end);
-  Py_DECREF(type);
-}
-
-bool add_type(PyObject* module, PyType_Spec* spec, const char* name) {
-  PyObject* type = PyType_FromSpec(spec);
-  if (type == nullptr) return false;
-  const bool added = PyModule_AddObjectRef(module, name, type) == 0;
-  Py_DECREF(type);
-  return added;
-}
-
 namespace {
 
 // encode(obj, room) -> bytes, or None if `obj` is not plain or takes more than `room` bytes.
@@ -110,8 +52,11 @@ PyMethodDef functions[] = {
 };
 
 int fill(PyObject* module) {
-  const bool filled = PyModule_AddStringConstant(module, "version", COMMUNICATORS_VERSION) == 0 &&
-                      add_writer_end(module) && add_reader_end(module);
+  if (PyModule_AddStringConstant(module, "version", COMMUNICATORS_VERSION) != 0) return -1;
+  PyObject* end = make_end_type();
+  if (end == nullptr) return -1;
+  const bool filled = add_writer_end(module, end) && add_reader_end(module, end);
+  Py_DECREF(end);
   return filled ? 0 : -1;
 }
 

@@ -118,8 +118,6 @@ int64_t nanoseconds(const ReaderEnd* self, PyObject* timeout) {
 // Waits, with the lock held. Null without an exception: the longer way is to find out what
 // happened.
 PyObject* wait_and_open(ReaderEnd* self, int64_t timeout_ns) {
-  // Handlers of signals that another thread of the process took run so often.
-  constexpr int64_t kSignalsNs = 500'000'000;
   const auto deadline = prim::Deadline::after_ns(timeout_ns);
   for (bool again = false; self->ring != nullptr; again = true) {
     Message message;
@@ -214,12 +212,12 @@ PyObject* detach(PyObject* self, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  PyObject *lock, *loads, *wrap_error, *nothing;
+  PyObject *loads, *wrap_error, *nothing;
   unsigned long long handle;
   int writer;
   double timeout_s;
-  if (!PyArg_ParseTuple(arguments, "OKOOOid", &lock, &handle, &loads, &wrap_error, &nothing,
-                        &writer, &timeout_s)) {
+  if (!PyArg_ParseTuple(arguments, "KOOOid", &handle, &loads, &wrap_error, &nothing, &writer,
+                        &timeout_s)) {
     return nullptr;
   }
   PyObject* made = PyType_GenericAlloc(type, 0);
@@ -235,7 +233,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   }
-  if (of(made)->decoder == nullptr || !end_set_lock(&of(made)->end, lock)) {
+  if (of(made)->decoder == nullptr) {
     Py_DECREF(made);
     return nullptr;
   }
@@ -247,13 +245,10 @@ void dealloc(PyObject* self) {
   Py_XDECREF(of(self)->loads);
   Py_XDECREF(of(self)->wrap_error);
   Py_XDECREF(of(self)->nothing);
-  end_dealloc(&of(self)->end);
+  end_dealloc(self);
 }
 
 PyMethodDef methods[] = {
-    {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(end_acquire)),
-     METH_VARARGS | METH_KEYWORDS, nullptr},
-    {"release", end_release, METH_NOARGS, nullptr},
     {"get", get, METH_O, nullptr},
     {"waited", waited, METH_NOARGS, nullptr},
     {"look", look_locked, METH_VARARGS, nullptr},
@@ -273,6 +268,8 @@ PyType_Spec spec = {"_native_queue.ReaderEnd", sizeof(ReaderEnd), 0, Py_TPFLAGS_
 
 }  // namespace
 
-bool add_reader_end(PyObject* module) { return add_type(module, &spec, "ReaderEnd"); }
+bool add_reader_end(PyObject* module, PyObject* end) {
+  return add_type(module, end, &spec, "ReaderEnd");
+}
 
 }  // namespace python

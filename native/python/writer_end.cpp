@@ -69,9 +69,8 @@ PyObject* detach(PyObject* self, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  PyObject* lock;
   unsigned long long handle, chunk_bytes;
-  if (!PyArg_ParseTuple(arguments, "OKK", &lock, &handle, &chunk_bytes)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "KK", &handle, &chunk_bytes)) return nullptr;
   PyObject* made = PyType_GenericAlloc(type, 0);
   if (made == nullptr) return nullptr;
   of(made)->ring = reinterpret_cast<shm::RingWriter*>(handle);
@@ -81,7 +80,7 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   }
-  if (of(made)->encoder == nullptr || !end_set_lock(&of(made)->end, lock)) {
+  if (of(made)->encoder == nullptr) {
     Py_DECREF(made);
     return nullptr;
   }
@@ -90,13 +89,10 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
 
 void dealloc(PyObject* self) {
   delete of(self)->encoder;
-  end_dealloc(&of(self)->end);
+  end_dealloc(self);
 }
 
 PyMethodDef methods[] = {
-    {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(end_acquire)),
-     METH_VARARGS | METH_KEYWORDS, nullptr},
-    {"release", end_release, METH_NOARGS, nullptr},
     {"try_put", try_put, METH_O, nullptr},
     {"put", put_locked, METH_O, nullptr},
     {"put_pickle", put_pickle, METH_O, nullptr},
@@ -115,6 +111,8 @@ PyType_Spec spec = {"_native_queue.WriterEnd", sizeof(WriterEnd), 0, Py_TPFLAGS_
 
 }  // namespace
 
-bool add_writer_end(PyObject* module) { return add_type(module, &spec, "WriterEnd"); }
+bool add_writer_end(PyObject* module, PyObject* end) {
+  return add_type(module, end, &spec, "WriterEnd");
+}
 
 }  // namespace python

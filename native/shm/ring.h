@@ -18,9 +18,10 @@
 //   state[r]          reader r     ABSENT -> JOINED -> LEFT                      JOINED
 //                     writer       -> DEAD, once r's process is gone (not if LEFT)
 //   sleepers          reader r     sets bit r before it sleeps on `published`,   0
-//                                  clears it after; the writer only looks, and
-//                                  wakes: after it has published, and before,
-//                                  for a reader to be up by then (nudge)
+//                                  clears it after, not at the looks between;
+//                                  the writer only looks, and wakes: after it
+//                                  has published, and before, for a reader to
+//                                  be up by then (nudge)
 //   awaited           writer       0 -> (reader + 1, count) before it sleeps     0
 //                     that reader  -> 0 by compare-and-swap once consumed has
 //                                  reached count; then bell + 1, and wakes
@@ -41,10 +42,12 @@
 // Counters are kept doubled in 32 bits, may wrap, and are compared with prim::reached.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
 #include "prim/atomic.h"
+#include "prim/futex.h"
 #include "shm/arena.h"
 
 namespace shm {
@@ -54,6 +57,10 @@ inline constexpr uint32_t kMaxReaders = 64;
 inline constexpr uint32_t kClosedBit = 1;
 // A sleeping reader looks this often whether the writer lives: so long may its death go unnoticed.
 inline constexpr int64_t kLivenessNs = 50'000'000;
+// And this often whether there is a message. It is woken for that; but what has run a moment ago
+// wakes much faster than what has slept for long (caches, page tables, and on a virtual machine the
+// host's too). Each look costs some 10 us of a core.
+inline constexpr int64_t kLookNs = 5'000'000;
 // In place of a pidfd: the process had ended before it could be opened; or watch nobody.
 inline constexpr int kGone = -1, kNobody = -2;
 
@@ -193,7 +200,8 @@ class RingWriter : public RingEnd {
   // last look does not answer it.
   bool has_slot();
   std::byte* slot_payload() const { return slot(sent_) + kSlotHeaderBytes; }
-  // Publishes the slot whose payload was written. Needs has_slot().
+  // Publishes the slot whose payload was written, and wakes who sleeps. Needs has_slot(). With more
+  // sleepers than other cores one of them needs this one: it gets it at once.
   void publish(SlotKind kind, uint64_t bytes, uint64_t block = 0);
 
   // A block for `bytes` of message, or kMustWait (see wait), or kNoRoom.
@@ -225,6 +233,9 @@ class RingWriter : public RingEnd {
   void look_at_readers();
   bool has_consumed(uint32_t reader, uint64_t messages) const;
   bool held(const Arena::Block& block) const;
+  bool needs_this_core(uint64_t sleepers) const {
+    return static_cast<uint32_t>(std::popcount(sleepers)) > other_cores();
+  }
 
   Arena arena_;
   uint64_t unread_limit_;
@@ -272,6 +283,8 @@ class RingReader : public RingEnd {
 
  private:
   bool has_message() const;
+  bool is_closed() const;
+  prim::FutexResult sleep(int64_t timeout_ns);
   bool await_nudged();
   void store_consumed();
 

@@ -51,6 +51,10 @@ void RingReader::leave() {
   prim::futex_wake(header_->joined);
 }
 
+bool RingReader::is_closed() const {
+  return (header_->published.load(std::memory_order_seq_cst) & kClosedBit) != 0;
+}
+
 bool RingReader::has_message() const {
   const uint32_t published = header_->published.load(std::memory_order_seq_cst);
   return (published & ~kClosedBit) != static_cast<uint32_t>(received_ << 1);
@@ -111,6 +115,27 @@ bool RingReader::take_soon() {
   return soon([this] { return has_message(); }) && take();
 }
 
+// Sleeps until woken, or there is a message or an end, at most `timeout_ns`, with looks in between:
+// the announcement stands all the time, so a look is no more than the end of one sleep and the
+// begin of the next.
+prim::FutexResult RingReader::sleep(int64_t timeout_ns) {
+  const auto deadline = prim::Deadline::after_ns(timeout_ns);
+  header_->sleepers.fetch_or(bit(index_), std::memory_order_seq_cst);
+  auto woken = prim::FutexResult::kTimedOut;
+  while (woken == prim::FutexResult::kTimedOut && !cancelled()) {
+    const uint32_t seen = header_->published.load(std::memory_order_seq_cst);
+    if (seen != static_cast<uint32_t>(received_ << 1)) {
+      woken = prim::FutexResult::kChanged;
+      break;
+    }
+    const int64_t left_ns = deadline.left_ns();
+    if (left_ns <= 0) break;
+    woken = prim::futex_wait(header_->published, seen, std::min(left_ns, kLookNs));
+  }
+  header_->sleepers.fetch_and(~bit(index_), std::memory_order_seq_cst);
+  return woken;
+}
+
 // Whether the message of a nudge came. Without yields: who else is ready to run waits for the same
 // message, or has nothing to do with it.
 bool RingReader::await_nudged() {
@@ -131,20 +156,13 @@ WaitResult RingReader::wait(int64_t timeout_ns, bool again, int writer) {
   const int64_t budget_ns = std::min(spin_.ns(), timeout_ns);
   bool arrived = again ? reached() : spin(reached, budget_ns, header_->writer_cpu);
   while (!arrived) {
-    const uint64_t mine = bit(index_);
-    header_->sleepers.fetch_or(mine, std::memory_order_seq_cst);
-    const uint32_t seen = header_->published.load(std::memory_order_seq_cst);
-    auto woken = prim::FutexResult::kChanged;
-    if ((seen & kClosedBit) == 0 && !has_message()) {
-      woken = prim::futex_wait(header_->published, seen, std::min(deadline.left_ns(), kLivenessNs));
-    }
-    header_->sleepers.fetch_and(~mine, std::memory_order_seq_cst);
+    const auto woken = sleep(std::min(deadline.left_ns(), kLivenessNs));
     // Woken for nothing is nudged: the message is being made.
     if (woken == prim::FutexResult::kWoken ? await_nudged() : reached()) break;
     if (cancelled()) return WaitResult::kCancelled;
-    if ((seen & kClosedBit) != 0) return WaitResult::kClosed;
+    // What it wrote before it closed, or died, is read first: the end, then once more the ring.
+    if (is_closed() && !has_message()) return WaitResult::kClosed;
     if (woken == prim::FutexResult::kInterrupted) return WaitResult::kInterrupted;
-    // What it wrote before it died is read first: the process, then once more the ring.
     if (process_is_gone(writer) && !has_message()) return WaitResult::kPeerGone;
     if (deadline.passed()) return WaitResult::kTimedOut;
   }

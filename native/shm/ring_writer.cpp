@@ -74,9 +74,10 @@ void RingWriter::publish(SlotKind kind, uint64_t bytes, uint64_t block) {
   *reinterpret_cast<SlotHeader*>(slot(sent_)) = SlotHeader{kind, 0, bytes, block};
   ++sent_;
   header_->published.store(word(sent_), std::memory_order_seq_cst);
-  if (header_->sleepers.load(std::memory_order_seq_cst) != 0) {
-    prim::futex_wake(header_->published);
-  }
+  const uint64_t asleep = header_->sleepers.load(std::memory_order_seq_cst);
+  if (asleep == 0) return;
+  prim::futex_wake(header_->published);
+  if (needs_this_core(asleep)) sched_yield();
 }
 
 // A reader that left holds what it had read until its views are gone, and nothing that it had not.

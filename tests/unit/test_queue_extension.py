@@ -88,8 +88,8 @@ writing = ring.communicators_ring_writer_open(base, -1, wide(1 << 20), *spins)
 reading = ring.communicators_ring_reader_open(base, 0, *spins)
 assert ring.communicators_ring_join(ctypes.c_void_p(reading), 1, wide(1))
 nothing = object()
-writer = module.WriterEnd(threading.Lock(), writing, 1000)
-reader = module.ReaderEnd(threading.Lock(), reading, pickle.loads, RuntimeError, nothing, -2, 10.0)
+writer = module.WriterEnd(writing, 1000)
+reader = module.ReaderEnd(reading, pickle.loads, RuntimeError, nothing, -2, 10.0)
 for i in range(50_000):
     sent = {"i": i, "list": [1, 2.5, None, True, (i, "x" * (i % 300))], "b": b"abc", i: 2**40 + i}
     assert writer.try_put(sent) == 1
@@ -282,6 +282,36 @@ def test_a_wait_runs_handlers_and_goes_on() -> None:
         signal.signal(signal.SIGALRM, before)
         timer.join()
     assert len(ran) >= 5
+
+
+def test_an_end_has_a_lock() -> None:
+    if native_end.module() is None:
+        pytest.skip("there is no native module")
+    writer, (reader,) = both_ends()
+    for lock in (writer._end, reader._end):
+        with pytest.raises(RuntimeError, match="release"):
+            lock.release()
+        assert lock.acquire() and not lock.acquire(False)
+        began = time.monotonic()
+        assert not lock.acquire(timeout=0.1)
+        assert 0.1 <= time.monotonic() - began < 5
+        inside: list[int] = []
+
+        def take(lock: Any = lock, inside: list[int] = inside) -> None:
+            for _ in range(300):
+                assert lock.acquire(timeout=60)
+                inside.append(len(inside))
+                time.sleep(0)  # whoever else were inside would append the same
+                assert inside[-1] == len(inside) - 1
+                lock.release()
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        lock.release()
+        for thread in threads:
+            thread.join(60)
+        assert inside == list(range(4 * 300))
 
 
 def test_a_timeout_is_waited_once() -> None:

@@ -259,6 +259,9 @@ class Model:
             if r.pc not in ("done", "killed"):
                 for after in self.reader(s, i):
                     yield "reader", after
+                if r.pc == "asleep":  # the look every kLookNs, without a new announcement
+                    looks = (*s.readers[:i], r._replace(pc="look again"), *s.readers[i + 1 :])
+                    yield "timer", s._replace(readers=looks)
                 if s.faults:
                     killed = (*s.readers[:i], r._replace(pc="killed"), *s.readers[i + 1 :])
                     yield "kill", s._replace(readers=killed, faults=s.faults - 1)
@@ -273,8 +276,9 @@ class Model:
             state = todo.pop()
             stuck = True
             for actor, after in self.steps(state):
-                stuck = stuck and actor == "kill"
-                if state.published != after.published or actor != "kill":
+                # A look would only hide a wake-up that was lost.
+                stuck = stuck and actor in ("kill", "timer")
+                if state.published != after.published or actor not in ("kill", "timer"):
                     self.check_slots(actor, state, after)
                 after = after._replace(readers=tuple(sorted(after.readers)))
                 if after not in seen:
