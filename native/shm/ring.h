@@ -60,7 +60,7 @@ inline constexpr int64_t kLivenessNs = 50'000'000;
 // And this often whether there is a message. It is woken for that; but what has run a moment ago
 // wakes much faster than what has slept for long (caches, page tables, and on a virtual machine the
 // host's too). Each look costs some 10 us of a core.
-inline constexpr int64_t kLookNs = 5'000'000;
+inline constexpr int64_t kLookNs = 3'000'000;
 // In place of a pidfd: the process had ended before it could be opened; or watch nobody.
 inline constexpr int kGone = -1, kNobody = -2;
 
