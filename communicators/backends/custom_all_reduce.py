@@ -77,9 +77,8 @@ class CustomAllreduce(Communicator):
         self._in_capture = False
         self._captured = 0
         self._captured_ever = False
-        #: (inp, out) -> status, while live and while calls need neither counting nor comparing.
-        self._fast: custom_ar.AllReduceCall | None = None
-        self._plain_call: custom_ar.AllReduceCall | None = None
+        self._call: custom_ar.AllReduceCall | None = None
+        self._fast: custom_ar.AllReduceCall | None = None  # where calls are not counted or compared
         ranks = Group.of(group)
         if verdict is None and ranks.world_size in WORLD_SIZES:
             verdict = p2p.group_verdict(ranks, device)
@@ -125,10 +124,8 @@ class CustomAllreduce(Communicator):
         with torch.cuda.device(self.device):
             self._handle = self._library.create(self._buffer.pointers, self.group.rank, LAYOUT)
         self.set_timeout(self.settings.timeout_s)
-        self._plain_call = self._library.all_reduce_call(
-            self._handle, torch.empty(1, device=self.device)
-        )
-        self._fast = None if self.settings.debug else self._plain_call
+        self._call = self._library.all_reduce_call(self._handle, torch.empty(1, device=self.device))
+        self._fast = None if self.settings.debug else self._call
 
     def run(
         self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
@@ -180,16 +177,8 @@ class CustomAllreduce(Communicator):
             return
         if self._in_capture or self.settings.debug:
             self._before_call("all_reduce", inp)
-        status = self._library.all_reduce(  # type: ignore[union-attr]
-            self._handle,
-            custom_ar.DTYPES[inp.dtype],
-            inp.data_ptr(),
-            out.data_ptr(),
-            inp.nbytes,
-            custom_ar.current_stream(self._index),
-        )
-        if status:
-            self._library.fail(status)  # type: ignore[union-attr]
+        assert self._call is not None and self._library is not None
+        self._library.check(self._call(inp, out))
 
     def _all_gather(self, inp: torch.Tensor, out: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -343,7 +332,7 @@ class CustomAllreduce(Communicator):
             yield
         finally:
             self._in_capture = False
-            self._fast = self._plain_call if self._handle and not self.settings.debug else None
+            self._fast = self._call if self._handle and not self.settings.debug else None
         if not self.disabled:
             self.register_graph_buffers()
 
