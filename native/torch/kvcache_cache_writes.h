@@ -10,6 +10,18 @@
 namespace kvcache_glue {
 namespace {
 
+// Both are [tokens, heads, head_size] of one dtype, which is returned; heads are contiguous.
+inline DType check_keys_and_values(const Checks& checks, const Arg& key, const Arg& value) {
+  const DType dtype = checks.float_dtype(key);
+  checks.rank(key, 3, 3);
+  checks.dense_from(key, 1);
+  checks.on_device(value);
+  checks.dtype(value, key.dtype);
+  checks.same_shape(value, key);
+  checks.dense_from(value, 1);
+  return dtype;
+}
+
 void reshape_and_cache(const Tensor& key_tensor, const Tensor& value_tensor,
                        const Tensor& key_cache_tensor, const Tensor& value_cache_tensor,
                        const Tensor& slot_mapping, const std::string& kv_cache_dtype,
@@ -20,13 +32,7 @@ void reshape_and_cache(const Tensor& key_tensor, const Tensor& value_tensor,
   const Arg slots("slot_mapping", slot_mapping);
   const Checks checks("reshape_and_cache", key);
   kvcache::ReshapeAndCacheArgs a{};
-  a.dtype = checks.float_dtype(key);
-  checks.rank(key, 3, 3);
-  checks.dense_from(key, 1);
-  checks.on_device(value);
-  checks.dtype(value, key.dtype);
-  checks.same_shape(value, key);
-  checks.dense_from(value, 1);
+  a.dtype = check_keys_and_values(checks, key, value);
   checks.on_device(key_cache);
   a.format = check_format(checks, kv_cache_dtype, key, key_cache);
   a.x = 16 / (a.format == KvFormat::kCopy ? size_of(a.dtype) : 1);
@@ -73,13 +79,7 @@ void reshape_and_cache_flash(const Tensor& key_tensor, const Tensor& value_tenso
   const Arg k_scale("k_scale", k_scale_tensor), v_scale("v_scale", v_scale_tensor);
   const Checks checks("reshape_and_cache_flash", key);
   kvcache::ReshapeAndCacheFlashArgs a{};
-  a.dtype = checks.float_dtype(key);
-  checks.rank(key, 3, 3);
-  checks.dense_from(key, 1);
-  checks.on_device(value);
-  checks.dtype(value, key.dtype);
-  checks.same_shape(value, key);
-  checks.dense_from(value, 1);
+  a.dtype = check_keys_and_values(checks, key, value);
   checks.on_device(key_cache);
   a.format = check_format(checks, kv_cache_dtype, key, key_cache);
   a.heads = key.size(1), a.head_size = key.size(2);
