@@ -7,6 +7,8 @@
 // not resident yet start as others end; they start in order on every rank, so a block's
 // counterparts always come to run. With fewer blocks than that, or vectors that are not whole,
 // threads go round in a kernel of their own.
+#include <type_traits>
+
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "collectives/marked.h"
@@ -17,13 +19,20 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-// One aligned vector a thread. A grid that is not small moves so much that it would push out of the
-// L2 what the kernels around it need: its slots, which nobody reads for two calls, go first.
-template <typename T, int W, bool kSmall>
+// What the number of blocks decides.
+//   kSmall  one poll at a time
+//   kMany   from kManyBlocks on, which was measured on two H200: polls by turns
+//   kLarge  more than there are state words. Moves so much that it would push out of the L2 what
+//           the kernels around it need: its slots, which nobody reads for two calls, go first
+enum class Grid { kSmall, kMany, kLarge };
+constexpr int kManyBlocks = 64;
+
+// One aligned vector a thread.
+template <typename T, int W, Grid kGrid>
 __global__ void __launch_bounds__(kMaxThreads)
     one_shot_kernel(const __grid_constant__ Workspace ws, const uint4* inp, uint4* out,
                     uint32_t vectors) {
-  Call<kSmall> call(ws);
+  Call<kGrid != Grid::kLarge> call(ws);
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = i < vectors;
   const uint64_t offset = uint64_t{i} * gpu::kVectorBytes;
@@ -60,12 +69,21 @@ __global__ void __launch_bounds__(kMaxThreads)
     ours += slot;
     gpu::Spin spin;
     uint4 peers[W - 1];
-    receive_from_peers<W>(peers, ours, ws.slot_stride, ws, spin, call.epoch, i);
+    if constexpr (W == 2 && kGrid != Grid::kSmall) {
+      const auto* slot = reinterpret_cast<const uint4*>(ours);
+      peers[0] = receive_by_turns(slot, ws, spin, 1 - ws.rank, call.epoch, i);
+    } else {
+      receive_from_peers<W>(peers, ours, ws.slot_stride, ws, spin, call.epoch, i);
+    }
     *out = rank_ordered_sum<T, W>(own, peers, ws.rank);
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
       auto* done = reinterpret_cast<uint4*>(ours + k * ws.slot_stride);
-      kSmall ? gpu::clear_marked(done) : gpu::clear_marked(done, gpu::first_to_leave());
+      if constexpr (kGrid == Grid::kLarge) {
+        gpu::clear_marked(done, gpu::first_to_leave());
+      } else {
+        gpu::clear_marked(done);
+      }
     }
   }
   call.leave();
@@ -112,7 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 // keep the grid of a large one small (class Call).
 int threads_for(uint64_t vectors) {
   if (vectors <= 256) return 256;
-  if (vectors <= 2048) return 128;
+  if (vectors <= 4096) return 128;
   if (vectors <= 128 * 1024) return 256;
   return 512;
 }
@@ -143,12 +161,15 @@ void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void
       }
       const auto* whole_inp = static_cast<const uint4*>(inp);
       auto* whole_out = static_cast<uint4*>(out);
-      if (blocks <= kStateWords) {
-        return gpu::launch<one_shot_kernel<T, W, true>>(config, "all_reduce_one_shot", ws,
-                                                        whole_inp, whole_out, count);
+      const auto launch = [&]<Grid kGrid>(std::integral_constant<Grid, kGrid>) {
+        gpu::launch<one_shot_kernel<T, W, kGrid>>(config, "all_reduce_one_shot", ws, whole_inp,
+                                                  whole_out, count);
+      };
+      if (blocks > kStateWords) return launch(std::integral_constant<Grid, Grid::kLarge>{});
+      if constexpr (W == 2) {  // with more peers the polls of one thread are many already
+        if (blocks >= kManyBlocks) return launch(std::integral_constant<Grid, Grid::kMany>{});
       }
-      gpu::launch<one_shot_kernel<T, W, false>>(config, "all_reduce_one_shot", ws, whole_inp,
-                                                whole_out, count);
+      launch(std::integral_constant<Grid, Grid::kSmall>{});
     });
   });
 }

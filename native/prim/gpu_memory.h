@@ -120,6 +120,9 @@ __device__ __forceinline__ uint64_t clock_ns() {
   return now;
 }
 
+// Sleeps for up to twice as many nanoseconds.
+__device__ __forceinline__ void nap(uint32_t ns) { __nanosleep(ns); }
+
 // Stores to lines that nobody needs soon: the first to leave the L2 when it is full.
 __device__ __forceinline__ uint64_t first_to_leave() {
   uint64_t policy;

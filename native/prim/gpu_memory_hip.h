@@ -90,6 +90,9 @@ __device__ __forceinline__ uint32_t fetch_add_relaxed_gpu(uint32_t* address, uin
 // The real-time counter of these GPUs runs at 100 MHz.
 __device__ __forceinline__ uint64_t clock_ns() { return __builtin_readsteadycounter() * 10; }
 
+// About 64 cycles, whatever was asked for.
+__device__ __forceinline__ void nap(uint32_t) { __builtin_amdgcn_s_sleep(1); }
+
 __device__ __forceinline__ void dependency_wait() {}
 __device__ __forceinline__ void launch_dependents() {}
 

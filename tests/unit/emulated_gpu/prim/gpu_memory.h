@@ -54,6 +54,7 @@ inline uint64_t fetch_or_relaxed_gpu(uint64_t* a, uint64_t bits) {
 inline uint32_t fetch_add_relaxed_gpu(uint32_t* a, uint32_t amount) {
   return std::atomic_ref(*a).fetch_add(amount, kRelaxed);
 }
+inline void nap(uint32_t) { std::this_thread::yield(); }
 inline uint64_t clock_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
