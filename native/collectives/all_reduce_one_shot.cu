@@ -27,21 +27,20 @@ constexpr int kMaxThreads = 512;
 enum class Grid { kSmall, kMany, kLarge };
 constexpr int kManyBlocks = 64;
 
-// One aligned vector a thread.
+// One aligned vector a thread. The order of the parameters: see Workspace.
 template <typename T, int W, Grid kGrid>
 __global__ void __launch_bounds__(kMaxThreads)
-    one_shot_kernel(const __grid_constant__ Workspace ws, const uint4* inp, uint4* out,
-                    uint32_t vectors) {
+    one_shot_kernel(const uint4* inp, uint4* out, uint32_t vectors,
+                    const __grid_constant__ Workspace ws) {
   Call<kGrid != Grid::kLarge> call(ws);
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = i < vectors;
   const uint64_t offset = uint64_t{i} * gpu::kVectorBytes;
-  const uint64_t second_slot = ws.layout.slot;
   inp += i;
   out += i;
-  char* ours = ws.slots + offset;
+  char* ours = ws.slots() + offset;
   char* theirs[W];  // in the peer 1, 2, ... ranks on: not everybody to the same peer at once
-  uint64_t all = call.prepared() | second_slot | reinterpret_cast<uint64_t>(inp) |
+  uint64_t all = call.prepared() | ws.second_slot | reinterpret_cast<uint64_t>(inp) |
                  reinterpret_cast<uint64_t>(out) | reinterpret_cast<uint64_t>(ours);
 #pragma unroll
   for (int turn = 1; turn < W; ++turn) {
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   uint4 own = {};
   if (inside) own = *inp;
   if (!call.enter()) return;
-  const uint64_t slot = (call.epoch & 1) != 0 ? second_slot : 0;
+  const uint64_t slot = (call.epoch & 1) != 0 ? ws.second_slot : 0;
   if (inside) {
 #pragma unroll
     for (int turn = 1; turn < W; ++turn) {
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   gpu::launch_dependents();
   if (!call.enter()) return;
   const uint64_t slot = ws.slot_of(call.epoch);
-  char* ours = ws.slots + slot;
+  char* ours = ws.slots() + slot;
   gpu::Spin spin;
   for (bool settled = false; !settled || i < vectors; settled = true, i += step) {
     const uint64_t place = uint64_t{i} * gpu::kVectorBytes;
@@ -162,8 +161,8 @@ void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void
       const auto* whole_inp = static_cast<const uint4*>(inp);
       auto* whole_out = static_cast<uint4*>(out);
       const auto launch = [&]<Grid kGrid>(std::integral_constant<Grid, kGrid>) {
-        gpu::launch<one_shot_kernel<T, W, kGrid>>(config, "all_reduce_one_shot", ws, whole_inp,
-                                                  whole_out, count);
+        gpu::launch<one_shot_kernel<T, W, kGrid>>(config, "all_reduce_one_shot", whole_inp,
+                                                  whole_out, count, ws);
       };
       if (blocks > kStateWords) return launch(std::integral_constant<Grid, Grid::kLarge>{});
       if constexpr (W == 2) {  // with more peers the polls of one thread are many already
