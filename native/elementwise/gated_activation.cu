@@ -138,6 +138,15 @@ __global__ void __launch_bounds__(kThreads)
   if (col < d) gate_step<kAct, T, true, kN>(alpha, limit, input, d, out, kN);
 }
 
+// One row of whole blocks, few enough of them to start after the predecessor: nothing is left to
+// check or to wait for.
+template <Activation kAct, class T, int kN>
+__global__ void __launch_bounds__(kThreads)
+    gated_row(const T* input, T* out, uint32_t d, float alpha, float limit) {
+  const uint32_t col = (blockIdx.x * kThreads + threadIdx.x) * kN;
+  gate_step<kAct, T, true, kN>(alpha, limit, input + col, d, out + col, kN);
+}
+
 // Gate and up value side by side: a vector of pairs becomes half a vector, and rows do not matter.
 template <Activation kAct, class T, bool kAligned, int kUnroll>
 __global__ void __launch_bounds__(kThreads) gated_pairs(ActivationArgs a, int64_t items) {
@@ -200,8 +209,11 @@ void run(const ActivationArgs& a, gpu::Stream stream) {
         halves(gated_halves<kAct, T, uint64_t, false, kStep>, uint64_t{});
       } else if (vecs < 1 << 13) {
         constexpr int kFew = 2;  // more blocks, each with less to compute
-        go(gated_few<kAct, T, kFew>, a.d / kFew, a.rows, static_cast<const T*>(a.input),
-           static_cast<T*>(a.out), static_cast<uint32_t>(a.d), a.alpha, a.limit);
+        constexpr int64_t kBlock = kFew * kThreads;
+        const bool row = a.rows == 1 && a.d % kBlock == 0 && a.d / kBlock < gpu::kSmallGrid;
+        go(row ? gated_row<kAct, T, kFew> : gated_few<kAct, T, kFew>, a.d / kFew, a.rows,
+           static_cast<const T*>(a.input), static_cast<T*>(a.out), static_cast<uint32_t>(a.d),
+           a.alpha, a.limit);
       } else {
         halves(gated_halves<kAct, T, uint32_t, true, kStep>, uint32_t{});
       }

@@ -42,7 +42,8 @@ struct Angles {
   }
 };
 
-template <class T, bool kNeox>
+// kOnce: with the hints for memory that is touched once.
+template <class T, bool kNeox, bool kOnce = true>
 struct RotaryStep {
   static constexpr int kN = gpu::kVec<T>, kP = kPairs<T, kNeox>;
   gpu::Kept<gpu::Vec<T, kN>> x, y;  // y: second halves (neox only)
@@ -51,19 +52,19 @@ struct RotaryStep {
   template <bool kAligned>
   __device__ void load(const T* p, int first, int half, int n) {
     if constexpr (kNeox) {
-      gpu::load_once<kAligned>(x, p + first, n);
-      gpu::load_once<kAligned>(y, p + half + first, n);
+      load_vec<kAligned>(x, p + first, n);
+      load_vec<kAligned>(y, p + half + first, n);
     } else {
-      gpu::load_once<kAligned>(x, p + 2 * first, 2 * n);
+      load_vec<kAligned>(x, p + 2 * first, 2 * n);
     }
   }
   template <bool kAligned>
   __device__ void store(T* p, int first, int half, int n) const {
     if constexpr (kNeox) {
-      gpu::store_once<kAligned>(p + first, x.get(), n);
-      gpu::store_once<kAligned>(p + half + first, y.get(), n);
+      store_vec<kAligned>(p + first, x, n);
+      store_vec<kAligned>(p + half + first, y, n);
     } else {
-      gpu::store_once<kAligned>(p + 2 * first, x.get(), 2 * n);
+      store_vec<kAligned>(p + 2 * first, x, 2 * n);
     }
   }
   template <class C>
@@ -87,6 +88,17 @@ struct RotaryStep {
     }
     x = p;
     if constexpr (kNeox) y = q;
+  }
+
+ private:
+  using Kept = gpu::Kept<gpu::Vec<T, kN>>;
+  template <bool kAligned>
+  __device__ static void load_vec(Kept& v, const T* p, int n) {
+    kOnce ? gpu::load_once<kAligned>(v, p, n) : gpu::load<kAligned>(v, p, n);
+  }
+  template <bool kAligned>
+  __device__ static void store_vec(T* p, const Kept& v, int n) {
+    kOnce ? gpu::store_once<kAligned>(p, v.get(), n) : gpu::store<kAligned>(p, v.get(), n);
   }
 };
 

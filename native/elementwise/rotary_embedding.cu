@@ -23,21 +23,34 @@ struct Rotation {
   uint32_t query_heads, total;  // total: steps of a token
   float sign;
   gpu::FastDivisor steps;  // of a head
+  // How many tokens before it is rotated a token is asked for, and its bytes (streams alone).
+  uint32_t ahead = 0, query_bytes = 0, key_bytes = 0;
 };
 
-// kShared: a thread's steps all rotate the same pairs, whose angles it loads once.
+// kShared: a thread's steps all rotate the same pairs, whose angles it loads once. kStreams: more
+// than the L2 holds, heads side by side that are rotated from end to end: tokens are asked for
+// ahead of time, and plain loads and stores are better than those with hints (H200).
 template <class T, class C, bool kNeox, class Stride, bool kAligned, bool kShared, int kUnroll,
-          int kThreads, int kMinBlocks>
+          int kThreads, int kMinBlocks, bool kStreams>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     rotary(const __grid_constant__ Rotation<Stride> a) {
   gpu::launch_dependents();
   constexpr int kP = kPairs<T, kNeox>;
   const Stride token = blockIdx.x;
   const uint32_t base = blockIdx.y * (kUnroll * blockDim.x) + threadIdx.x;
-  RotaryStep<T, kNeox> step[kUnroll];
+  RotaryStep<T, kNeox, !kStreams> step[kUnroll];
   T* at[kUnroll];
   int first[kUnroll];
   gpu::prefetch_early(a.positions + token);
+  if (kStreams && (threadIdx.x | blockIdx.y) == 0) {
+    const uint64_t later = token + a.ahead;
+    auto ask = [&](const Heads<Stride>& heads, uint32_t bytes) {
+      if (later < gridDim.x && bytes > 0)
+        gpu::prefetch_range(heads.at + later * heads.token, bytes);
+    };
+    ask(a.query, a.query_bytes);
+    ask(a.key, a.key_bytes);
+  }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const uint32_t i = base + u * blockDim.x, head = a.steps.quotient(i);
@@ -77,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // A launch: kUnroll steps a thread, at most kThreads threads.
 template <class T, class C, bool kNeox, class Stride, bool kAligned, bool kShared, int kUnroll,
-          int kThreads, int kMinBlocks>
+          int kThreads, int kMinBlocks, bool kStreams = false>
 void launch(const RotaryArgs& a, int64_t steps, gpu::Stream stream) {
   constexpr int64_t kItem = sizeof(T), kEntry = sizeof(C);
   const int64_t total = steps * (a.query_heads + a.key_heads);
@@ -87,29 +100,41 @@ void launch(const RotaryArgs& a, int64_t steps, gpu::Stream stream) {
     return {static_cast<char*>(first) + a.offset * kItem, static_cast<Stride>(token * kItem),
             static_cast<Stride>(head * kItem)};
   };
-  const Rotation<Stride> args = {heads(a.query, a.query_token_stride, a.query_head_stride),
-                                 heads(a.key, a.key_token_stride, a.key_head_stride),
-                                 a.positions,
-                                 static_cast<const char*>(a.cos_sin),
-                                 static_cast<Stride>(a.cos_sin_stride * kEntry),
-                                 static_cast<Stride>(a.max_position),
-                                 static_cast<int>(a.rot / 2),
-                                 static_cast<uint32_t>(a.query_heads),
-                                 static_cast<uint32_t>(total),
-                                 a.inverse ? -1.0f : 1.0f,
-                                 gpu::FastDivisor(steps)};
+  Rotation<Stride> args = {heads(a.query, a.query_token_stride, a.query_head_stride),
+                           heads(a.key, a.key_token_stride, a.key_head_stride),
+                           a.positions,
+                           static_cast<const char*>(a.cos_sin),
+                           static_cast<Stride>(a.cos_sin_stride * kEntry),
+                           static_cast<Stride>(a.max_position),
+                           static_cast<int>(a.rot / 2),
+                           static_cast<uint32_t>(a.query_heads),
+                           static_cast<uint32_t>(total),
+                           a.inverse ? -1.0f : 1.0f,
+                           gpu::FastDivisor(steps)};
+  if constexpr (kStreams) {
+    args.query_bytes = static_cast<uint32_t>(a.query_heads * a.rot * kItem);
+    args.key_bytes = static_cast<uint32_t>(a.key_heads * a.rot * kItem);
+    args.ahead = gpu::kAheadBytes / (args.query_bytes + args.key_bytes);
+  }
   const dim3 grid(static_cast<unsigned>(a.tokens),
                   static_cast<unsigned>(gpu::ceil_div(total, kUnroll * threads)));
   gpu::launch_overlapped(
       "rotary_embedding",
-      rotary<T, C, kNeox, Stride, kAligned, kShared, kUnroll, kThreads, kMinBlocks>, grid,
+      rotary<T, C, kNeox, Stride, kAligned, kShared, kUnroll, kThreads, kMinBlocks, kStreams>, grid,
       static_cast<int>(threads), stream, args);
+}
+
+// Whether there is more than an L2 holds, in whole tokens.
+bool streams(const RotaryArgs& a, int64_t item) {
+  constexpr int64_t kMuch = 64 << 20;
+  return a.query_head_stride == a.rot && (a.key_heads == 0 || a.key_head_stride == a.rot) &&
+         a.tokens * (a.query_heads + a.key_heads) * a.rot * item > kMuch;
 }
 
 }  // namespace
 
 void rotary_embedding(const RotaryArgs& a, Stream stream) {
-  if (a.max_position == 0) return;  // no position is inside
+  if (a.query_heads == 0 || a.max_position == 0) return;  // nothing, or no position is inside
   gpu::with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
     gpu::with_bool(a.neox, [&](auto neox) {
@@ -136,6 +161,8 @@ void rotary_embedding(const RotaryArgs& a, Stream stream) {
           // Few tokens: a step a thread, in many blocks; many: two, for the loads in flight.
           if (a.tokens < 64) {
             launch<T, C, kNeox, uint32_t, true, kShared, 1, 128, 1>(a, steps, s);
+          } else if (streams(a, kItem)) {
+            launch<T, C, kNeox, uint32_t, true, kShared, 2, 288, 3, true>(a, steps, s);
           } else {
             launch<T, C, kNeox, uint32_t, true, kShared, 2, 288, 3>(a, steps, s);
           }

@@ -89,6 +89,55 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
+// A few tokens into a cache of the same dtype, whole rows of aligned vectors: a block takes the key
+// or the value of one, a thread a vector. What counts here is how soon the loads are on their way
+// and how little follows them, parameters included. Strides in bytes.
+struct FewRows {
+  struct Side {
+    const char* in;
+    char* cache;
+    uint32_t token, block, page;
+  } sides[2];
+  const int64_t* slots;
+  uint32_t slot_count;
+  gpu::FastDivisor block_size;
+};
+
+// Only for grids that start after their predecessor: it waits for nothing.
+__global__ void write_few(const __grid_constant__ FewRows a) {
+  const uint32_t token = blockIdx.x, at = threadIdx.x * 16;
+  const FewRows::Side& side = a.sides[blockIdx.y];
+  const uint64_t slot = gpu::ld_relaxed_gpu(a.slots + token);
+  const char* from = side.in + static_cast<uint64_t>(token) * side.token + at;
+  const uint4 v = gpu::ld_relaxed_gpu(reinterpret_cast<const uint4*>(from));
+  if (slot >= a.slot_count) return;
+  const auto place = gpu::place_of(static_cast<uint32_t>(slot), a.block_size);
+  char* to = side.cache + static_cast<uint64_t>(place.block) * side.block +
+             static_cast<uint64_t>(place.offset) * side.page + at;
+  *reinterpret_cast<uint4*>(to) = v;
+}
+
+// Whether it is done that way.
+bool launch_few(const ReshapeAndCacheFlashArgs& a, int64_t item, gpu::Stream stream) {
+  const int64_t vecs = a.heads * a.head_size * item / 16;
+  const bool whole =
+      a.heads == 1 || (a.key_head_stride == a.head_size && a.value_head_stride == a.head_size);
+  if (!whole || 2 * a.tokens >= gpu::kSmallGrid || vecs > 1024) return false;
+  auto bytes = [&](int64_t elements) { return static_cast<uint32_t>(elements * item); };
+  const FewRows args = {
+      {{static_cast<const char*>(a.key), static_cast<char*>(a.key_cache), bytes(a.key_stride),
+        bytes(a.key_block_stride), bytes(a.key_page_stride)},
+       {static_cast<const char*>(a.value), static_cast<char*>(a.value_cache), bytes(a.value_stride),
+        bytes(a.value_block_stride), bytes(a.value_page_stride)}},
+      a.slots,
+      static_cast<uint32_t>(a.num_blocks * a.block_size),
+      gpu::FastDivisor(a.block_size)};
+  gpu::launch_overlapped("reshape_and_cache_flash", write_few,
+                         dim3(static_cast<unsigned>(a.tokens), 2), static_cast<int>(vecs), stream,
+                         args);
+  return true;
+}
+
 // A launch: kTokens tokens a thread.
 template <class T, KvFormat kFormat, class Stride, bool kAligned, int kTokens, int kThreads,
           int kMinBlocks>
@@ -145,6 +194,7 @@ void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Stream stream) {
           a.value_block_stride * kOut, a.value_page_stride * kOut, a.value_head_stride * kOut);
       if (!aligned || !narrow) return launch<T, kFormat, uint64_t, false, 1, 128, 1>(a, s);
       if constexpr (kFormat == KvFormat::kCopy) {
+        if (launch_few(a, kIn, s)) return;
         launch<T, kFormat, uint32_t, true, 1, 128, 12>(a, s);
       } else {  // half of the bytes to write: more to read at a time
         launch<T, kFormat, uint32_t, true, 2, 64, 16>(a, s);

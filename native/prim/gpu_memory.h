@@ -104,6 +104,28 @@ __device__ __forceinline__ uint64_t fetch_or_relaxed_gpu(uint64_t* address, uint
   return before;
 }
 
+// Past the L1, and the compiler leaves them where they stand: plain loads it may put behind a
+// branch.
+__device__ __forceinline__ int32_t ld_relaxed_gpu(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ int64_t ld_relaxed_gpu(const int64_t* address) {
+  int64_t value;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ uint4 ld_relaxed_gpu(const uint4* address) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
 __device__ __forceinline__ uint32_t fetch_add_relaxed_gpu(uint32_t* address, uint32_t amount) {
   uint32_t before;
   asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
@@ -164,6 +186,11 @@ __device__ __forceinline__ void prefetch_range(const void* address, uint32_t byt
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes));
 #endif
 }
+
+// A kernel that streams through memory asks for what its blocks will read about so many bytes ahead
+// of them: reads come in longer bursts between the writes. With less a load finds its line still on
+// its way, with more the lines leave the L2 again before they are read (H200).
+inline constexpr int64_t kAheadBytes = 3 << 20;
 
 // Before dependency_wait(): what the first blocks of a large grid will read comes into the L2 while
 // the predecessor ends. Later blocks would only ask twice, and a small grid has no time to gain.
