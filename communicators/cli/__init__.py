@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 
 #: subcommand -> (module, what `--help` says). A module has add_arguments(parser) and run(args).
@@ -21,5 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, text) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text)
         importlib.import_module(f".{module}", __name__).add_arguments(subparser)
-    args = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(given, argparse.Namespace(given=given))
     return importlib.import_module(f".{COMMANDS[args.command][0]}", __name__).run(args)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = args.ranks or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(ranks), "-m", "communicators.cli", *sys.argv[1:],
+        "--nproc-per-node", str(ranks), "-m", "communicators.cli", *args.given,
     ]  # fmt: skip
     return subprocess.run(command, check=False).returncode
 
@@ -71,7 +71,7 @@ def _rank(args: argparse.Namespace) -> int:
                 "date": datetime.date.today().isoformat(),
                 "driver": backends.driver_version(world.device),
                 "commit": args.commit or _commit(),
-                "command": "communicators " + " ".join(sys.argv[1:]),
+                "command": "communicators " + " ".join(args.given),
             },
             "rows": [asdict(row) for row in tuning.rows(cells)],
         }

@@ -163,9 +163,11 @@ void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* ou
       constexpr int W = decltype(world)::value;
       const uint64_t longest = slices.longest<W>();
       const uint64_t needed = (longest + threads - 1) / threads;
+      // Measured on four H200: up to 2 MB as many as make one wave, above twice as many.
+      const int usual = share && longest * W > 128 * 1024 ? 88 : 44;
       Roles roles;
-      roles.pushers = at_most(needed, shape.blocks > 0 ? shape.blocks : 44);
-      roles.owners = at_most(needed, shape.other_blocks > 0 ? shape.other_blocks : 44);
+      roles.pushers = at_most(needed, shape.blocks > 0 ? shape.blocks : usual);
+      roles.owners = at_most(needed, shape.other_blocks > 0 ? shape.other_blocks : usual);
       roles.collectors = share ? roles.owners : 0;
       const int blocks = roles.pushers + roles.owners + roles.collectors;
       if (blocks > kMaxBlocks) throw std::runtime_error("two_shot: the shape has too many blocks");
