@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kPartThreads)
     if (threadIdx.x % 32 == 0) sums[h * kWarps + threadIdx.x / 32] = sum;
   }
   __syncthreads();
-  if (!inside) return;
+  // Warps whose every lane is past the part are done, the others stay whole.
+  if (static_cast<int>(threadIdx.x / 32 * 32) * N::kN >= part) return;
   const float factor = factor_of(sums, kHeld * kWarps, a);
-  n.scale(own, weights, factor, out + row * a.hidden, first);
+  if (inside) n.scale(own, weights, factor, out + row * a.hidden, first);
 }
 
 // Whether that is quicker than a block a row, for rows of aligned vectors (measured on an H200 at

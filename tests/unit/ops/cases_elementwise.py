@@ -11,11 +11,13 @@ from ops_maker import F32, FLOATS, ONE_ULP, Args, Case, Maker
 
 def _norm_cases() -> Iterator[Case]:
     shapes = [(1, 64), (3, 1), (5, 33), (7, 4096), (2, 3, 130), (2, 3, 2, 40), (0, 64), (4, 8192)]
+    # Numbers of vectors that blocks or warps cannot share out evenly.
+    uneven = [(2, 1032), (3, 5000)]
     for dtype in FLOATS:
-        for shape in shapes:
+        for shape in [*shapes, *uneven]:
             for weight in ("row", "rows", "none"):
                 for how in ("dense", "padded", "odd"):
-                    if how != "dense" and shape[-1] == 8192:
+                    if how != "dense" and (shape[-1] == 8192 or shape in uneven):
                         continue
 
                     def build(
