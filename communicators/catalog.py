@@ -46,8 +46,8 @@ CATALOG = (
         "kernels that push over NVLink",
         "2, 4, 6 or 8 GPUs of one node",
         (
-            ("hardware", "2 x H200"),
-            ("simulation", "worlds of 4, 6 and 8 as virtual ranks on one H200"),
+            ("hardware", "2 and 4 x H200"),
+            ("simulation", "worlds of 6 and 8 as virtual ranks on one H200"),
             ("compiled only", "gfx942, never executed on AMD"),
         ),
     ),
