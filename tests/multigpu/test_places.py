@@ -1,4 +1,4 @@
-"""Where the ranks are: four on two GPUs (or on four), GPUs named by UUID, ranks that see one GPU each.
+"""Where the ranks are: four on two GPUs (or on four), GPUs by UUID, ranks that see one GPU each.
 
 And a peer whose memory must not be mapped.
 """
