@@ -134,7 +134,8 @@ bool streams(const RotaryArgs& a, int64_t item) {
 }  // namespace
 
 void rotary_embedding(const RotaryArgs& a, Stream stream) {
-  if (a.query_heads == 0 || a.max_position == 0) return;  // nothing, or no position is inside
+  if (a.query_heads + a.key_heads == 0) return;
+  if (a.max_position == 0) return;  // no position is inside
   gpu::with_float(a.dtype, [&](auto type) {
     using T = decltype(type);
     gpu::with_bool(a.neox, [&](auto neox) {

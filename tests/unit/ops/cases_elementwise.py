@@ -122,6 +122,22 @@ def _rotary_cases() -> Iterator[Case]:
 
     yield Case("rotary_embedding", "zero-tokens", none, 5)
 
+    for key_heads in (0, 2):
+
+        def no_query_heads(m: Maker, key_heads: int = key_heads) -> Args:
+            return dict(
+                positions=m.ints([3, 0, 2]),
+                query=m.normal(3, 0),
+                key=m.normal(3, key_heads * 32) if key_heads > 0 else None,
+                head_size=32,
+                cos_sin_cache=m.normal(4, 32),
+                is_neox=True,
+                rope_dim_offset=0,
+                inverse=False,
+            )
+
+        yield Case("rotary_embedding", f"0-query-heads-{key_heads}", no_query_heads, 6, 1.0, 1e-6)
+
 
 def _activation_cases() -> Iterator[Case]:
     extra: dict[str, Args] = {
