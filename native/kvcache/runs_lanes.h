@@ -95,38 +95,71 @@ LANES Pair load_decoded_pair(const uint8_t* at) {
 #endif
 }
 
-// kInverse: `scale` is the reciprocal of the scale, exact.
-template <cpu::Fp8 kFormat, bool kInverse, class T>
+// How a scale is divided by.
+enum class By {
+  kPowerOfTwo,  // multiplied by its reciprocal: the same quotient, a good deal sooner
+  kPositive,    // a quotient has the sign of its item
+  kAny
+};
+
+LANES By by_of(float scale) {
+  const uint32_t bits = cpu::bits_of(scale), exponent = bits >> 23;  // with the sign on top
+  if (exponent <= 27 || exponent >= 227) return By::kAny;
+  return (bits & 0x7fffffu) == 0 ? By::kPowerOfTwo : By::kPositive;
+}
+
+template <cpu::Fp8 kFormat, By kBy, class T>
 LANES void quantize_pair(uint8_t* out, const T* x, Floats scale) {
   const Pair v = load_pair(x);
-  const Floats a = kInverse ? v.a * scale : v.a / scale, b = kInverse ? v.b * scale : v.b / scale;
+  constexpr bool kTimes = kBy == By::kPowerOfTwo;
+  const Floats a = kTimes ? v.a * scale : v.a / scale, b = kTimes ? v.b * scale : v.b / scale;
+#if LANES_ISA == 3
+  if constexpr (kBy != By::kAny && std::is_same_v<T, cpu::BFloat16>) {  // all signs at once
+    const __m512i even = (__m512i)magnitude_to_fp8<kFormat>(a);
+    const __m512i odd = (__m512i)(magnitude_to_fp8<kFormat>(b) << 16);
+    const __m512i codes = _mm512_mask_blend_epi16(0x55555555u, odd, even);
+    const __m512i signs = _mm512_srli_epi16(load_as<__m512i>(x), 8);
+    const __m256i bytes = _mm512_cvtepi16_epi8(
+        _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi16(0x80), 0xf8));  // a | (b & c)
+    std::memcpy(out, &bytes, sizeof bytes);
+    return;
+  }
+#endif
   store_code_pair<T>(out, to_fp8<kFormat>(a), to_fp8<kFormat>(b));
 }
 
-template <cpu::Fp8 kFormat, bool kInverse, class T>
-LANES void quantize_all(uint8_t* out, const T* x, int64_t n, Floats scale) {
+// Returns how many items that was: all but what is left over of the last pair.
+template <cpu::Fp8 kFormat, By kBy, class T>
+LANES int64_t quantize_pairs(uint8_t* out, const T* x, int64_t n, Floats scale) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
     prefetch(x + i);
-    quantize_pair<kFormat, kInverse>(out + i, x + i, scale);
+    quantize_pair<kFormat, kBy>(out + i, x + i, scale);
   }
-  if (i == n) return;
-  T in[2 * kWidth] = {};
-  uint8_t codes[2 * kWidth];
-  std::memcpy(in, x + i, (n - i) * sizeof(T));
-  quantize_pair<kFormat, kInverse>(codes, in, scale);
-  std::memcpy(out + i, codes, n - i);
+  return i;
+}
+
+template <cpu::Fp8 kFormat, class T>
+LANES int64_t quantize_pairs(uint8_t* out, const T* x, int64_t n, float scale) {
+  switch (by_of(scale)) {
+    case By::kPowerOfTwo:
+      return quantize_pairs<kFormat, By::kPowerOfTwo>(out, x, n, splat(1.0f / scale));
+    case By::kPositive:
+      return quantize_pairs<kFormat, By::kPositive>(out, x, n, splat(scale));
+    default:
+      return quantize_pairs<kFormat, By::kAny>(out, x, n, splat(scale));
+  }
 }
 
 template <cpu::Fp8 kFormat, class T>
 void quantize_run(uint8_t* out, const T* x, int64_t n, float scale) {
-  // By a power of two one may as well multiply: the same quotient, a good deal sooner.
-  const uint32_t bits = cpu::bits_of(scale), exponent = bits >> 23;
-  if ((bits & 0x7fffffu) == 0 && exponent > 27 && exponent < 227) {
-    quantize_all<kFormat, true>(out, x, n, splat(1.0f / scale));
-  } else {
-    quantize_all<kFormat, false>(out, x, n, splat(scale));
-  }
+  const int64_t i = quantize_pairs<kFormat>(out, x, n, scale);
+  if (i == n) return;
+  T in[2 * kWidth] = {};
+  uint8_t codes[2 * kWidth];
+  std::memcpy(in, x + i, (n - i) * sizeof(T));
+  quantize_pair<kFormat, By::kAny>(codes, in, splat(scale));
+  std::memcpy(out + i, codes, n - i);
 }
 
 template <cpu::Fp8 kFormat, class T>
@@ -173,6 +206,6 @@ void scales_of_groups(float* scales, const T* x, int64_t groups, int64_t n, Grou
 template <class T>
 void quantize_groups(uint8_t* codes, const float* scales, const T* x, int64_t groups, int64_t n) {
   for (int64_t g = 0; g < groups; ++g) {
-    quantize_run<cpu::Fp8::kE4M3>(codes + g * n, x + g * n, n, scales[g]);
+    quantize_pairs<cpu::Fp8::kE4M3>(codes + g * n, x + g * n, n, scales[g]);
   }
 }

@@ -201,12 +201,12 @@ LANES void store(cpu::Half* at, Floats x) {
 
 // --- 8-bit codes, as in cpu_floats.h ---
 
-// The codes in the low bytes, rubbish above. A code counts in units that double with every power of
-// two above the least normal number. Adding so large a power of two that its last bit is one unit
-// rounds to units and counts them; that number's own last bits, an even number of units, take away
-// what the exponent of the least normal number adds.
+// The codes of |x| in the low bytes, rubbish above. A code counts in units that double with every
+// power of two above the least normal number. Adding so large a power of two that its last bit is
+// one unit rounds to units and counts them; that number's own last bits, an even number of units,
+// take away what the exponent of the least normal number adds.
 template <cpu::Fp8 kFormat>
-LANES Words to_fp8(Floats x) {
+LANES Words magnitude_to_fp8(Floats x) {
   constexpr bool kE4 = kFormat == cpu::Fp8::kE4M3;
   constexpr uint32_t kMantissa = kE4 ? 3 : 2, kLeast = kE4 ? 121 : 113;  // exponent, as in fp32
   constexpr uint32_t kLarge = ((23 - kMantissa) << 23) + (-(kLeast << kMantissa) & 0xffu);
@@ -214,9 +214,13 @@ LANES Words to_fp8(Floats x) {
   const Words power =
       (Words)at_least((Floats)((Words)size & 0x7f800000u), cpu::float_of(kLeast << 23));
   const Words counted = (Words)(size + (Floats)(power + kLarge));
-  Words code = counted + (power >> (23 - kMantissa));
-  code = x == x ? code : Words{} + 0x7fu;
-  return code | ((Words)x >> 24 & 0x80u);
+  const Words code = counted + (power >> (23 - kMantissa));
+  return x == x ? code : Words{} + 0x7fu;
+}
+
+template <cpu::Fp8 kFormat>
+LANES Words to_fp8(Floats x) {
+  return magnitude_to_fp8<kFormat>(x) | ((Words)x >> 24 & 0x80u);
 }
 
 template <cpu::Fp8 kFormat>
