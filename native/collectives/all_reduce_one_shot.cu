@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     gpu::Spin spin;
     uint4 peers[W - 1];
     if constexpr (W == 2 && kGrid != Grid::kSmall) {
-      const auto* slot = reinterpret_cast<const uint4*>(ours);
-      peers[0] = receive_by_turns(slot, ws, spin, 1 - ws.rank, call.epoch, i);
+      const auto* from = reinterpret_cast<const uint4*>(ours);
+      peers[0] = receive_by_turns(from, ws, spin, 1 - ws.rank, call.epoch, i);
     } else {
       receive_from_peers<W>(peers, ours, ws.slot_stride, ws, spin, call.epoch, i);
     }
