@@ -25,15 +25,16 @@ void indexer_k_quant_and_cache(const IndexerQuantArgs& a, Stream /*stream*/) {
     cpu::parallel_for(batches, 3 * kBatch * a.head_size, [&](int64_t batch) {
       const int64_t first = batch * kBatch, count = std::min(kBatch, a.tokens - first);
       const T* rows = static_cast<const T*>(a.k) + first * a.head_size;
-      thread_local std::vector<float> scales;
-      scales.resize(kBatch * groups);
-      scales_of_groups(scales.data(), rows, count * groups, a.group, rule);
+      thread_local std::vector<float> kept;
+      kept.resize(kBatch * groups);
+      float* const scales = kept.data();  // a mention of `kept` is a call: one a batch, not a token
+      scales_of_groups(scales, rows, count * groups, a.group, rule);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t slot = a.slots[first + i];
         if (slot < 0 || slot >= a.num_blocks * a.block_size) continue;
         uint8_t* block = a.cache + slot / a.block_size * a.block_stride;
         const int64_t at = slot % a.block_size * a.head_size;
-        float* of_token = scales.data() + i * groups;
+        float* of_token = scales + i * groups;
         quantize_groups(block + at, of_token, rows + i * a.head_size, groups, a.group);
         if (a.scale_format == ScaleFormat::kExponentByte) {
           for (int64_t g = 0; g < groups; ++g) {
