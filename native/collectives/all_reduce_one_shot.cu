@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   uint4 own = {};
   if (inside) own = *inp;
   if (!call.enter()) return;
-  const uint64_t slot = (call.epoch & 1) != 0 ? ws.second_slot : 0;
+  const uint64_t slot = ws.slot_of(call.epoch);
   if (inside) {
 #pragma unroll
     for (int turn = 1; turn < W; ++turn) {
