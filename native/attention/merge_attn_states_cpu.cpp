@@ -86,8 +86,7 @@ void run(const MergeArgs& m) {
   constexpr int64_t kItem = sizeof(T);
   const bool streams =
       m.out_scale == nullptr && cpu::beyond_caches(3 * kItem * m.tokens * m.heads * m.head_size) &&
-      cpu::on_line(m.out) && kItem * m.head_size % cpu::kLine == 0 &&
-      kItem * m.out_stride % cpu::kLine == 0 && kItem * m.out_head_stride % cpu::kLine == 0;
+      cpu::on_lines(m.out, {kItem * m.head_size, kItem * m.out_stride, kItem * m.out_head_stride});
   if (streams) return run_storing<cpu::Stores::kStreamed, T>(m);
   return run_storing<cpu::Stores::kCached, T>(m);
 }

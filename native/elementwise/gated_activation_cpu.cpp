@@ -38,8 +38,7 @@ void run_storing(const ActivationArgs& a) {
 template <Activation kAct, class T>
 void run(const ActivationArgs& a) {
   const int64_t row = a.d * static_cast<int64_t>(sizeof(T));
-  const bool streams =
-      cpu::beyond_caches(3 * a.rows * row) && cpu::on_line(a.out) && row % cpu::kLine == 0;
+  const bool streams = cpu::beyond_caches(3 * a.rows * row) && cpu::on_lines(a.out, {row});
   if (streams) return run_storing<kAct, cpu::Stores::kStreamed, T>(a);
   return run_storing<kAct, cpu::Stores::kCached, T>(a);
 }

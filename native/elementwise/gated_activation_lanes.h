@@ -46,12 +46,8 @@ LANES Floats normal_tail(Floats z) {
   Floats t, q;
   if constexpr (kBits < 24) {
     t = reciprocal<kBits>(x * 0.7f + 1.0f);
-    q = t * -0.250463808f + 0.859921519f;
-    q = q * t - 0.903780802f;
-    q = q * t - 0.0171336662f;
-    q = q * t + 0.239937665f;
-    q = q * t + 1.00054992f;
-    q = q * t - 0.9290425f;
+    q = polynomial(t, -0.250463808f, 0.859921519f, -0.903780802f, -0.0171336662f, 0.239937665f,
+                   1.00054992f, -0.9290425f);
   } else {
     t = reciprocal<kBits>(x * 0.5f + 1.0f);
     const Floats t2 = t * t, t3 = t2 * t;

@@ -51,15 +51,13 @@ void copy_rows(const ReshapeAndCacheFlashArgs& a) {
 
 // Whether copy_rows may do it.
 bool whole_lines(const ReshapeAndCacheFlashArgs& a) {
-  const int64_t item = size_of(a.dtype);
-  bool whole = a.format == KvFormat::kCopy && cpu::on_line(a.key_cache) &&
-               cpu::on_line(a.value_cache) && a.key_head_stride == a.head_size &&
-               a.value_head_stride == a.head_size;
-  for (const int64_t step : {a.heads * a.head_size, a.key_block_stride, a.key_page_stride,
-                             a.value_block_stride, a.value_page_stride}) {
-    whole = whole && item * step % cpu::kLine == 0;
-  }
-  return whole;
+  const int64_t item = size_of(a.dtype), row = a.heads * a.head_size;
+  const auto whole = [&](const void* cache, int64_t block, int64_t page, int64_t head) {
+    return head == a.head_size && cpu::on_lines(cache, {item * row, item * block, item * page});
+  };
+  return a.format == KvFormat::kCopy &&
+         whole(a.key_cache, a.key_block_stride, a.key_page_stride, a.key_head_stride) &&
+         whole(a.value_cache, a.value_block_stride, a.value_page_stride, a.value_head_stride);
 }
 
 template <class T>

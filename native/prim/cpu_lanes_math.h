@@ -21,40 +21,34 @@ LANES Floats reciprocal(Floats x) {
 #endif
 }
 
+// The coefficients of a polynomial in x from the highest power down, one step for each.
+template <class... Lower>
+LANES Floats polynomial(Floats x, float highest, float next, Lower... lower) {
+  Floats p = x * highest + next;
+  ((p = p * x + lower), ...);
+  return p;
+}
+
 // 2^f, a polynomial as exact as kBits asks for: relative errors of 8e-8, 3e-6 and 8e-5. f lies in
 // [0, 1) with AVX-512, in [-0.5, 0.5] otherwise.
 template <int kBits>
 LANES Floats exp2_of_fraction(Floats f) {
-  Floats p;
 #if LANES_ISA == 3
   if constexpr (kBits == 8) {
-    p = f * 0.07802452147f + 0.2260671556f;
-    p = p * f + 0.6958335638f;
-    return p * f + 0.9999251962f;
+    return polynomial(f, 0.07802452147f, 0.2260671556f, 0.6958335638f, 0.9999251962f);
   } else if constexpr (kBits == 11) {
-    p = f * 0.0135206032f + 0.05203742877f;
-    p = p * f + 0.2414274933f;
-    p = p * f + 0.6930066207f;
-    return p * f + 1.000002518f;
+    return polynomial(f, 0.0135206032f, 0.05203742877f, 0.2414274933f, 0.6930066207f, 1.000002518f);
   } else {
-    p = f * 0.001876232945f + 0.008992584031f;
-    p = p * f + 0.05582360446f;
-    p = p * f + 0.2401545299f;
-    p = p * f + 0.6931529682f;
-    return p * f + 0.9999999269f;
+    return polynomial(f, 0.001876232945f, 0.008992584031f, 0.05582360446f, 0.2401545299f,
+                      0.6931529682f, 0.9999999269f);
   }
 #else
   if constexpr (kBits < 24) {
-    p = f * 0.009560510207f + 0.05591703917f;
-    p = p * f + 0.2402498111f;
-    p = p * f + 0.6931219677f;
-    return p * f + 0.9999991909f;
+    return polynomial(f, 0.009560510207f, 0.05591703917f, 0.2402498111f, 0.6931219677f,
+                      0.9999991909f);
   } else {
-    p = f * 0.001326697039f + 0.009675459746f;
-    p = p * f + 0.05550742616f;
-    p = p * f + 0.2402212175f;
-    p = p * f + 0.6931469492f;
-    return p * f + 1.000000071f;
+    return polynomial(f, 0.001326697039f, 0.009675459746f, 0.05550742616f, 0.2402212175f,
+                      0.6931469492f, 1.000000071f);
   }
 #endif
 }

@@ -31,16 +31,19 @@ LANES Ints places() {
 LANES Floats splat(float x) { return x - Floats{}; }
 LANES Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
-// max(x, least) and min(x, most) that leave a NaN as it is.
-LANES Floats at_least(Floats x, float least) {
+// The larger of the two; where x is a NaN, y.
+LANES Floats larger(Floats x, Floats y) {
 #if LANES_ISA == 3
-  return (Floats)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
+  return (Floats)_mm512_max_ps((__m512)x, (__m512)y);
 #elif LANES_ISA == 2
-  return (Floats)_mm256_max_ps(_mm256_set1_ps(least), (__m256)x);
+  return (Floats)_mm256_max_ps((__m256)x, (__m256)y);
 #else
-  return x < least ? splat(least) : x;
+  return x > y ? x : y;
 #endif
 }
+
+// max(x, least) and min(x, most) that leave a NaN as it is.
+LANES Floats at_least(Floats x, float least) { return larger(splat(least), x); }
 LANES Floats at_most(Floats x, float most) {
 #if LANES_ISA == 3
   return (Floats)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
@@ -57,17 +60,6 @@ LANES Floats magnitude_at_most(Floats x, float most) {
   return (Floats)_mm512_range_ps((__m512)x, _mm512_set1_ps(most), 0xa);  // least size, no sign
 #else
   return at_most(magnitude(x), most);
-#endif
-}
-
-// The larger of the two; where x is a NaN, y.
-LANES Floats larger(Floats x, Floats y) {
-#if LANES_ISA == 3
-  return (Floats)_mm512_max_ps((__m512)x, (__m512)y);
-#elif LANES_ISA == 2
-  return (Floats)_mm256_max_ps((__m256)x, (__m256)y);
-#else
-  return x > y ? x : y;
 #endif
 }
 

@@ -16,7 +16,12 @@ enum class Stores { kCached, kStreamed };
 
 // Streamed stores pay by the whole cache line.
 inline constexpr int64_t kLine = 64;
-inline bool on_line(const void* at) { return reinterpret_cast<uintptr_t>(at) % kLine == 0; }
+// Whether an address begins a line, and so does every one that lies any of these steps (bytes) on.
+inline bool on_lines(const void* at, std::initializer_list<int64_t> steps) {
+  int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(at));
+  for (const int64_t step : steps) bits |= step;
+  return bits % kLine == 0;
+}
 
 // Bytes of the last-level cache that a core shares, 0 if unknown. The C library would give the sum
 // of those of a whole AMD socket.
