@@ -1,9 +1,10 @@
 // Gated activations of one run of a row, for one instruction set (see prim/cpu_lanes.h).
 
-// 1 / (1 + e^-x). The exponent is cut where the result is about 1e-38.
-template <int kBits>
-LANES Floats sigmoid(Floats x) {
-  return reciprocal<kBits>(1.0f + exp<kBits>(-at_least(x, -87.0f)));
+// x / (1 + e^-s) for x and s of one sign, 0 for -inf but NaN where x is one too.
+template <int kBits, class V>
+LANES V times_sigmoid(V x, V s) {
+  if constexpr (kBits == 24) s = at_most(at_least(s, -105.0f), 105.0f);
+  return x / (exp<kBits>(-1.0f * s) + 1.0f);
 }
 
 #if LANES_ISA == 3
@@ -23,37 +24,40 @@ constexpr float kLogPhi[4][16] = {
      -0.000375422766f, -0.00029039997f, -0.000228996738f, -0.000183614888f, -0.00014938922f,
      -0.000123113656f}};
 
-LANES Floats of_segment(int power, __m512i segment) {
-  return (Floats)_mm512_permutexvar_ps(segment, _mm512_loadu_ps(kLogPhi[power]));
+LANES Floats segment_of(Floats z) { return (Floats)_mm512_cvttps_epi32((__m512)z); }
+LANES Floats of_segment(Floats segment, int power) {
+  return (Floats)_mm512_permutexvar_ps((__m512i)segment, _mm512_loadu_ps(kLogPhi[power]));
 }
+OF_EACH(segment_of)
+OF_EACH(of_segment)
 #endif
 
 // Phi(-z), the tail of the normal distribution, for 0 <= z <= 15.9: for fewer than 24 bits from the
 // table above where a vector holds one, else as t e^(Q(t) - z^2 / 2) with t = 1 / (1 + c z). Q of
 // degree 9 is that of W. Press et al., Numerical Recipes, erfcc (relative error 1.2e-7), evaluated
 // in thirds that do not wait for each other; the short one of degree 6 is ours (1.2e-5).
-template <int kBits>
-LANES Floats normal_tail(Floats z) {
+template <int kBits, class V>
+LANES V normal_tail(V z) {
 #if LANES_ISA == 3
   if constexpr (kBits < 24) {
-    const __m512i segment = _mm512_cvttps_epi32((__m512)z);
-    Floats p = of_segment(3, segment) * z + of_segment(2, segment);
-    p = p * z + of_segment(1, segment);
-    return exp2_of<kBits>(p * z + of_segment(0, segment));
+    const V segment = segment_of(z);
+    V p = of_segment(segment, 3) * z + of_segment(segment, 2);
+    p = p * z + of_segment(segment, 1);
+    return exp2_of<kBits>(p * z + of_segment(segment, 0));
   }
 #endif
-  const Floats x = z * 0.70710678f;  // 0.5 erfc(x)
-  Floats t, q;
+  const V x = z * 0.70710678f;  // 0.5 erfc(x)
+  V t, q;
   if constexpr (kBits < 24) {
-    t = reciprocal<kBits>(x * 0.7f + 1.0f);
+    t = 1.0f / (x * 0.7f + 1.0f);
     q = polynomial(t, -0.250463808f, 0.859921519f, -0.903780802f, -0.0171336662f, 0.239937665f,
                    1.00054992f, -0.9290425f);
   } else {
-    t = reciprocal<kBits>(x * 0.5f + 1.0f);
-    const Floats t2 = t * t, t3 = t2 * t;
-    const Floats high = t3 * 0.17087277f + (t2 * -0.82215223f + (t * 1.48851587f - 1.13520398f));
-    const Floats middle = t2 * 0.27886807f + (t * -0.18628806f + 0.09678418f);
-    const Floats low = t2 * 0.37409196f + (t * 1.00002368f - 1.26551223f);
+    t = 1.0f / (x * 0.5f + 1.0f);
+    const V t2 = t * t, t3 = t2 * t;
+    const V high = t3 * 0.17087277f + (t2 * -0.82215223f + (t * 1.48851587f - 1.13520398f));
+    const V middle = t2 * 0.27886807f + (t * -0.18628806f + 0.09678418f);
+    const V low = t2 * 0.37409196f + (t * 1.00002368f - 1.26551223f);
     q = (high * t3 + middle) * t3 + low;
   }
   return 0.5f * t * exp<kBits>(q - x * x);
@@ -61,23 +65,26 @@ LANES Floats normal_tail(Floats z) {
 
 // x Phi(x) = max(x, 0) - |x| Phi(-|x|): from the tail, so that large negative x keep their relative
 // accuracy.
-template <int kBits>
-LANES Floats gelu(Floats x) {
-  const Floats size = at_most(magnitude(x), 15.9f);  // where the tail is 0 already
+template <int kBits, class V>
+LANES V gelu(V x) {
+  const V size = magnitude_at_most(x, 15.9f);  // where the tail is 0 already
   return at_least(x, 0.0f) - size * normal_tail<kBits>(size);
 }
 
 // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-template <int kBits>
-LANES Floats gelu_tanh(Floats x) {
-  return x * sigmoid<kBits>(x * (x * x * 0.0713548162726f + 1.59576912f));
+template <int kBits, class V>
+LANES V gelu_tanh(V x) {
+  if constexpr (kBits < 24) {  // the exponent in base 2
+    return x / (exp2_of<kBits>(x * (x * x * -0.102943239f + -2.302208198f)) + 1.0f);
+  }
+  return times_sigmoid<kBits>(x, x * (x * x * 0.0713548162726f + 1.59576912f));
 }
 
-template <Activation kAct, int kBits>
-LANES Floats activate(Floats x) {
+template <Activation kAct, int kBits, class V>
+LANES V activate(V x) {
   if constexpr (kAct == Activation::kGelu) return gelu<kBits>(x);
   if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh<kBits>(x);
-  return x * sigmoid<kBits>(x);
+  return times_sigmoid<kBits>(x, x);
 }
 
 // x as T would hold it, but that a tie of bf16 goes away from zero: x comes out of an approximation
@@ -87,43 +94,58 @@ LANES Floats about_rounded_to(Floats x) {
   if constexpr (!std::is_same_v<T, cpu::BFloat16>) return rounded_to<T>(x);
   return (Floats)(((Words)x + 0x8000u) & 0xffff0000u);
 }
+template <class T, int kCount>
+LANES Group<kCount> about_rounded_to(Group<kCount> x) {
+  for (Floats& v : x.v) v = about_rounded_to<T>(v);
+  return x;
+}
 
-template <Activation kAct, class T>
-LANES Floats gated(Floats x, Floats y, float alpha, float limit) {
+template <Activation kAct, class T, class V>
+LANES V gated(V x, V y, float alpha, float limit) {
   constexpr int kBits = kBitsOf<T>;
   if constexpr (kAct == Activation::kSwigluOai) {
-    x = x > limit ? splat(limit) : x;
-    y = y > limit ? splat(limit) : y;
-    y = y < -limit ? splat(-limit) : y;
-    return (y + 1.0f) * x * sigmoid<kBits>(alpha * x);
+    x = at_most(x, limit);
+    y = at_least(at_most(y, limit), -limit);
+    return (y + 1.0f) * times_sigmoid<kBits>(x, alpha * x);
   }
-  if constexpr (kAct == Activation::kFatRelu) return (x > alpha ? x : Floats{}) * y;
+  if constexpr (kAct == Activation::kFatRelu) return if_above(x, alpha) * y;
   if constexpr (kAct == Activation::kMulSilu) {
     return x * about_rounded_to<T>(activate<kAct, kBits>(y));
   }
   return about_rounded_to<T>(activate<kAct, kBits>(x)) * y;
 }
 
-// Outputs of two halves of a row, 2 * kWidth of each.
+constexpr int kCount = LANES_ISA == 3 ? 4 : 2;  // vectors of a group: as many as registers allow
+constexpr int64_t kStep = kCount * kWidth;
+
+// kStep outputs of two halves of a row.
 template <Activation kAct, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void halves(T* out, const T* x, const T* y, float alpha, float limit) {
-  const Pair a = load_pair(x), b = load_pair(y);
-  const Pair c = {gated<kAct, T>(a.a, b.a, alpha, limit), gated<kAct, T>(a.b, b.b, alpha, limit)};
-  store_pair<false, kStores>(out, c);
+  const Group<kCount> a = load_group<kCount>(x), b = load_group<kCount>(y);
+  store_group<false, kStores>(out, gated<kAct, T>(a, b, alpha, limit));
 }
 
-// Outputs of kWidth pairs.
+// kStep outputs of as many pairs.
 template <Activation kAct, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void interleaved(T* out, const T* pairs, float alpha, float limit) {
-  if constexpr (std::is_same_v<T, cpu::BFloat16>) {
-    const Pair split = load_pair(pairs);  // by even and odd places
-    store<kStores>(out, gated<kAct, T>(split.a, split.b, alpha, limit));
-  } else {
-    const Floats a = load(pairs), b = load(pairs + kWidth);
-    const Ints even = 2 * places();
-    const Floats x = __builtin_shuffle(a, b, even), y = __builtin_shuffle(a, b, even + 1);
-    store<kStores>(out, gated<kAct, T>(x, y, alpha, limit));
+  Group<kCount> x, y;
+  for (int i = 0; i < kCount; ++i, pairs += 2 * kWidth) {
+    if constexpr (std::is_same_v<T, cpu::BFloat16>) {
+      const Pair split = load_pair(pairs);  // by even and odd places
+      x.v[i] = split.a, y.v[i] = split.b;
+    } else {
+      const Floats a = load(pairs), b = load(pairs + kWidth);
+      const Ints even = 2 * places();
+      x.v[i] = __builtin_shuffle(a, b, even), y.v[i] = __builtin_shuffle(a, b, even + 1);
+    }
   }
+  x = gated<kAct, T>(x, y, alpha, limit);
+  for (int i = 0; i < kCount; i += 2) store_two<kStores>(out + i * kWidth, x.v[i], x.v[i + 1]);
+}
+
+template <cpu::Stores kStores, int64_t kItems, class T>
+LANES void prefetch_lines(const T* at) {
+  for (int64_t i = 0; i < kItems; i += cpu::kLine / sizeof(T)) prefetch<kStores>(at + i);
 }
 
 // n outputs of one row. x and y point at the first element of each half; for kSwigluOai x points at
@@ -131,29 +153,29 @@ LANES void interleaved(T* out, const T* pairs, float alpha, float limit) {
 template <Activation kAct, cpu::Stores kStores, class T>
 void activate_run(T* out, const T* x, const T* y, int64_t n, float alpha, float limit) {
   constexpr bool kPairs = kAct == Activation::kSwigluOai;
-  constexpr int64_t kStep = kPairs ? kWidth : 2 * kWidth;
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
+    // Streams that start anew every few KB: the processor alone sees them too late.
+    if constexpr (kStores == cpu::Stores::kCached) prefetch_lines<kStores, kStep>(out + i);
     if constexpr (kPairs) {
+      prefetch_lines<kStores, 2 * kStep>(x + 2 * i);
       interleaved<kAct, kStores>(out + i, x + 2 * i, alpha, limit);
     } else {
-      // Three streams that start anew every few KB: the processor alone sees them too late.
-      prefetch(x + i);
-      prefetch(y + i);
-      if constexpr (kStores == cpu::Stores::kCached) prefetch(out + i);
+      prefetch_lines<kStores, kStep>(x + i);
+      prefetch_lines<kStores, kStep>(y + i);
       halves<kAct, kStores>(out + i, x + i, y + i, alpha, limit);
     }
   }
   if (i == n) return;
   // What is left goes through buffers of whole vectors.
-  T in[4 * kWidth] = {}, result[2 * kWidth];
+  T in[2 * kStep] = {}, result[kStep];
   if constexpr (kPairs) {
     std::memcpy(in, x + 2 * i, 2 * (n - i) * sizeof(T));
     interleaved<kAct>(result, in, alpha, limit);
   } else {
     std::memcpy(in, x + i, (n - i) * sizeof(T));
-    std::memcpy(in + 2 * kWidth, y + i, (n - i) * sizeof(T));
-    halves<kAct>(result, in, in + 2 * kWidth, alpha, limit);
+    std::memcpy(in + kStep, y + i, (n - i) * sizeof(T));
+    halves<kAct>(result, in, in + kStep, alpha, limit);
   }
   std::memcpy(out + i, result, (n - i) * sizeof(T));
 }

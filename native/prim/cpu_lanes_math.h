@@ -9,30 +9,20 @@ constexpr int kBitsOf = std::is_same_v<T, float>       ? 24
                         : std::is_same_v<T, cpu::Half> ? 11
                                                        : 8;
 
-// 1 / x for 1 <= x <= 2^126: to an ulp or two, or for kBits = 8 with a relative error of 7e-5.
-template <int kBits>
-LANES Floats reciprocal(Floats x) {
-#if LANES_ISA == 3
-  const Floats guess = (Floats)_mm512_rcp14_ps((__m512)x);
-  if constexpr (kBits == 8) return guess;
-  return guess + guess * (1.0f - x * guess);
-#else
-  return 1.0f / x;
-#endif
-}
+// V is Floats or a group of them (see cpu_lanes_groups.h).
 
 // The coefficients of a polynomial in x from the highest power down, one step for each.
-template <class... Lower>
-LANES Floats polynomial(Floats x, float highest, float next, Lower... lower) {
-  Floats p = x * highest + next;
+template <class V, class... Lower>
+LANES V polynomial(V x, float highest, float next, Lower... lower) {
+  V p = x * highest + next;
   ((p = p * x + lower), ...);
   return p;
 }
 
 // 2^f, a polynomial as exact as kBits asks for: relative errors of 8e-8, 3e-6 and 8e-5. f lies in
 // [0, 1) with AVX-512, in [-0.5, 0.5] otherwise.
-template <int kBits>
-LANES Floats exp2_of_fraction(Floats f) {
+template <int kBits, class V>
+LANES V exp2_of_fraction(V f) {
 #if LANES_ISA == 3
   if constexpr (kBits == 8) {
     return polynomial(f, 0.07802452147f, 0.2260671556f, 0.6958335638f, 0.9999251962f);
@@ -53,32 +43,51 @@ LANES Floats exp2_of_fraction(Floats f) {
 #endif
 }
 
-// 2^(y + rest) for y <= 128 and |rest| far below 1; without a rest for kBits < 24.
-template <int kBits>
-LANES Floats exp2_of(Floats y, Floats rest = Floats{}) {
 #if LANES_ISA == 3
-  Floats f = (Floats)_mm512_reduce_ps((__m512)y, 1);  // y - floor(y)
-  if constexpr (kBits == 24) f += rest;
-  return (Floats)_mm512_scalef_ps((__m512)exp2_of_fraction<kBits>(f), (__m512)y);  // 2^floor(y)
+LANES Floats fraction(Floats y) { return (Floats)_mm512_reduce_ps((__m512)y, 1); }  // y - floor(y)
+// p 2^floor(y)
+LANES Floats times_exp2(Floats p, Floats y) {
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)y);
+}
 #else
-  y = at_least(y, -152.0f);
-  constexpr float kRound = 0x1.8p23f;
-  const Floats shifted = y + kRound;
-  Floats f = y - (shifted - kRound);
-  if constexpr (kBits == 24) f += rest;
-  // 2^n as a product of two, so that neither overflows.
-  const Ints n = (Ints)shifted - (Ints)splat(kRound), half = n >> 1;
-  return exp2_of_fraction<kBits>(f) * (Floats)((half + 127) << 23) *
-         (Floats)((n - half + 127) << 23);
+// Where 2^y is 0 or infinite already, exponents end.
+LANES Floats exponent(Floats y) { return at_most(at_least(y, -152.0f), 128.0f); }
+constexpr float kRound = 0x1.8p23f;
+LANES Floats fraction(Floats y) {  // y less the nearest integer
+  y = exponent(y);
+  return y - ((y + kRound) - kRound);
+}
+// p times 2 to the power of that integer, as a product of two, so that neither overflows.
+LANES Floats times_exp2(Floats p, Floats y) {
+  const Ints n = (Ints)(exponent(y) + kRound) - (Ints)splat(kRound), half = n >> 1;
+  return p * (Floats)((half + 127) << 23) * (Floats)((n - half + 127) << 23);
+}
+#endif
+// x y less what it was rounded to; 0 where products cannot be had whole.
+LANES Floats lost(Floats x, float y, Floats product) {
+#if LANES_ISA == 3
+  return (Floats)_mm512_fmsub_ps((__m512)x, _mm512_set1_ps(y), (__m512)product);
+#elif LANES_ISA == 2
+  return (Floats)_mm256_fmsub_ps((__m256)x, _mm256_set1_ps(y), (__m256)product);
+#else
+  return x * y - product;
 #endif
 }
+OF_EACH(fraction)
+OF_EACH(times_exp2)
+OF_EACH(lost)
 
-// e^x for x <= 87, with the error of exp2_of; for kBits < 24 |x| times 6e-8 more.
-template <int kBits>
-LANES Floats exp(Floats x) {
+// 2^y.
+template <int kBits, class V>
+LANES V exp2_of(V y) {
+  return times_exp2(exp2_of_fraction<kBits>(fraction(y)), y);
+}
+
+// e^x, with the error of exp2_of; for kBits < 24 |x| times 6e-8 more, for 24 x must be below 1e38.
+template <int kBits, class V>
+LANES V exp(V x) {
   constexpr float kLog2e = 1.44269504f, kRest = 1.92596303e-8f;
-  if constexpr (kBits == 24) x = at_least(x, -105.0f);  // no inf - inf below
-  const Floats y = x * kLog2e;
-  if constexpr (kBits < 24) return exp2_of<kBits>(y);
-  return exp2_of<kBits>(y, (x * kLog2e - y) + x * kRest);
+  if constexpr (kBits < 24) return exp2_of<kBits>(x * kLog2e);
+  const V y = x * kLog2e;
+  return times_exp2(exp2_of_fraction<kBits>(fraction(y) + (lost(x, kLog2e, y) + x * kRest)), y);
 }

@@ -54,6 +54,9 @@ LANES Floats at_most(Floats x, float most) {
 #endif
 }
 
+// x where it is greater than least, else 0.
+LANES Floats if_above(Floats x, float least) { return x > least ? x : Floats{}; }
+
 // min(|x|, most); of a NaN either.
 LANES Floats magnitude_at_most(Floats x, float most) {
 #if LANES_ISA == 3
@@ -72,8 +75,13 @@ LANES float largest_of(Floats x) {
   return x[0];
 }
 
-// Asks for what lies 2 KB further on, wherever that is.
-LANES void prefetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 2048); }
+// Asks for what lies 2 KB further on, wherever that is; for kStreamed into the first cache alone,
+// as what is streamed passes once.
+template <cpu::Stores kStores = cpu::Stores::kCached>
+LANES void prefetch(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + 2048, 0,
+                     kStores == cpu::Stores::kCached ? 3 : 0);
+}
 
 // A vector to memory: kStreamed past the caches (see prim/cpu_stream.h), to a multiple of its size.
 template <cpu::Stores kStores = cpu::Stores::kCached, class Vector>
@@ -265,8 +273,27 @@ LANES Words rounded_bits(Floats x) {
   if constexpr (!kAnyNan) return rounded;
   return x == x ? rounded : Words{} + 0x7fc00000u;
 }
+#if LANES_ISA == 3
+// The nearest bf16 of both at even and odd places, as rounded_bits<false> but all at once: the
+// lower halves and 0x7fff, or 0x8000 where the upper half is odd, carry into it or not; an average
+// of 16-bit words keeps the carry.
+LANES __m512i nearest_bf16(Floats even, Floats odd) {
+  const __m512i a = (__m512i)even, b = (__m512i)odd, upper = _mm512_set1_epi32(-0x10000);
+  constexpr int kAndOr = 0xea;  // (first & second) | third
+  const __m512i high = _mm512_ternarylogic_epi32(b, upper, _mm512_srli_epi32(a, 16), kAndOr);
+  const __m512i low =
+      _mm512_ternarylogic_epi32(a, _mm512_set1_epi32(0xffff), _mm512_slli_epi32(b, 16), kAndOr);
+  const __m512i least =
+      _mm512_ternarylogic_epi32(high, _mm512_set1_epi16(1), _mm512_set1_epi16(0x7ffe), kAndOr);
+  const __m512i carry = _mm512_srli_epi16(_mm512_avg_epu16(low, least), 15);
+  return _mm512_add_epi16(high, carry);
+}
+#endif
 template <bool kAnyNan = true, cpu::Stores kStores = cpu::Stores::kCached>
 LANES void store_pair(cpu::BFloat16* at, Pair x) {
+#if LANES_ISA == 3
+  if constexpr (!kAnyNan) return put<kStores>(at, nearest_bf16(x.a, x.b));
+#endif
   const Words a = rounded_bits<kAnyNan>(x.a), b = rounded_bits<kAnyNan>(x.b);
   put<kStores>(at, a >> 16 | (b & 0xffff0000u));
 }
@@ -295,4 +322,23 @@ LANES Floats rounded_to<cpu::Half>(Floats x) {
 #endif
 }
 
+// Two vectors in the order of their items, as store_pair<false> stores a NaN.
+template <cpu::Stores kStores = cpu::Stores::kCached, class T>
+LANES void store_two(T* at, Floats a, Floats b) {
+#if LANES_ISA == 3
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // the upper halves of both
+    const __m512i odd = (__m512i)(places() * 0x40004 + 0x30001);
+    return put<kStores>(at, _mm512_permutex2var_epi16((__m512i)rounded_bits<false>(a), odd,
+                                                      (__m512i)rounded_bits<false>(b)));
+  }
+  if constexpr (std::is_same_v<T, cpu::Half>) {
+    const __m256i low = _mm512_cvtps_ph((__m512)a, 8), high = _mm512_cvtps_ph((__m512)b, 8);
+    return put<kStores>(at, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+#endif
+  store<kStores>(at, a);
+  store<kStores>(at + kWidth, b);
+}
+
+#include "prim/cpu_lanes_groups.h"
 #include "prim/cpu_lanes_math.h"
