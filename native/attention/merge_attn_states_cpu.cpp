@@ -1,4 +1,6 @@
-// The merge of two partial attention results on the CPU: a task is one head of one token.
+// The merge of two partial attention results on the CPU: a task is one head of one token, and those
+// of a batch are weighed together.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +14,12 @@
 
 namespace attention {
 namespace {
+
+// Some heads, perhaps of several tokens.
+constexpr int64_t kHeadsAtOnce = 32;
+struct Heads {
+  alignas(64) float prefix[kHeadsAtOnce] = {}, suffix[kHeadsAtOnce] = {}, lse[kHeadsAtOnce];
+};
 
 #define LANES_KERNEL "attention/merge_attn_states_lanes.h"
 #include "prim/cpu_each_isa.h"
@@ -35,47 +43,59 @@ VECTORISED void pass_on_fp8(uint8_t* __restrict out, const T* __restrict x, int6
   }
 }
 
+// f(j, n, h) for each of `count` heads from the first on, head h of token n.
+template <class F>
+void for_heads(const MergeArgs& m, int64_t first, int64_t count, const F& f) {
+  int64_t n = first / m.heads, h = first % m.heads;
+  for (int64_t j = 0; j < count; ++j) {
+    f(j, n, h);
+    if (++h == m.heads) h = 0, ++n;
+  }
+}
+
 template <cpu::Stores kStores, class T>
 void run_storing(const MergeArgs& m) {
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   const float inverse = m.out_scale == nullptr ? 1.0f : 1.0f / *m.out_scale;
   const int64_t d = m.head_size;
   const auto weighted = PICK_ISA(weighted<kStores, T>);
+  const auto weigh = PICK_ISA(weigh);
   cpu::parallel_spans(m.tokens * m.heads, 3 * sizeof(T) * d, [&](int64_t i, int64_t end) {
-    for (; i < end; ++i) {
-      const int64_t n = i / m.heads, h = i % m.heads;
-      const T* pre =
-          static_cast<const T*>(m.prefix) + n * m.prefix_stride + h * m.prefix_head_stride;
-      const T* suf =
-          static_cast<const T*>(m.suffix) + n * m.suffix_stride + h * m.suffix_head_stride;
-      const int64_t at = n * m.out_stride + h * m.out_head_stride;
-      const float s_given = m.suffix_lse[h * m.suffix_lse_stride0 + n * m.suffix_lse_stride1];
-      float lse = s_given, a = 0.0f, b = 0.0f;
-      const T* alone = n >= m.with_prefix ? suf : nullptr;
-      if (alone == nullptr) {
-        float p = m.prefix_lse[h * m.prefix_lse_stride0 + n * m.prefix_lse_stride1], s = s_given;
-        p = p == -kMinusInf ? kMinusInf : p;
-        s = s == -kMinusInf ? kMinusInf : s;
-        const float top = p > s ? p : s;
-        if (top == kMinusInf) {
+    Heads heads;
+    for (int64_t count; i < end; i += count) {
+      count = std::min(kHeadsAtOnce, end - i);
+      for_heads(m, i, count, [&](int64_t j, int64_t n, int64_t h) {
+        heads.suffix[j] = m.suffix_lse[h * m.suffix_lse_stride0 + n * m.suffix_lse_stride1];
+        if (n >= m.with_prefix) return;
+        heads.prefix[j] = m.prefix_lse[h * m.prefix_lse_stride0 + n * m.prefix_lse_stride1];
+      });
+      weigh(heads);
+      for_heads(m, i, count, [&](int64_t j, int64_t n, int64_t h) {
+        const T* pre =
+            static_cast<const T*>(m.prefix) + n * m.prefix_stride + h * m.prefix_head_stride;
+        const T* suf =
+            static_cast<const T*>(m.suffix) + n * m.suffix_stride + h * m.suffix_head_stride;
+        const int64_t at = n * m.out_stride + h * m.out_head_stride;
+        const T* alone = nullptr;
+        float lse = heads.lse[j];
+        if (n >= m.with_prefix) {
+          alone = suf;
+          lse = m.suffix_lse[h * m.suffix_lse_stride0 + n * m.suffix_lse_stride1];
+        } else if (lse == kMinusInf) {
           alone = pre;
-          lse = kMinusInf;
-        } else {
-          const float ep = std::exp(p - top), es = std::exp(s - top);
-          a = ep / (ep + es), b = es / (ep + es);
-          lse = std::log(ep + es) + top;
         }
-      }
-      if (m.out_lse != nullptr) m.out_lse[h * m.out_lse_stride0 + n * m.out_lse_stride1] = lse;
-      if (m.out_scale != nullptr) {
-        uint8_t* out = static_cast<uint8_t*>(m.out) + at;
-        alone != nullptr ? pass_on_fp8(out, alone, d, inverse)
-                         : weighted_fp8(out, pre, suf, d, a, b, inverse);
-      } else {
-        T* out = static_cast<T*>(m.out) + at;
-        alone != nullptr ? static_cast<void>(std::memmove(out, alone, d * sizeof(T)))
-                         : weighted(out, pre, suf, d, a, b);
-      }
+        if (m.out_lse != nullptr) m.out_lse[h * m.out_lse_stride0 + n * m.out_lse_stride1] = lse;
+        const float a = heads.prefix[j], b = heads.suffix[j];
+        if (m.out_scale != nullptr) {
+          uint8_t* out = static_cast<uint8_t*>(m.out) + at;
+          alone != nullptr ? pass_on_fp8(out, alone, d, inverse)
+                           : weighted_fp8(out, pre, suf, d, a, b, inverse);
+        } else {
+          T* out = static_cast<T*>(m.out) + at;
+          alone != nullptr ? static_cast<void>(std::memmove(out, alone, d * sizeof(T)))
+                           : weighted(out, pre, suf, d, a, b);
+        }
+      });
     }
     if constexpr (kStores == cpu::Stores::kStreamed) cpu::finish_streaming();
   });

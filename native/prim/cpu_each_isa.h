@@ -2,6 +2,7 @@
 // kernel has its own turn.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in g++ 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #if defined(__x86_64__)
 
