@@ -36,7 +36,7 @@ LANES float inverse_rms(const Sum& sum, int64_t n, float epsilon) {
   return 1.0f / std::sqrt(total<T>(sum) / static_cast<float>(n) + epsilon);
 }
 
-template <class T>
+template <cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void scale_pair(T* out, const T* x, const T* weight, Floats factor) {
   Pair v = load_pair(x);
   v.a *= factor, v.b *= factor;
@@ -44,15 +44,20 @@ LANES void scale_pair(T* out, const T* x, const T* weight, Floats factor) {
     const Pair w = load_pair(weight);
     v.a *= w.a, v.b *= w.b;
   }
-  store_pair<false>(out, v);
+  store_pair<false, kStores>(out, v);
 }
 
-template <class T>
-LANES void scale_row(T* out, const T* x, const T* weight, int64_t n, float by) {
+// Asks for the row that is read next while this one is written, if the first cache has room for it:
+// for two of 8 KB that are written where they were read, or for any that is streamed.
+template <cpu::Stores kStores, class T>
+LANES void scale_row(T* out, const T* x, const T* weight, int64_t n, float by, const T* next) {
+  constexpr bool kStreamed = kStores == cpu::Stores::kStreamed;
+  const bool ahead = kStreamed || n * sizeof(T) <= 8192;
   const Floats factor = splat(by);
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    scale_pair(out + i, x + i, weight == nullptr ? nullptr : weight + i, factor);
+    if (ahead) __builtin_prefetch(next + i, 0, kStreamed ? 0 : 3);
+    scale_pair<kStores>(out + i, x + i, weight == nullptr ? nullptr : weight + i, factor);
   }
   if (i == n) return;
   T in[2 * kWidth] = {}, w[2 * kWidth] = {}, result[2 * kWidth];
@@ -62,8 +67,8 @@ LANES void scale_row(T* out, const T* x, const T* weight, int64_t n, float by) {
   std::memcpy(out + i, result, (n - i) * sizeof(T));
 }
 
-template <class T>
-void norm_row(T* out, const T* x, const T* weight, int64_t n, float epsilon) {
+template <cpu::Stores kStores, class T>
+void norm_row(T* out, const T* x, const T* weight, int64_t n, float epsilon, const T* next) {
   Sum sum;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -74,7 +79,7 @@ void norm_row(T* out, const T* x, const T* weight, int64_t n, float epsilon) {
     std::memcpy(rest, x + i, (n - i) * sizeof(T));
     for (int p = 0; p < kPairs; ++p) add_squares(sum.lanes + p, load_pair(rest + 2 * kWidth * p));
   }
-  scale_row(out, x, weight, n, inverse_rms<T>(sum, n, epsilon));
+  scale_row<kStores>(out, x, weight, n, inverse_rms<T>(sum, n, epsilon), next);
 }
 
 // residual = round(x + residual), whose squares go to the sum.
@@ -87,7 +92,7 @@ LANES void add_pair(Pair* sum, T* residual, const T* x) {
 }
 
 template <class T>
-void add_norm_row(T* x, T* residual, const T* weight, int64_t n, float epsilon) {
+void add_norm_row(T* x, T* residual, const T* weight, int64_t n, float epsilon, const T* next) {
   Sum sum;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -105,5 +110,5 @@ void add_norm_row(T* x, T* residual, const T* weight, int64_t n, float epsilon) 
     }
     std::memcpy(residual + i, b, (n - i) * sizeof(T));
   }
-  scale_row(x, residual, weight, n, inverse_rms<T>(sum, n, epsilon));
+  scale_row<cpu::Stores::kCached>(x, residual, weight, n, inverse_rms<T>(sum, n, epsilon), next);
 }
