@@ -114,10 +114,16 @@ LANES void quantize_pair(uint8_t* out, const T* x, Floats scale) {
   constexpr bool kTimes = kBy == By::kPowerOfTwo;
   const Floats a = kTimes ? v.a * scale : v.a / scale, b = kTimes ? v.b * scale : v.b / scale;
 #if LANES_ISA == 3
-  if constexpr (kBy != By::kAny && std::is_same_v<T, cpu::BFloat16>) {  // all signs at once
-    const __m512i even = (__m512i)magnitude_to_fp8<kFormat>(a);
-    const __m512i odd = (__m512i)(magnitude_to_fp8<kFormat>(b) << 16);
-    const __m512i codes = _mm512_mask_blend_epi16(0x55555555u, odd, even);
+  if constexpr (kBy != By::kAny && sizeof(T) == 2) {  // all signs at once
+    const __m512i first = (__m512i)magnitude_to_fp8<kFormat>(a);
+    const __m512i second = (__m512i)magnitude_to_fp8<kFormat>(b);
+    __m512i codes;
+    if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // of even places, of odd ones
+      codes = _mm512_mask_blend_epi16(0x55555555u, _mm512_slli_epi32(second, 16), first);
+    } else {
+      const __m512i even = (__m512i)(places() * 0x40004 + 0x20000);
+      codes = _mm512_permutex2var_epi16(first, even, second);
+    }
     const __m512i signs = _mm512_srli_epi16(load_as<__m512i>(x), 8);
     const __m256i bytes = _mm512_cvtepi16_epi8(
         _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi16(0x80), 0xf8));  // a | (b & c)
@@ -165,12 +171,12 @@ void quantize_run(uint8_t* out, const T* x, int64_t n, float scale) {
 template <cpu::Fp8 kFormat, class T>
 LANES void dequantize_pair(T* out, const uint8_t* codes, Floats scale) {
   const Pair x = load_decoded_pair<kFormat, T>(codes);
-  store_pair(out, Pair{x.a * scale, x.b * scale});
+  store_pair<false>(out, Pair{x.a * scale, x.b * scale});
 }
 
 template <cpu::Fp8 kFormat, class T>
 void dequantize_run(T* out, const uint8_t* codes, int64_t n, float scale) {
-  const Floats s = splat(scale);
+  const Floats s = splat(scale == scale ? scale : NAN);  // a NaN that store_pair<false> takes
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) dequantize_pair<kFormat>(out + i, codes + i, s);
   if (i == n) return;
