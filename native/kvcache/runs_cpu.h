@@ -31,24 +31,27 @@ struct GroupScale {
 #define LANES_KERNEL "kvcache/runs_lanes.h"
 #include "prim/cpu_each_isa.h"
 
-// n elements into a cache of the given format.
-template <class T>
+// n elements into a cache of the given format; a copy is never streamed.
+template <cpu::Stores kStores = cpu::Stores::kCached, class T>
 void store_run(void* out, const T* x, int64_t n, KvFormat format, float scale) {
   switch (format) {
     case KvFormat::kCopy:
       return PICK_ISA(copy_run)(static_cast<char*>(out), reinterpret_cast<const char*>(x),
                                 n * static_cast<int64_t>(sizeof(T)));
     case KvFormat::kE4M3:
-      return PICK_ISA(quantize_run<cpu::Fp8::kE4M3, T>)(static_cast<uint8_t*>(out), x, n, scale);
+      return PICK_ISA(quantize_run<cpu::Fp8::kE4M3, kStores, T>)(static_cast<uint8_t*>(out), x, n,
+                                                                 scale);
     case KvFormat::kE5M2:
-      return PICK_ISA(quantize_run<cpu::Fp8::kE5M2, T>)(static_cast<uint8_t*>(out), x, n, scale);
+      return PICK_ISA(quantize_run<cpu::Fp8::kE5M2, kStores, T>)(static_cast<uint8_t*>(out), x, n,
+                                                                 scale);
   }
 }
 
-template <class T>
+template <cpu::Stores kStores = cpu::Stores::kCached, class T>
 void load_run(T* out, const uint8_t* codes, int64_t n, KvFormat format, float scale) {
-  format == KvFormat::kE5M2 ? PICK_ISA(dequantize_run<cpu::Fp8::kE5M2, T>)(out, codes, n, scale)
-                            : PICK_ISA(dequantize_run<cpu::Fp8::kE4M3, T>)(out, codes, n, scale);
+  const auto from_e4m3 = PICK_ISA(dequantize_run<cpu::Fp8::kE4M3, kStores, T>);
+  const auto from_e5m2 = PICK_ISA(dequantize_run<cpu::Fp8::kE5M2, kStores, T>);
+  (format == KvFormat::kE5M2 ? from_e5m2 : from_e4m3)(out, codes, n, scale);
 }
 
 inline int64_t cache_item(DType dtype, KvFormat format) {

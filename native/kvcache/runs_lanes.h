@@ -34,14 +34,14 @@ void copy_two_runs(char* out, const char* in, char* other_out, const char* other
 }
 
 // 2 * kWidth codes, in the low bytes of a pair, in the order of the items.
-template <class T>
+template <class T, cpu::Stores kStores>
 LANES void store_code_pair(uint8_t* at, Words a, Words b) {
   if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
     const Shorts both = narrow((a & 0xffu) | (b << 8 & 0xff00u));
-    std::memcpy(at, &both, sizeof both);
+    put<kStores>(at, both);
   } else {
-    store_codes(at, a);
-    store_codes(at + kWidth, b);
+    put<kStores>(at, narrow_to_bytes(a));
+    put<kStores>(at + kWidth, narrow_to_bytes(b));
   }
 }
 
@@ -108,7 +108,7 @@ LANES By by_of(float scale) {
   return (bits & 0x7fffffu) == 0 ? By::kPowerOfTwo : By::kPositive;
 }
 
-template <cpu::Fp8 kFormat, By kBy, class T>
+template <cpu::Fp8 kFormat, By kBy, cpu::Stores kStores, class T>
 LANES void quantize_pair(uint8_t* out, const T* x, Floats scale) {
   const Pair v = load_pair(x);
   constexpr bool kTimes = kBy == By::kPowerOfTwo;
@@ -127,58 +127,58 @@ LANES void quantize_pair(uint8_t* out, const T* x, Floats scale) {
     const __m512i signs = _mm512_srli_epi16(load_as<__m512i>(x), 8);
     const __m256i bytes = _mm512_cvtepi16_epi8(
         _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi16(0x80), 0xf8));  // a | (b & c)
-    std::memcpy(out, &bytes, sizeof bytes);
-    return;
+    return put<kStores>(out, bytes);
   }
 #endif
-  store_code_pair<T>(out, to_fp8<kFormat>(a), to_fp8<kFormat>(b));
+  store_code_pair<T, kStores>(out, to_fp8<kFormat>(a), to_fp8<kFormat>(b));
 }
 
 // Returns how many items that was: all but what is left over of the last pair.
-template <cpu::Fp8 kFormat, By kBy, class T>
+template <cpu::Fp8 kFormat, By kBy, cpu::Stores kStores, class T>
 LANES int64_t quantize_pairs(uint8_t* out, const T* x, int64_t n, Floats scale) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    prefetch(x + i);
-    quantize_pair<kFormat, kBy>(out + i, x + i, scale);
+    prefetch<kStores>(x + i);
+    quantize_pair<kFormat, kBy, kStores>(out + i, x + i, scale);
   }
   return i;
 }
 
-template <cpu::Fp8 kFormat, class T>
+template <cpu::Fp8 kFormat, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES int64_t quantize_pairs(uint8_t* out, const T* x, int64_t n, float scale) {
   switch (by_of(scale)) {
     case By::kPowerOfTwo:
-      return quantize_pairs<kFormat, By::kPowerOfTwo>(out, x, n, splat(1.0f / scale));
+      return quantize_pairs<kFormat, By::kPowerOfTwo, kStores>(out, x, n, splat(1.0f / scale));
     case By::kPositive:
-      return quantize_pairs<kFormat, By::kPositive>(out, x, n, splat(scale));
+      return quantize_pairs<kFormat, By::kPositive, kStores>(out, x, n, splat(scale));
     default:
-      return quantize_pairs<kFormat, By::kAny>(out, x, n, splat(scale));
+      return quantize_pairs<kFormat, By::kAny, kStores>(out, x, n, splat(scale));
   }
 }
 
-template <cpu::Fp8 kFormat, class T>
+template <cpu::Fp8 kFormat, cpu::Stores kStores, class T>
 void quantize_run(uint8_t* out, const T* x, int64_t n, float scale) {
-  const int64_t i = quantize_pairs<kFormat>(out, x, n, scale);
+  const int64_t i = quantize_pairs<kFormat, kStores>(out, x, n, scale);
   if (i == n) return;
   T in[2 * kWidth] = {};
   uint8_t codes[2 * kWidth];
   std::memcpy(in, x + i, (n - i) * sizeof(T));
-  quantize_pair<kFormat, By::kAny>(codes, in, splat(scale));
+  quantize_pair<kFormat, By::kAny, cpu::Stores::kCached>(codes, in, splat(scale));
   std::memcpy(out + i, codes, n - i);
 }
 
-template <cpu::Fp8 kFormat, class T>
+template <cpu::Fp8 kFormat, cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void dequantize_pair(T* out, const uint8_t* codes, Floats scale) {
   const Pair x = load_decoded_pair<kFormat, T>(codes);
-  store_pair<false>(out, Pair{x.a * scale, x.b * scale});
+  store_pair<false, kStores>(out, Pair{x.a * scale, x.b * scale});
 }
 
-template <cpu::Fp8 kFormat, class T>
+template <cpu::Fp8 kFormat, cpu::Stores kStores, class T>
 void dequantize_run(T* out, const uint8_t* codes, int64_t n, float scale) {
   const Floats s = splat(scale == scale ? scale : NAN);  // a NaN that store_pair<false> takes
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) dequantize_pair<kFormat>(out + i, codes + i, s);
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth)
+    dequantize_pair<kFormat, kStores>(out + i, codes + i, s);
   if (i == n) return;
   uint8_t in[2 * kWidth] = {};
   T result[2 * kWidth];

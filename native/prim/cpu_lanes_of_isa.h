@@ -236,10 +236,6 @@ LANES Floats from_fp8(Words code) {
 }
 
 LANES Words load_codes(const uint8_t* at) { return widen(load_as<Bytes>(at)); }
-LANES void store_codes(uint8_t* at, Words codes) {
-  const Bytes bytes = narrow_to_bytes(codes);
-  std::memcpy(at, &bytes, sizeof bytes);
-}
 
 // --- pairs of vectors ---
 //

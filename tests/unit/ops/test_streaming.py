@@ -28,6 +28,33 @@ def test_activations(op: Callable[..., None], dtype: torch.dtype) -> None:
     assert torch.equal(whole, parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x = torch.randn(ROWS, 8192, generator=torch.Generator().manual_seed(4)).to(dtype)
+    weight = torch.rand(8192, generator=torch.Generator().manual_seed(5)).to(dtype)
+    whole, parts = torch.empty_like(x), torch.empty_like(x)
+    kvcache_ops.rms_norm(whole, x, weight, 1e-5)
+    for out, given in zip(parts.split(PART), x.split(PART), strict=True):
+        kvcache_ops.rms_norm(out, given, weight, 1e-5)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_convert_fp8(dtype: torch.dtype, kv_dtype: str) -> None:
+    x = torch.randn(ROWS, 8200, generator=torch.Generator().manual_seed(6)).to(dtype)
+    codes, codes_of_parts = (torch.empty(x.shape, dtype=torch.uint8) for _ in range(2))
+    back, back_of_parts = torch.empty_like(x), torch.empty_like(x)
+    kvcache_ops.convert_fp8(codes, x, 0.3, kv_dtype)
+    kvcache_ops.convert_fp8(back, codes, 0.3, kv_dtype)
+    for i in range(0, ROWS, PART):
+        of = slice(i, i + PART)
+        kvcache_ops.convert_fp8(codes_of_parts[of], x[of], 0.3, kv_dtype)
+        kvcache_ops.convert_fp8(back_of_parts[of], codes[of], 0.3, kv_dtype)
+    assert torch.equal(codes, codes_of_parts)
+    assert torch.equal(back, back_of_parts)
+
+
 def test_merge_attn_states() -> None:
     make = torch.Generator().manual_seed(1)
     prefix, suffix = (torch.randn(ROWS, 64, 64, generator=make).bfloat16() for _ in range(2))
