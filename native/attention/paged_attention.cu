@@ -11,8 +11,9 @@ namespace {
 // Whether a block's ring (see Decode) fits in this device's shared memory.
 bool ring_fits(const PagedAttentionArgs& a) {
   const int64_t d = a.head_size > 128 ? 256 : a.head_size > 64 ? 128 : 64;
-  const int64_t stages = a.format == KvFormat::kCopy ? 3 * 2 : 4;
-  const int64_t bytes = kWarps * stages * 2 * kTile * d + 16 * d * 2 + 1024;
+  const bool fp8 = a.format != KvFormat::kCopy;
+  const int64_t row = d * (fp8 ? 1 : 2);
+  const int64_t bytes = kWarps * ring_stages(fp8, d) * 2 * kTile * row + 16 * d * 2 + 1024;
   return bytes <= gpu::on_current_device<gpu::most_shared_bytes>();
 }
 
@@ -29,13 +30,19 @@ bool on_tensor_cores(const PagedAttentionArgs& a) {
                       a.k_page_stride * item, a.v_page_stride * item);
 }
 
-// Splits of a sequence, from shapes alone (lengths are on the device). The time is waves of blocks
-// times the tokens of a block, with what a block and the merge cost besides, in tokens. A last wave
-// that is not full takes less than a full one: a third of the waves counts by the fraction. (H200,
-// measured on sequences of 1024 to 131072 tokens, 1 to 256 of them.)
-int splits_for(const PagedAttentionArgs& a) {
+// KV heads of a block and splits of a sequence, from shapes alone (lengths are on the device).
+struct Shares {
+  int kv_heads, splits;
+};
+
+// The time is waves of blocks times the tokens of a block, with what a block and the merge cost
+// besides, in tokens. A last wave that is not full takes less than a full one: a third of the waves
+// counts by the fraction. (H200, measured on sequences of 1024 to 131072 tokens, 1 to 256 of them.)
+// Two KV heads a block read longer pieces of a page, in fewer blocks: where nothing is split.
+Shares shares_of(const PagedAttentionArgs& a) {
   if (a.tmp_out != nullptr) {
-    return static_cast<int>(std::max<int64_t>(1, gpu::ceil_div(a.longest, int64_t{kPartition})));
+    return {1,
+            static_cast<int>(std::max<int64_t>(1, gpu::ceil_div(a.longest, int64_t{kPartition})))};
   }
   const bool fp8 = a.format != KvFormat::kCopy;
   const int64_t group = a.heads / a.kv_heads;
@@ -48,16 +55,22 @@ int splits_for(const PagedAttentionArgs& a) {
   const int64_t most = std::clamp<int64_t>(gpu::ceil_div(a.longest, 64), 1, 256);  // kMostSplits
   const int64_t block_cost = fp8 ? 600 : 400;
   constexpr int64_t kMergeCost = 64;
-  int64_t best = 1, least = INT64_MAX;
+  auto cost_of = [&](int64_t blocks, int64_t tokens) {
+    const int64_t waves = gpu::ceil_div(blocks, at_once) * at_once;
+    const int64_t filled = std::max(blocks, at_once);
+    return (2 * waves + filled) * (tokens + block_cost) / (3 * at_once);
+  };
+  Shares best{1, 1};
+  int64_t least = INT64_MAX;
   for (int64_t n = 1; n <= most; ++n) {
     const int64_t tokens = gpu::ceil_div(gpu::ceil_div(a.longest, n), 64) * 64;
-    const int64_t blocks = work * n, waves = gpu::ceil_div(blocks, at_once) * at_once;
-    const int64_t filled = std::max(blocks, at_once);
-    const int64_t cost =
-        (2 * waves + filled) * (tokens + block_cost) / (3 * at_once) + (n > 1 ? kMergeCost + n : 0);
-    if (cost < least) least = cost, best = n;
+    const int64_t cost = cost_of(work * n, tokens) + (n > 1 ? kMergeCost + n : 0);
+    if (cost < least) least = cost, best.splits = static_cast<int>(n);
   }
-  return static_cast<int>(best);
+  const bool can_pair = !fp8 && !a.packed && a.head_size > 64 && a.head_size <= 128 && group <= 8 &&
+                        a.kv_heads % 2 == 0 && on_tensor_cores(a);
+  if (can_pair && cost_of(work / 2, 2 * gpu::ceil_div(a.longest, 64) * 64) < least) best = {2, 1};
+  return best;
 }
 
 // One query head a block, any dtype, layout and alignment: a warp takes every fourth token.
@@ -298,14 +311,15 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int64_t paged_attention_scratch(const PagedAttentionArgs& a) {
-  const int splits = splits_for(a);
+  const int splits = shares_of(a).splits;
   if (splits == 1 || a.tmp_out != nullptr) return 0;
   return a.sequences * a.heads * splits * (a.head_size + 2) * int64_t{sizeof(float)};
 }
 
 void paged_attention(const PagedAttentionArgs& a, Stream stream) {
   const gpu::Stream s = gpu::stream_of(stream);
-  Splits splits{splits_for(a), nullptr, nullptr, nullptr, -1};
+  const Shares shares = shares_of(a);
+  Splits splits{shares.splits, nullptr, nullptr, nullptr, -1, shares.kv_heads};
   if (std::has_single_bit(static_cast<uint64_t>(a.block_size))) {
     splits.block_shift = std::countr_zero(static_cast<uint64_t>(a.block_size));
   }

@@ -1,7 +1,8 @@
 // Decode attention on tensor cores. A block takes one sequence, up to 16 query heads of one KV head
-// and one split of the tokens; each of its warps streams its own tiles of 16 tokens through a ring
-// of asynchronous copies and keeps its own online softmax, so that the loop needs no block-wide
-// barrier. The warps merge at the end, the splits in a kernel of their own.
+// (or up to 8 of each of two) and one split of the tokens; each of its warps streams its own tiles
+// of 16 tokens of one KV head through a ring of asynchronous copies and keeps its own online
+// softmax, so that the loop needs no block-wide barrier. The warps merge at the end, the splits in
+// a kernel of their own.
 //
 // 8-bit codes stay codes in shared memory and become fp16 in registers, exactly; their scales are
 // factors of the logits and of the result. The query becomes fp16 too, as a power of two times
@@ -19,8 +20,14 @@ inline constexpr int kTile = 16;
 // Offsets into the caches are counted in 16 bytes (packed values: 8) and fit 32 bits.
 inline constexpr uint32_t kNowhere = 0xffffffffu;
 
-// kD: head size rounded up to 64, 128 or 256. kWide: more than 8 query heads a block.
-template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide>
+// Tiles of a warp's ring: one is worked on, the others are under way. In 16 bits that makes 64 KB a
+// multiprocessor on an H200; more would only wait in the memory's queues, for some blocks longer
+// than for others.
+constexpr int ring_stages(bool fp8, int64_t d) { return fp8 ? 4 : d > 64 ? 2 : 3; }
+
+// kD: head size rounded up to 64, 128 or 256. kWide: more than 8 query heads a KV head. kHeads: KV
+// heads a block; kWays of its warps share the tokens of each.
+template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide, int kHeads>
 struct Decode {
   static constexpr bool kFp8 = kFormat != KvFormat::kCopy;
   using M = std::conditional_t<kFp8, gpu::Half, T>;  // of the products
@@ -28,10 +35,11 @@ struct Decode {
   static constexpr int kRowBytes = kD * kItem, kChunks = kRowBytes / 16;
   static constexpr int kSideBytes = kTile * kRowBytes;  // keys or values of a tile
   static constexpr int kStageBytes = 2 * kSideBytes;
-  static constexpr int kStages = kFp8 ? 4 : 3;
+  static constexpr int kStages = ring_stages(kFp8, kD);
   static constexpr int kWarpBytes = kStages * kStageBytes;
-  static constexpr int kQueryBytes = (kWide ? 16 : 8) * kD * 2;
+  static constexpr int kWays = kWarps / kHeads;
   static constexpr int kRows = kWide ? 16 : 8, kSets = kWide ? 2 : 1;
+  static constexpr int kAllRows = kHeads * kRows, kQueryBytes = kAllRows * kD * 2;
   static constexpr int kSteps = kD / 16, kOutTiles = kD / 8;
   static constexpr int kSharedBytes = kWarps * kWarpBytes + kQueryBytes;
   // A warp's share in the merge: rows of kPitch floats, in different banks, then maxima and sums.
@@ -114,16 +122,22 @@ struct Decode {
     }
   }
 
+  // Query head of a row of the block, counted from the block's first, or -1. heads: of a KV head.
+  __device__ static int head_of(int row, int heads) {
+    return row < kAllRows && row % kRows < heads ? row / kRows * heads + row % kRows : -1;
+  }
+
   // The block's query rows into shared memory, as products take them; powers: what was taken out
   // of each. All threads call it.
   __device__ static void stage_query(const PagedAttentionArgs& a, char* staging, float* powers,
                                      int64_t s, int64_t first_head, int heads) {
     constexpr int kRowThreads = kD / 8;  // 8 elements each; 8 to 32 neighbouring lanes a row
-    constexpr int kPasses = kRows * kRowThreads / kThreads > 0 ? kRows * kRowThreads / kThreads : 1;
+    constexpr int kPasses = (kAllRows * kRowThreads + kThreads - 1) / kThreads;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int i = threadIdx.x + pass * kThreads, g = i / kRowThreads, d = i % kRowThreads * 8;
-      const int64_t at = s * a.query_stride + (first_head + g) * a.query_head_stride + d;
+      const int head = head_of(g, heads);
+      const int64_t at = s * a.query_stride + (first_head + head) * a.query_head_stride + d;
       float x[8] = {}, largest = 0.0f;
       auto read = [&](auto element) {
         using Q = decltype(element);
@@ -137,7 +151,7 @@ struct Decode {
 #pragma unroll
         for (int j = 0; j < 8; ++j) x[j] = gpu::to_float(v.at[j]);
       };
-      if (g < heads && d < a.head_size) {  // head sizes are multiples of 8
+      if (head >= 0 && d < a.head_size) {  // head sizes are multiples of 8
         a.dtype == DType::kFloat16 ? read(gpu::Half{}) : read(gpu::BFloat16{});
       }
 #pragma unroll
@@ -153,7 +167,7 @@ struct Decode {
       gpu::Vec<M, 8> row;
 #pragma unroll
       for (int j = 0; j < 8; ++j) row.at[j] = gpu::from_float<M>(x[j] * (1.0f / taken));
-      if (g < kRows) {
+      if (g < kAllRows) {
         gpu::store<true>(reinterpret_cast<M*>(staging) + g * kD + d, row);
         if (d == 0) powers[g] = taken;
       }
@@ -277,12 +291,12 @@ struct Decode {
   }
 };
 
-template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide>
+template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide, int kHeads>
 __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
                                             : kFormat == KvFormat::kCopy ? 2
                                                                          : 3)
     decode(const __grid_constant__ PagedAttentionArgs a, Splits splits) {
-  using W = Decode<T, kFormat, kD, kPacked, kWide>;
+  using W = Decode<T, kFormat, kD, kPacked, kWide, kHeads>;
   // The length and the table's part, should the sequence be as long as it can: into the L2 while
   // the predecessor ends.
   gpu::launch_dependents();
@@ -297,17 +311,19 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   const int split = blockIdx.x;
   const int64_t s = blockIdx.z, group = a.heads / a.kv_heads;
   const int64_t tiles = (group + W::kRows - 1) / W::kRows;
-  const int64_t kv_head = blockIdx.y / tiles, in_group = blockIdx.y % tiles * W::kRows;
-  const int64_t first_head = kv_head * group + in_group;
+  const int64_t first_kv_head = blockIdx.y / tiles * kHeads;
+  const int64_t kv_head = first_kv_head + warp % kHeads;
+  const int64_t in_group = blockIdx.y % tiles * W::kRows;
+  const int64_t first_head = first_kv_head * group + in_group;
   const int heads = static_cast<int>(min(int64_t{W::kRows}, group - in_group));
   const int length = a.lens[s], reach = tokens_of(a, s);
   int first, last;
   split_of(a, reach, split, splits.count, first, last);
-  if (first >= last) return write_nothing(a, splits, s, first_head, heads, split);
+  if (first >= last) return write_nothing(a, splits, s, first_head, kHeads * heads, split);
 
   char* own = shared + warp * W::kWarpBytes;
   char* staging = shared + kWarps * W::kWarpBytes;
-  __shared__ float powers[W::kRows];
+  __shared__ float powers[W::kAllRows];
   constexpr int kItem = W::kItem, kValueUnit = kPacked ? 8 : 16;
   const int chunk = lane % W::kChunks;
   W w{a,
@@ -330,8 +346,8 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
     }
     __syncwarp();
   }
-  constexpr int kStride = kWarps * kTile, kStages = W::kStages;
-  int t = first + warp * kTile, ahead = t, stage = 0, fill = 0;
+  constexpr int kStride = W::kWays * kTile, kStages = W::kStages;
+  int t = first + warp / kHeads * kTile, ahead = t, stage = 0, fill = 0;
   // 16 bits a tile under way, the oldest lowest: whether each of its tokens exists.
   uint64_t known = 0;
   typename W::Row next = w.row_of(ahead);
@@ -350,7 +366,8 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   __syncthreads();
   uint32_t q[W::kSteps][4];
   float factor[W::kSets];
-  w.load_query(q, factor, staging, powers);
+  const int first_row = warp % kHeads * W::kRows;
+  w.load_query(q, factor, staging + first_row * kD * 2, powers + first_row);
   const float k_scale = a.k_scale == nullptr ? 1.0f : *a.k_scale;
   float scale[W::kSets];
 #pragma unroll
@@ -388,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
         const int token = W::token_at(i / 2, 2 * quad + i % 2);
         x[i] = c[i / 2][2 * set + i % 2] * scale[set];
         if (!plain) {
-          const int64_t h = first_head + row + 8 * set;
+          const int64_t h = kv_head * group + in_group + row + 8 * set;
           if (a.alibi != nullptr && row + 8 * set < heads) {
             x[i] += a.alibi[h] * static_cast<float>(t + token - length + 1) * kLog2E;
           }
@@ -455,16 +472,17 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   }
   __syncthreads();
   // A few threads a row, four elements at a time.
-  constexpr int kRowThreads = kThreads / W::kRows, kWarpFloats = W::kWarpBytes / 4;
-  const int g = threadIdx.x / kRowThreads;
-  if (g >= heads) return;
-  const float* shares = reinterpret_cast<const float*>(shared);
-  float top = -INFINITY, total = 0.0f, weight[kWarps];
+  constexpr int kRowThreads = kThreads / W::kAllRows, kWayFloats = kHeads * W::kWarpBytes / 4;
+  const int of_all = threadIdx.x / kRowThreads, g = of_all % W::kRows;
+  const int head = W::head_of(of_all, heads);
+  if (head < 0) return;
+  const float* shares = reinterpret_cast<const float*>(shared + of_all / W::kRows * W::kWarpBytes);
+  float top = -INFINITY, total = 0.0f, weight[W::kWays];
 #pragma unroll
-  for (int j = 0; j < kWarps; ++j) top = fmaxf(top, shares[j * kWarpFloats + W::kTops + g]);
+  for (int j = 0; j < W::kWays; ++j) top = fmaxf(top, shares[j * kWayFloats + W::kTops + g]);
 #pragma unroll
-  for (int j = 0; j < kWarps; ++j) {
-    const float* share = shares + j * kWarpFloats + W::kTops;
+  for (int j = 0; j < W::kWays; ++j) {
+    const float* share = shares + j * kWayFloats + W::kTops;
     weight[j] = share[g] == -INFINITY ? 0.0f : gpu::exp2_approx(share[g] - top);
     total += share[W::kRows + g] * weight[j];
   }
@@ -472,28 +490,28 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   for (int d = threadIdx.x % kRowThreads * 4; d < a.head_size; d += kRowThreads * 4) {
     float value[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int j = 0; j < kWarps; ++j) {
+    for (int j = 0; j < W::kWays; ++j) {
       const float4 x =
-          *reinterpret_cast<const float4*>(shares + j * kWarpFloats + g * W::kPitch + d);
+          *reinterpret_cast<const float4*>(shares + j * kWayFloats + g * W::kPitch + d);
       value[0] += x.x * weight[j], value[1] += x.y * weight[j];
       value[2] += x.z * weight[j], value[3] += x.w * weight[j];
     }
 #pragma unroll
     for (float& x : value) x *= v_scale;
-    write_result(a, splits, s, first_head + g, split, d, value, top, total);
+    write_result(a, splits, s, first_head + head, split, d, value, top, total);
   }
 }
 
-template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide>
+template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide, int kHeads = 1>
 void launch_decode(const PagedAttentionArgs& a, const Splits& splits, gpu::Stream stream) {
-  using W = Decode<T, kFormat, kD, kPacked, kWide>;
-  auto kernel = decode<T, kFormat, kD, kPacked, kWide>;
+  using W = Decode<T, kFormat, kD, kPacked, kWide, kHeads>;
+  auto kernel = decode<T, kFormat, kD, kPacked, kWide, kHeads>;
   static const gpu::Error configured = GPU_NAME(FuncSetAttribute)(
       kernel, GPU_NAME(FuncAttributeMaxDynamicSharedMemorySize), W::kSharedBytes);
   GPU_CHECK(configured);
   const int64_t group = a.heads / a.kv_heads;
   const dim3 grid(static_cast<unsigned>(splits.count),
-                  static_cast<unsigned>(a.kv_heads * gpu::ceil_div(group, W::kRows)),
+                  static_cast<unsigned>(a.kv_heads / kHeads * gpu::ceil_div(group, W::kRows)),
                   static_cast<unsigned>(a.sequences));
   gpu::launch_overlapped_with({.shared_bytes = W::kSharedBytes}, "paged_attention", kernel, grid,
                               kThreads, stream, a, splits);

@@ -14,6 +14,11 @@ void by_size(const PagedAttentionArgs& a, const Splits& splits, gpu::Stream stre
     return a.head_size > 64 ? launch_decode<T, kFormat, 128, false, true>(a, splits, stream)
                             : launch_decode<T, kFormat, 64, false, true>(a, splits, stream);
   }
+  if constexpr (kFormat == KvFormat::kCopy) {
+    if (splits.kv_heads == 2) {
+      return launch_decode<T, kFormat, 128, false, false, 2>(a, splits, stream);
+    }
+  }
   if constexpr (kNarrowToo) {
     return a.head_size > 64 ? launch_decode<T, kFormat, 128, false, false>(a, splits, stream)
                             : launch_decode<T, kFormat, 64, false, false>(a, splits, stream);

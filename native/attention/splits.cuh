@@ -21,6 +21,7 @@ struct Splits {
   int count;
   float *acc, *largest, *sum;
   int block_shift;  // log2 of the block size, or -1
+  int kv_heads;     // of a block: 1 or 2
 };
 
 // Tokens of a sequence that its table can name.

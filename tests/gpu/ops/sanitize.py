@@ -49,8 +49,26 @@ def many_rows(device: str) -> None:
     )
 
 
+def many_sequences(device: str) -> None:
+    """Decode attention with two KV heads a block, over caches that hold exactly the tokens."""
+    sequences, length = 150, 40
+    bf16 = dict(dtype=torch.bfloat16, device=device)
+    blocks = sequences * length // 8
+    table = torch.arange(blocks, dtype=torch.int32, device=device).view(sequences, -1)
+    kvcache_ops.paged_attention(
+        torch.zeros(sequences, 16, 128, **bf16),
+        torch.ones(sequences, 16, 128, **bf16),
+        torch.ones(blocks, 8, 4, 128, **bf16),
+        torch.ones(blocks, 8, 4, 128, **bf16),
+        table,
+        torch.full((sequences,), length, dtype=torch.int32, device=device),
+        128**-0.5,
+    )
+
+
 def main() -> None:
     many_rows("cuda")
+    many_sequences("cuda")
     count = 0
     for case in sample(4):
         args = case.args("cuda")
