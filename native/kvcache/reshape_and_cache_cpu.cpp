@@ -33,20 +33,47 @@ void transpose_square(C* out, int64_t out_stride, const C* in, int64_t in_stride
   for (int i = 0; i < kSide; ++i) std::memcpy(out + i * out_stride, a + i, 16);
 }
 
+// Rows of tokens, or none.
+template <class C>
+struct Rows {
+  const C* first;
+  int64_t stride;
+
+  const C* row(int64_t i) const { return first + i * stride; }
+  // Asks for the cache line that holds item j of row i, if that is its first: so many streams at
+  // once are more than the processor follows by itself.
+  void ask(int64_t i, int64_t j) const {
+    constexpr int64_t kItems = cpu::kLine / sizeof(C);
+    if (first != nullptr && j % kItems == 0) __builtin_prefetch(row(i) + j, 0, 2);
+  }
+};
+
+constexpr int64_t kTokens = 16;  // of a block that is written as a whole
+
+namespace whole {  // beside the lanes of runs_cpu.h
+#define LANES_KERNEL "kvcache/packed_lanes.h"
+#include "prim/cpu_each_isa.h"
+
+// kKeys tells which.
+template <bool kKeys, cpu::Stores kStores, class C>
+void write(C* block, const Rows<C>& rows, const Rows<C>& next, int64_t n) {
+  if constexpr (kKeys) {
+    PICK_ISA(keys_of_block<kStores, C>)(block, rows, next, n);
+  } else {
+    PICK_ISA(values_of_block<kStores, C>)(block, rows, next, n);
+  }
+}
+}  // namespace whole
+
 // Tokens side by side in one block, their rows of n = heads * head_size items of the cache.
 template <class C>
 struct Tokens {
-  const C* rows;
-  int64_t stride, count, block, off;
-  const C* next;  // as many rows that are read after these, or null
-  int64_t next_stride;
+  Rows<C> rows;
+  int64_t count, block, off;
+  Rows<C> next;  // as many rows that are read after these
 
-  // Asks for the cache line of those rows that holds item j, if that is its first: so many streams
-  // at once are more than the processor follows by itself.
   void ask_ahead(int64_t j) const {
-    constexpr int64_t kItems = cpu::kLine / sizeof(C);
-    if (next == nullptr || j % kItems != 0) return;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(next + i * next_stride + j, 0, 2);
+    for (int64_t i = 0; i < count; ++i) next.ask(i, j);
   }
 };
 
@@ -57,7 +84,7 @@ void scatter_keys(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
   for (int64_t c = 0; c < chunks; ++c, at += a.block_size * a.x) {
     t.ask_ahead(c * a.x);
     for (int64_t i = 0; i < t.count; ++i) {
-      std::memcpy(at + i * a.x, t.rows + i * t.stride + c * a.x, 16);
+      std::memcpy(at + i * a.x, t.rows.row(i) + c * a.x, 16);
     }
   }
 }
@@ -72,24 +99,36 @@ void scatter_values(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
     // Where the first item of a head goes, and how far apart its items are.
     const int64_t step = a.interleaved_v ? kSide : a.block_size;
     C* at = block + (a.interleaved_v ? off / kSide * d * kSide + off % kSide : off);
-    const C* row = t.rows + i * t.stride;
+    const C* row = t.rows.row(i);
     const bool square = t.count - i >= kSide && (!a.interleaved_v || off % kSide == 0);
     for (int64_t h = 0; h < a.heads; ++h, at += d * a.block_size, row += d) {
       int64_t j = 0;
       if (square) {
         for (; j + kSide <= d; j += kSide) {
           if (i == 0) t.ask_ahead(h * d + j);
-          transpose_square(at + j * step, step, row + j, t.stride);
+          transpose_square(at + j * step, step, row + j, t.rows.stride);
         }
       }
       for (; j < d; ++j) {
         for (int64_t k = 0; k < (square ? kSide : 1); ++k) {
-          at[j * step + k] = row[k * t.stride + j];
+          at[j * step + k] = row[k * t.rows.stride + j];
         }
       }
     }
     i += square ? kSide : 1;
   }
+}
+
+// Keys or values, as whole lines where the tokens fill a block of 16.
+template <bool kKeys, cpu::Stores kStores, class C>
+void scatter(const ReshapeAndCacheArgs& a, const Tokens<C>& t) {
+  const int64_t n = a.heads * a.head_size;
+  C* block = static_cast<C*>(kKeys ? a.key_cache : a.value_cache) + t.block * n * a.block_size;
+  const bool fills = t.count == kTokens && a.block_size == kTokens;
+  if (fills && n * sizeof(C) % 64 == 0 && (kKeys || !a.interleaved_v)) {
+    return whole::write<kKeys, kStores>(block, t.rows, t.next, n);
+  }
+  kKeys ? scatter_keys(a, t) : scatter_values(a, t);
 }
 
 // How many of the tokens [t, end) follow each other in the block of token t.
@@ -108,50 +147,62 @@ inline void ask_to_write(const void* at, int64_t bytes) {
 }
 
 // T is what the tokens hold, C what the cache does: the same for a copy.
-template <class T, class C>
+template <cpu::Stores kStores, class T, class C>
 void write(const ReshapeAndCacheArgs& a, int64_t t, int64_t count) {
   const int64_t n = a.heads * a.head_size;
   const int64_t block = a.slots[t] / a.block_size, off = a.slots[t] % a.block_size;
-  const T* key = static_cast<const T*>(a.key) + t * a.key_stride;
-  const T* value = static_cast<const T*>(a.value) + t * a.value_stride;
+  const Rows<T> key{static_cast<const T*>(a.key) + t * a.key_stride, a.key_stride};
+  const Rows<T> value{static_cast<const T*>(a.value) + t * a.value_stride, a.value_stride};
   if constexpr (std::is_same_v<T, C>) {
-    scatter_keys<C>(a, {key, a.key_stride, count, block, off, value, a.value_stride});
-    const T* next_key = key + count * a.key_stride;
-    scatter_values<C>(a, {value, a.value_stride, count, block, off, next_key, a.key_stride});
+    scatter<true, kStores>(a, Tokens<C>{key, count, block, off, value});
+    scatter<false, kStores>(a, Tokens<C>{value, count, block, off, {key.row(count), key.stride}});
   } else {
     thread_local std::vector<C> codes;
     codes.resize(count * n);
-    const auto quantize = [&](const T* rows, int64_t stride, const float* scale, void* cache) {
+    const auto quantize = [&](const Rows<T>& rows, const float* scale, void* cache) {
       const C* at = static_cast<const C*>(cache) + (block * a.block_size + off) * n;
       for (int64_t i = 0; i < count; ++i, at += n) {
-        ask_to_write(at, n);  // of a whole block, what the codes of one token fill
-        store_run(codes.data() + i * n, rows + i * stride, n, a.format, *scale);
+        if (kStores == cpu::Stores::kCached) {
+          ask_to_write(at, n);  // of a whole block, what the codes of one token fill
+        }
+        store_run(codes.data() + i * n, rows.row(i), n, a.format, *scale);
       }
+      return Tokens<C>{{codes.data(), n}, count, block, off, {nullptr, 0}};
     };
-    quantize(key, a.key_stride, a.k_scale, a.key_cache);
-    scatter_keys<C>(a, {codes.data(), n, count, block, off, nullptr, 0});
-    quantize(value, a.value_stride, a.v_scale, a.value_cache);
-    scatter_values<C>(a, {codes.data(), n, count, block, off, nullptr, 0});
+    scatter<true, kStores>(a, quantize(key, a.k_scale, a.key_cache));
+    scatter<false, kStores>(a, quantize(value, a.v_scale, a.value_cache));
   }
 }
 
-template <class T, class C>
-void run(const ReshapeAndCacheArgs& a) {
+template <cpu::Stores kStores, class T, class C>
+void run_storing(const ReshapeAndCacheArgs& a) {
   // A task is some tokens: enough for whole squares, few enough for every thread to have some.
   const int64_t share = a.tokens >= 1024 ? 64 : 16;
   const int64_t tasks = (a.tokens + share - 1) / share;
-  cpu::parallel_for(tasks, 4 * sizeof(T) * a.heads * a.head_size * share, [&](int64_t task) {
-    const int64_t end = std::min(a.tokens, (task + 1) * share);
+  const int64_t cost = 4 * sizeof(T) * a.heads * a.head_size * share;
+  cpu::parallel_spans(tasks, cost, [&](int64_t task, int64_t last) {
+    const int64_t end = std::min(a.tokens, last * share);
     for (int64_t t = task * share; t < end;) {
       if (a.slots[t] < 0 || a.slots[t] >= a.num_blocks * a.block_size) {
         ++t;
         continue;
       }
       const int64_t count = side_by_side(a, t, end);
-      write<T, C>(a, t, count);
+      write<kStores, T, C>(a, t, count);
       t += count;
     }
+    if constexpr (kStores == cpu::Stores::kStreamed) cpu::finish_streaming();
   });
+}
+
+template <class T, class C>
+void run(const ReshapeAndCacheArgs& a) {
+  const int64_t row = a.heads * a.head_size * sizeof(C);
+  const int64_t moved = 2 * a.tokens * a.heads * a.head_size * (sizeof(T) + sizeof(C));
+  const bool streams = cpu::beyond_caches(moved) && cpu::on_lines(a.key_cache, {16 * row}) &&
+                       cpu::on_lines(a.value_cache, {16 * row});
+  return streams ? run_storing<cpu::Stores::kStreamed, T, C>(a)
+                 : run_storing<cpu::Stores::kCached, T, C>(a);
 }
 
 }  // namespace

@@ -80,3 +80,26 @@ def test_reshape_and_cache_flash() -> None:
         expected = torch.zeros_like(cache).flatten(0, 1)
         expected[slots[slots >= 0]] = rows[slots >= 0]
         assert torch.equal(cache.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_reshape_and_cache(dtype: torch.dtype, kv_dtype: str) -> None:
+    rows = ROWS if dtype == torch.float32 else 2 * ROWS
+    make = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(rows, 16, 128, generator=make).to(dtype) for _ in range(2))
+    stored = dtype if kv_dtype == "auto" else torch.uint8
+    x = 16 // stored.itemsize
+    shapes = (rows // 16 + 1, 16, 128 // x, 16, x), (rows // 16 + 1, 16, 128, 16)
+    whole, parts = ([torch.zeros(s, dtype=stored) for s in shapes] for _ in range(2))
+    blocks = torch.randperm(rows // 16 + 1, generator=make)[: rows // 16]
+    slots = (blocks.unsqueeze(1) * 16 + torch.arange(16)).flatten()
+    slots[7] = -1  # one block that is not filled
+    scale = torch.tensor([0.3])
+    kvcache_ops.reshape_and_cache(key, value, *whole, slots, kv_dtype, scale, scale)
+    for i in range(0, rows, PART):
+        of = slice(i, i + PART)
+        given = (key[of], value[of], *parts, slots[of])
+        kvcache_ops.reshape_and_cache(*given, kv_dtype, scale, scale)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
