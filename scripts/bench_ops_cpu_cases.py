@@ -24,7 +24,7 @@ from bench_ops_cpu_case import (
 )
 from bench_ops_cpu_plain import BLOCK
 
-# Decode attention has a quarter of the heads; the context of each of n sequences.
+# Decode attention has a quarter of the heads; the context of each of n sequences, 64 of any other n.
 CONTEXT = {1: 4096, 64: 1024, 4096: 64}
 
 
@@ -73,7 +73,7 @@ def elementwise(n: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def attention(n: int, dtype: torch.dtype) -> Iterator[Case]:
-    hq, hkv, context = HEADS // 4, KV_HEADS // 4, CONTEXT[n]
+    hq, hkv, context = HEADS // 4, KV_HEADS // 4, CONTEXT.get(n, 64)
     width = context // BLOCK
     query = randn(n, hq, HEAD, dtype=dtype)
     common = dict(
