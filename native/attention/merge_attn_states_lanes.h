@@ -36,8 +36,8 @@ template <cpu::Stores kStores, class T>
 void weighted(T* out, const T* prefix, const T* suffix, int64_t n, float a, float b) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    prefetch<kStores>(prefix + i);
-    prefetch<kStores>(suffix + i);
+    prefetch<kStores, 2 * kWidth>(prefix + i);
+    prefetch<kStores, 2 * kWidth>(suffix + i);
     store_pair<true, kStores>(out + i, weighted_pair(prefix + i, suffix + i, a, b));
   }
   if (i == n) return;

@@ -143,11 +143,6 @@ LANES void interleaved(T* out, const T* pairs, float alpha, float limit) {
   for (int i = 0; i < kCount; i += 2) store_two<kStores>(out + i * kWidth, x.v[i], x.v[i + 1]);
 }
 
-template <cpu::Stores kStores, int64_t kItems, class T>
-LANES void prefetch_lines(const T* at) {
-  for (int64_t i = 0; i < kItems; i += cpu::kLine / sizeof(T)) prefetch<kStores>(at + i);
-}
-
 // n outputs of one row. x and y point at the first element of each half; for kSwigluOai x points at
 // the pairs.
 template <Activation kAct, cpu::Stores kStores, class T>
@@ -156,13 +151,13 @@ void activate_run(T* out, const T* x, const T* y, int64_t n, float alpha, float 
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
     // Streams that start anew every few KB: the processor alone sees them too late.
-    if constexpr (kStores == cpu::Stores::kCached) prefetch_lines<kStores, kStep>(out + i);
+    if constexpr (kStores == cpu::Stores::kCached) prefetch<kStores, kStep>(out + i);
     if constexpr (kPairs) {
-      prefetch_lines<kStores, 2 * kStep>(x + 2 * i);
+      prefetch<kStores, 2 * kStep>(x + 2 * i);
       interleaved<kAct, kStores>(out + i, x + 2 * i, alpha, limit);
     } else {
-      prefetch_lines<kStores, kStep>(x + i);
-      prefetch_lines<kStores, kStep>(y + i);
+      prefetch<kStores, kStep>(x + i);
+      prefetch<kStores, kStep>(y + i);
       halves<kAct, kStores>(out + i, x + i, y + i, alpha, limit);
     }
   }

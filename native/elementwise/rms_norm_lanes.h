@@ -56,7 +56,9 @@ LANES void scale_row(T* out, const T* x, const T* weight, int64_t n, float by, c
   const Floats factor = splat(by);
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    if (ahead) __builtin_prefetch(next + i, 0, kStreamed ? 0 : 3);
+    for (int64_t j = i; ahead && j < i + 2 * kWidth; j += cpu::kLine / sizeof(T)) {
+      __builtin_prefetch(next + j, 0, kStreamed ? 0 : 3);
+    }
     scale_pair<kStores>(out + i, x + i, weight == nullptr ? nullptr : weight + i, factor);
   }
   if (i == n) return;

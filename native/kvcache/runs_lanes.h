@@ -138,7 +138,7 @@ template <cpu::Fp8 kFormat, By kBy, cpu::Stores kStores, class T>
 LANES int64_t quantize_pairs(uint8_t* out, const T* x, int64_t n, Floats scale) {
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    prefetch<kStores>(x + i);
+    prefetch<kStores, 2 * kWidth>(x + i);
     quantize_pair<kFormat, kBy, kStores>(out + i, x + i, scale);
   }
   return i;

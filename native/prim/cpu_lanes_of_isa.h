@@ -75,12 +75,14 @@ LANES float largest_of(Floats x) {
   return x[0];
 }
 
-// Asks for what lies 2 KB further on, wherever that is; for kStreamed into the first cache alone,
-// as what is streamed passes once.
-template <cpu::Stores kStores = cpu::Stores::kCached>
-LANES void prefetch(const void* at) {
-  __builtin_prefetch(static_cast<const char*>(at) + 2048, 0,
-                     kStores == cpu::Stores::kCached ? 3 : 0);
+// Asks for the cache lines of so many items, or the one line, 2 KB further on, whatever lies there;
+// for kStreamed into the first cache alone, as what is streamed passes once.
+template <cpu::Stores kStores = cpu::Stores::kCached, int64_t kItems = 1, class T>
+LANES void prefetch(const T* at) {
+  constexpr int kLocality = kStores == cpu::Stores::kCached ? 3 : 0;
+  for (int64_t i = 0; i < kItems; i += cpu::kLine / sizeof(T)) {
+    __builtin_prefetch(reinterpret_cast<const char*>(at + i) + 2048, 0, kLocality);
+  }
 }
 
 // A vector to memory: kStreamed past the caches (see prim/cpu_stream.h), to a multiple of its size.
