@@ -17,6 +17,7 @@ from bench_ops_cpu_case import (
     SIXTEEN,
     Case,
     angles,
+    cache_blocks,
     case,
     error_of,
     one,
@@ -30,7 +31,7 @@ from torch import Tensor
 
 def writes(n: int, dtype: torch.dtype) -> Iterator[Case]:
     key, value = (randn(n, KV_HEADS, HEAD, dtype=dtype) for _ in range(2))
-    blocks = n // BLOCK + 1
+    blocks = cache_blocks(n)
     for kv in ("auto", "fp8"):
         dt = U8 if kv == "fp8" else dtype
         common = dict(
@@ -63,7 +64,7 @@ def writes(n: int, dtype: torch.dtype) -> Iterator[Case]:
 
 def mla_writes(n: int, dtype: torch.dtype) -> Iterator[Case]:
     kv_c, k_pe = randn(n, LATENT, dtype=dtype), randn(n, ROPE, dtype=dtype)
-    blocks, mapping, entry = n // BLOCK + 1, slots(n), LATENT + ROPE
+    blocks, mapping, entry = cache_blocks(n), slots(n), LATENT + ROPE
     common = dict(kv_c=kv_c, k_pe=k_pe, slot_mapping=mapping, scale=one())
     for kv in ("auto", "fp8", "fp8_ds_mla"):
         ds = kv == "fp8_ds_mla"
@@ -110,7 +111,7 @@ def grouped(n: int) -> Case:
         k_pe=randn(LAYERS, n, ROPE, dtype=BF16),
         slot_mapping=torch.stack([slots(n) for _ in range(LAYERS)]),
     )
-    caches = torch.zeros(LAYERS, n // BLOCK + 1, BLOCK, LATENT + ROPE, dtype=BF16)
+    caches = torch.zeros(LAYERS, cache_blocks(n), BLOCK, LATENT + ROPE, dtype=BF16)
     pointers = dict(
         kv_cache_ptrs=torch.tensor([c.data_ptr() for c in caches]),
         block_size=BLOCK,
@@ -205,7 +206,7 @@ def indexer_views(cache: Tensor) -> dict[str, Tensor]:
 
 
 def indexer_write(n: int, dtype: torch.dtype) -> Iterator[Case]:
-    cache = torch.zeros(n // BLOCK + 1, BLOCK, HEAD + 4, dtype=U8)
+    cache = torch.zeros(cache_blocks(n), BLOCK, HEAD + 4, dtype=U8)
     inputs = dict(k=randn(n, HEAD, dtype=dtype), slot_mapping=slots(n))
     yield case(
         "indexer_k_quant_and_cache",

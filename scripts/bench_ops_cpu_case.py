@@ -2,7 +2,8 @@
 
 Shapes are those of a model with hidden size 4096, 32 query and 8 KV heads of 128, blocks of 16
 tokens; MLA with a latent of 512 and 64 rotary elements. Blocks lie anywhere in the cache, the
-tokens of a block one after the other, as a prefill leaves them.
+tokens of a block one after the other, as a prefill leaves them; a cache that is written to holds
+other sequences too, and most neighbours of a block are theirs.
 """
 
 from __future__ import annotations
@@ -56,9 +57,14 @@ def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
+def cache_blocks(n: int) -> int:
+    """Blocks of a cache that n tokens are written to: four times as many as they fill."""
+    return 4 * (n // BLOCK + 1)
+
+
 def slots(n: int) -> Tensor:
     """n slots: blocks in a random order, the tokens of a block side by side."""
-    blocks = torch.randperm(n // BLOCK + 1).unsqueeze(1)
+    blocks = torch.randperm(cache_blocks(n))[: n // BLOCK + 1].unsqueeze(1)
     return (blocks * BLOCK + torch.arange(BLOCK)).flatten()[:n].contiguous()
 
 

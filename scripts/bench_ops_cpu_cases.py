@@ -24,7 +24,7 @@ from bench_ops_cpu_case import (
 )
 from bench_ops_cpu_plain import BLOCK
 
-# Decode attention has a quarter of the heads; the context of each of n sequences, 64 of any other n.
+# Decode attention has a quarter of the heads; the context of each of n sequences, else 64.
 CONTEXT = {1: 4096, 64: 1024, 4096: 64}
 
 

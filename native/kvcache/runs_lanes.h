@@ -26,8 +26,10 @@ void copy_two_runs(char* out, const char* in, char* other_out, const char* other
                    int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
   for (int64_t i = 0; i < bytes; i += kBytes) {
-    prefetch(in + i);
-    prefetch(other_in + i);
+    if constexpr (kStores == cpu::Stores::kStreamed) {
+      prefetch<kStores>(in + i);
+      prefetch<kStores>(other_in + i);
+    }
     put<kStores>(out + i, load_as<Words>(in + i));
     put<kStores>(other_out + i, load_as<Words>(other_in + i));
   }
