@@ -1,6 +1,6 @@
 // Gated activations of one run of a row, for one instruction set (see prim/cpu_lanes.h).
 
-// x / (1 + e^-s) for x and s of one sign, 0 for -inf but NaN where x is one too.
+// x / (1 + e^-s): -0 where e^-s is infinite, NaN where x is as well.
 template <int kBits, class V>
 LANES V times_sigmoid(V x, V s) {
   if constexpr (kBits == 24) s = at_most(at_least(s, -105.0f), 105.0f);
