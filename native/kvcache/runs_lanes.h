@@ -26,7 +26,7 @@ void copy_two_runs(char* out, const char* in, char* other_out, const char* other
                    int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
   for (int64_t i = 0; i < bytes; i += kBytes) {
-    if constexpr (kStores == cpu::Stores::kStreamed) {
+    if constexpr (kStores == cpu::Stores::kStreamed) {  // what the caches hold comes sooner unasked
       prefetch<kStores>(in + i);
       prefetch<kStores>(other_in + i);
     }
@@ -179,8 +179,9 @@ template <cpu::Fp8 kFormat, cpu::Stores kStores, class T>
 void dequantize_run(T* out, const uint8_t* codes, int64_t n, float scale) {
   const Floats s = splat(scale == scale ? scale : NAN);  // a NaN that store_pair<false> takes
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth)
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
     dequantize_pair<kFormat, kStores>(out + i, codes + i, s);
+  }
   if (i == n) return;
   uint8_t in[2 * kWidth] = {};
   T result[2 * kWidth];
