@@ -27,7 +27,6 @@ LANES Scalar for_vector(int /*i*/, Scalar x) {
     for (int i = 0; i < kCount; ++i) y.v[i] = f(x.v[i], for_vector(i, more)...); \
     return y;                                                                    \
   }
-OF_EACH(magnitude)
 OF_EACH(at_least)
 OF_EACH(at_most)
 OF_EACH(if_above)

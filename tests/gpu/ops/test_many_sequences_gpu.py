@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_attention import block_tables, fill, spoil
-from cases_cache import flash_cache
+from cases_attention import paged_args
 from ops_checks import check
 from ops_maker import BF16, ONE_ULP, Args, Case, Maker
 
@@ -33,25 +32,7 @@ def test_paged_attention(
 
     def build(m: Maker) -> Args:
         lens = [m.random.choice([0, 1, 15, 16, 64, m.random.randrange(100)]) for _ in range(170)]
-        nb = sum(-(-n // bs) for n in lens) + 1
-        table = block_tables(m, lens, nb, bs)
-        caches = []
-        for seed in (5, 6):
-            cache = flash_cache(Maker(seed, torch.device("cpu")), layout, nb, bs, hkv, d, dtype)
-            fill(m, cache, "auto")
-            spoil(m, cache, table, lens, bs, packed=False)
-            caches.append(m.put(cache))
-        return dict(
-            out=m.poison(len(lens), hq, d, dtype=dtype),
-            query=m.normal(len(lens), hq, d + 8, dtype=dtype)[:, :, :d],
-            key_cache=caches[0],
-            value_cache=caches[1],
-            block_tables=table,
-            seq_lens=m.ints(lens, torch.int32),
-            scale=d**-0.5,
-            out_lse=m.poison(hq, len(lens)),
-            alibi_slopes=m.normal(hq, std=0.1) if alibi else None,
-        )
+        return paged_args(m, lens, hq, hkv, bs, d, dtype, "auto", layout, alibi)
 
     case = Case("paged_attention", f"{layout} {hq} {hkv} {d}", build, 41, 2.0, ONE_ULP[dtype])
     check(case, "cuda")

@@ -54,6 +54,45 @@ def spoil(m: Maker, cache: Tensor, table: Tensor, lens: list[int], bs: int, pack
 LENGTHS = [[1], [0, 5, 33], [17, 0, 64, 200, 3], [700, 1030], [2500]]
 
 
+def paged_args(
+    m: Maker,
+    lens: list[int],
+    hq: int,
+    hkv: int,
+    bs: int,
+    d: int,
+    dtype: torch.dtype,
+    kv: str,
+    layout: str,
+    alibi: bool,
+) -> Args:
+    """Arguments of paged_attention over caches of a flash layout, full of what must not be read."""
+    nb = sum(-(-n // bs) for n in lens) + 1
+    table = block_tables(m, lens, nb, bs)
+    caches = []
+    for seed in (5, 6):
+        around = Maker(seed, torch.device("cpu"))
+        cache = flash_cache(around, layout, nb, bs, hkv, d, cache_dtype(dtype, kv))
+        fill(m, cache, kv)
+        spoil(m, cache, table, lens, bs, packed=False)
+        caches.append(m.put(cache))
+    query = m.normal(len(lens), hq, d + 8, dtype=dtype)[:, :, :d]
+    return dict(
+        out=m.poison(len(lens), hq, d, dtype=dtype),
+        query=query,
+        key_cache=caches[0],
+        value_cache=caches[1],
+        block_tables=table,
+        seq_lens=m.ints(lens, torch.int32),
+        scale=d**-0.5,
+        out_lse=m.poison(hq, len(lens)),
+        alibi_slopes=m.normal(hq, std=0.1) if alibi else None,
+        kv_cache_dtype=kv,
+        k_scale=m.floats(0.5) if kv != "auto" else None,
+        v_scale=m.floats(1.3) if kv != "auto" else None,
+    )
+
+
 def _paged() -> Iterator[Case]:
     heads = [(1, 1), (8, 1), (8, 2), (6, 6), (32, 8), (128, 8), (5, 1)]
     for i, (lens, (hq, hkv), bs, d) in enumerate(
@@ -79,31 +118,7 @@ def _paged() -> Iterator[Case]:
             layout: str = layout,
             alibi: bool = i % 5 == 0,
         ) -> Args:
-            nb = sum(-(-n // bs) for n in lens) + 1
-            table = block_tables(m, lens, nb, bs)
-            caches = []
-            for _ in range(2):
-                cache = flash_cache(
-                    Maker(5, torch.device("cpu")), layout, nb, bs, hkv, d, cache_dtype(dtype, kv)
-                )
-                fill(m, cache, kv)
-                spoil(m, cache, table, lens, bs, packed=False)
-                caches.append(m.put(cache))
-            query = m.normal(len(lens), hq, d + 8, dtype=dtype)[:, :, :d]
-            return dict(
-                out=m.poison(len(lens), hq, d, dtype=dtype),
-                query=query,
-                key_cache=caches[0],
-                value_cache=caches[1],
-                block_tables=table,
-                seq_lens=m.ints(lens, torch.int32),
-                scale=d**-0.5,
-                out_lse=m.poison(hq, len(lens)),
-                alibi_slopes=m.normal(hq, std=0.1) if alibi else None,
-                kv_cache_dtype=kv,
-                k_scale=m.floats(0.5) if kv != "auto" else None,
-                v_scale=m.floats(1.3) if kv != "auto" else None,
-            )
+            return paged_args(m, lens, hq, hkv, bs, d, dtype, kv, layout, alibi)
 
         name = text(dtype, kv, layout, sum(lens), hq, hkv, bs, d)
         # Probabilities are rounded to the dtype in another order, and the sum cancels; a bias of
