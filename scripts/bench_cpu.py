@@ -42,6 +42,8 @@ def run_ranks(world_size: int, with_mpi: bool, options: argparse.Namespace) -> l
     script = str(Path(__file__).with_name("bench_cpu_rank.py"))
     me = [sys.executable, script, "--ops", *options.ops, "--dtypes", *options.dtypes]
     me += ["--with-mpi"] if with_mpi else []
+    me += ["--pin"] if options.pin else []
+    me += ["--threads", str(options.threads), "--work-us", str(options.work_us)]
     me += ["--sizes", *map(str, options.sizes)] if options.sizes else []
     environment = dict(os.environ, MASTER_PORT=str(store.port), WORLD_SIZE=str(world_size))
     if with_mpi:
@@ -193,6 +195,11 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--sizes", type=int, nargs="+", help="bytes that one rank contributes")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of a rank")
+    parser.add_argument("--pin", action="store_true", help="pin each rank to its share of the CPUs")
+    parser.add_argument(
+        "--work-us", type=float, default=0.0, help="other work of each rank before each call"
+    )
     parser.add_argument("--json", help="write the rows and the machine's facts here")
     parser.add_argument("--markdown", help="write the table here")
     parser.add_argument("--plot", help="write a PNG here (needs matplotlib: the extra `plot`)")

@@ -30,9 +30,13 @@ OURS = "communicators"
 class Systems:
     """The calls to compare: system -> function of no arguments, for one op and tensors."""
 
-    def __init__(self, with_mpi: bool) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, with_mpi: bool, threads: int, pin: bool) -> None:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if pin:  # before anything opens, as an engine pins its workers
+            cpus = sorted(os.sched_getaffinity(0))
+            first, end = (len(cpus) * r // self.world_size for r in (self.rank, self.rank + 1))
+            os.sched_setaffinity(0, cpus[first : max(end, first + 1)])
+        torch.set_num_threads(threads)
         store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size)
         group = Group(store, self.rank, self.world_size, settings=Settings())
@@ -109,7 +113,32 @@ def expected(op: str, x: Any, out: Any, rank: int, world_size: int) -> Any:
     return torch.arange(1.0, world_size + 1).repeat_interleave(x.numel()).to(x.dtype)
 
 
-def measure(systems: Systems, op: str, dtype: Any, nbytes: int) -> dict[str, list[float]]:
+def spend(us: float) -> None:
+    """Other work between two calls."""
+    ends = time.perf_counter() + us * 1e-6
+    while time.perf_counter() < ends:
+        pass
+
+
+def seconds_of(call: Callable[[], Any], count: int, work_us: float) -> float:
+    """Of one call: on average back to back, the median with other work before each."""
+    if not work_us:
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - started) / count
+    took = []
+    for _ in range(count):
+        spend(work_us)
+        started = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - started)
+    return statistics.median(took)
+
+
+def measure(
+    systems: Systems, op: str, dtype: Any, nbytes: int, work_us: float
+) -> dict[str, list[float]]:
     """Microseconds a call, for each system and round, of this rank."""
     rank, world_size = systems.rank, systems.world_size
     barrier = systems.ours.barrier
@@ -130,16 +159,13 @@ def measure(systems: Systems, op: str, dtype: Any, nbytes: int) -> dict[str, lis
         for _ in range(3):
             call()
         one = (time.perf_counter() - started) / 3
-        counts[name] = int(max(2, min(2000, ROUND_S / one)))
+        counts[name] = int(max(2, min(2000, ROUND_S / (one + work_us * 1e-6))))
     chosen = systems.ours.group.gather_objects("counts", counts)[0]  # the same on all ranks
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             barrier()
-            started = time.perf_counter()
-            for _ in range(chosen[name]):
-                call()
-            times[name].append((time.perf_counter() - started) / chosen[name] * 1e6)
+            times[name].append(seconds_of(call, chosen[name], work_us) * 1e6)
     return times
 
 
@@ -149,8 +175,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", required=True)
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--with-mpi", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--work-us", type=float, default=0.0)
     options = parser.parse_args()
-    systems = Systems(options.with_mpi)
+    systems = Systems(options.with_mpi, options.threads, options.pin)
     group = systems.ours.group
     for op in options.ops:
         for dtype_name in options.dtypes if op == "all_reduce" else options.dtypes[:1]:
@@ -158,7 +187,7 @@ def main() -> None:
             for nbytes in options.sizes or sizes:
                 if op != "all_reduce" and nbytes * systems.world_size > MAX_RESULT_BYTES:
                     continue
-                mine = measure(systems, op, getattr(torch, dtype_name), nbytes)
+                mine = measure(systems, op, getattr(torch, dtype_name), nbytes, options.work_us)
                 every = group.gather_objects("times", mine)
                 rounds = {
                     name: [max(us) for us in zip(*(t[name] for t in every), strict=True)]

@@ -18,8 +18,10 @@ namespace {
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
+// What one lane does of it.
 struct AllReduce {
   Team& team;
+  Lane& lane;
   const DType dtype;
   const std::byte* const inp;
   std::byte* const out;
@@ -31,31 +33,24 @@ struct AllReduce {
   // The message fits beside the flag.
   void in_line() {
     const size_t bytes = elements * size;
-    const uint32_t epoch = team.next_step();
-    team.publish(epoch, inp, bytes);
-    team.wait_all(epoch);
+    const uint32_t epoch = lane.next_step();
+    lane.publish(epoch, inp, bytes);
+    lane.wait_all(epoch);
     const void* sources[kMaxRanks];
     for (int p = 0; p < w; ++p) {
-      sources[p] = p == rank ? inp : team.payload(p, epoch);
+      sources[p] = p == rank ? inp : lane.payload(p, epoch);
     }
     sum(dtype, out, nullptr, sources, w, elements);
   }
 
   void one_shot() {
-    const uint32_t epoch = team.next_step();
-    std::byte* mine = team.my_slot(epoch);
-    team.parallel(elements, size, [&](size_t begin, size_t end) {
-      std::memcpy(mine + begin * size, inp + begin * size, (end - begin) * size);
-    });
-    team.publish(epoch);
-    team.wait_all(epoch);
-    team.parallel(elements, size * w, [&](size_t begin, size_t end) {
-      const void* sources[kMaxRanks];
-      for (int p = 0; p < w; ++p) {
-        sources[p] = (p == rank ? inp : team.slot(p, epoch)) + begin * size;
-      }
-      sum(dtype, out + begin * size, nullptr, sources, w, end - begin);
-    });
+    const uint32_t epoch = lane.next_step();
+    std::memcpy(lane.my_slot(epoch), inp, elements * size);
+    lane.publish(epoch);
+    lane.wait_all(epoch);
+    const void* sources[kMaxRanks];
+    for (int p = 0; p < w; ++p) sources[p] = p == rank ? inp : lane.slot(p, epoch);
+    sum(dtype, out, nullptr, sources, w, elements);
   }
 
   // A chunk and its parts.
@@ -76,83 +71,69 @@ struct AllReduce {
   size_t offset(const Chunk& c, int p, int q) const { return (q - (q > p)) * c.part * size; }
 
   void contribute(const Chunk& c, uint32_t epoch) {
-    std::byte* mine = team.my_slot(epoch);
+    std::byte* mine = lane.my_slot(epoch);
     for (int q = 0; q < w; ++q) {
       if (q == rank) continue;
-      const std::byte* from = inp + (c.start + c.begin(q)) * size;
-      std::byte* to = mine + offset(c, rank, q);
-      team.parallel(c.count(q), size, [&](size_t begin, size_t end) {
-        std::memcpy(to + begin * size, from + begin * size, (end - begin) * size);
-      });
+      std::memcpy(mine + offset(c, rank, q), inp + (c.start + c.begin(q)) * size,
+                  c.count(q) * size);
     }
   }
 
   void reduce(const Chunk& c, uint32_t contributed, uint32_t reduced) {
     const size_t first = c.start + c.begin(rank);
-    std::byte* copy = team.my_slot(reduced);
-    team.parallel(c.count(rank), size * w, [&](size_t begin, size_t end) {
-      const void* sources[kMaxRanks];
-      for (int p = 0; p < w; ++p) {
-        sources[p] = p == rank ? inp + (first + begin) * size
-                               : team.slot(p, contributed) + offset(c, p, rank) + begin * size;
-      }
-      sum(dtype, out + (first + begin) * size, copy + begin * size, sources, w, end - begin);
-    });
+    const void* sources[kMaxRanks];
+    for (int p = 0; p < w; ++p) {
+      sources[p] = p == rank ? inp + first * size : lane.slot(p, contributed) + offset(c, p, rank);
+    }
+    sum(dtype, out + first * size, lane.my_slot(reduced), sources, w, c.count(rank));
   }
 
   void collect(const Chunk& c, uint32_t reduced) {
     for (int i = 1; i < w; ++i) {
       const int p = (rank + i) % w;  // not all from the same rank at once
-      const std::byte* from = team.slot(p, reduced);
-      std::byte* to = out + (c.start + c.begin(p)) * size;
-      team.parallel(c.count(p), size, [&](size_t begin, size_t end) {
-        std::memcpy(to + begin * size, from + begin * size, (end - begin) * size);
-      });
+      std::memcpy(out + (c.start + c.begin(p)) * size, lane.slot(p, reduced), c.count(p) * size);
     }
   }
 
   void two_shot() {
-    const size_t slot = std::min(team.tuning().chunk_bytes, team.layout().slot_bytes);
+    const size_t slot = std::min(team.tuning().chunk_bytes, lane.slot_bytes());
     const size_t most = std::max(slot / size / (w - 1) / kPartAlign, size_t{1}) * kPartAlign * w;
     const size_t chunks = (elements + most - 1) / most;
     chunk_elements = round_up((elements + chunks - 1) / chunks, kPartAlign * w);
     const size_t count = (elements + chunk_elements - 1) / chunk_elements;
 
-    uint32_t contributed = team.next_step();
+    uint32_t contributed = lane.next_step();
     contribute(chunk(0), contributed);
-    team.publish(contributed);
+    lane.publish(contributed);
     uint32_t reduced_before = 0;
     for (size_t c = 0; c < count; ++c) {
       uint32_t contributed_next = 0;
       if (c + 1 < count) {
-        contributed_next = team.next_step();
+        contributed_next = lane.next_step();
         contribute(chunk(c + 1), contributed_next);
-        team.publish(contributed_next);
+        lane.publish(contributed_next);
       }
-      team.wait_all(contributed);
-      const uint32_t reduced = team.next_step();
+      lane.wait_all(contributed);
+      const uint32_t reduced = lane.next_step();
       reduce(chunk(c), contributed, reduced);
-      team.publish(reduced);
+      lane.publish(reduced);
       if (c > 0) {
-        team.wait_all(reduced_before);
+        lane.wait_all(reduced_before);
         collect(chunk(c - 1), reduced_before);
       }
       contributed = contributed_next;
       reduced_before = reduced;
     }
-    team.wait_all(reduced_before);
+    lane.wait_all(reduced_before);
     collect(chunk(count - 1), reduced_before);
   }
 
-  void run() {
-    const size_t bytes = elements * size;
-    if (bytes <= kPayloadBytes) return in_line();
-    size_t limit = std::min(team.tuning().one_shot_bytes, team.layout().slot_bytes);
+  bool fits_one_shot() const {
+    size_t limit = std::min(team.tuning().one_shot_bytes, lane.slot_bytes());
     // Every rank adds everything in one-shot; where adding is slower than copying, less is too
     // much.
     if (dtype == DType::kBF16 || dtype == DType::kF16) limit /= 4;
-    if (bytes <= limit) return one_shot();
-    two_shot();
+    return elements * size <= limit;
   }
 };
 
@@ -160,9 +141,21 @@ struct AllReduce {
 
 void all_reduce(Team& team, DType dtype, const void* inp, void* out, size_t elements) {
   if (elements == 0) return;
-  const Call call(team, {Op::kAllReduce, dtype, 0, elements * sum_element_size(dtype)});
-  AllReduce{team, dtype, static_cast<const std::byte*>(inp), static_cast<std::byte*>(out), elements}
-      .run();
+  const size_t size = sum_element_size(dtype);
+  const Call call(team, {Op::kAllReduce, dtype, 0, elements * size});
+  const auto part = [&](Lane& lane, size_t begin, size_t end) {
+    return AllReduce{team,
+                     lane,
+                     dtype,
+                     static_cast<const std::byte*>(inp) + begin * size,
+                     static_cast<std::byte*>(out) + begin * size,
+                     end - begin};
+  };
+  AllReduce whole = part(team.lane(), 0, elements);
+  if (elements * size <= kPayloadBytes) return whole.in_line();
+  if (whole.fits_one_shot()) return whole.one_shot();
+  team.on_lanes(elements, size,
+                [&](Lane& lane, size_t begin, size_t end) { part(lane, begin, end).two_shot(); });
 }
 
 }  // namespace shm

@@ -10,28 +10,29 @@
 namespace shm {
 namespace {
 
-size_t chunk_bytes(const Team& team) {
-  return std::min(team.tuning().chunk_bytes, team.layout().slot_bytes);
+size_t chunk_bytes(const Team& team, const Lane& lane) {
+  return std::min(team.tuning().chunk_bytes, lane.slot_bytes());
 }
 
 size_t round_down(size_t value, size_t unit) { return value / unit * unit; }
 
-// Chunks of a message of `bytes`, in the order of its steps.
+// Chunks of a lane's part of a message, [begin, end) in bytes, in the order of its steps.
 struct Chunks {
-  size_t bytes;
+  size_t begin;
+  size_t end;
   size_t chunk;
-  size_t count() const { return (bytes + chunk - 1) / chunk; }
-  size_t start(size_t c) const { return c * chunk; }
-  size_t length(size_t c) const { return std::min(chunk, bytes - start(c)); }
+  size_t count() const { return (end - begin + chunk - 1) / chunk; }
+  size_t start(size_t c) const { return begin + c * chunk; }
+  size_t length(size_t c) const { return std::min(chunk, end - start(c)); }
 };
 
 // fill(c, epoch) then publish, one chunk ahead of drain(c, epoch).
 template <typename Fill, typename Drain>
-void pipeline(Team& team, size_t count, Fill fill, Drain drain) {
+void pipeline(Lane& lane, size_t count, Fill fill, Drain drain) {
   const auto put = [&](size_t c) {
-    const uint32_t epoch = team.next_step();
+    const uint32_t epoch = lane.next_step();
     fill(c, epoch);
-    team.publish(epoch);
+    lane.publish(epoch);
     return epoch;
   };
   uint32_t epoch = put(0);
@@ -55,32 +56,25 @@ void gather_parts(Team& team, const void* inp, void* out, size_t bytes, size_t i
   const int w = team.world_size();
   const int rank = team.rank();
   const auto* mine = static_cast<const std::byte*>(inp);
-  const Chunks chunks{bytes, chunk_bytes(team)};
-  const auto fill = [&](size_t c, uint32_t epoch) {
-    if (!fills) return;
-    std::byte* slot = team.my_slot(epoch);
-    const std::byte* from = mine + chunks.start(c);
-    team.parallel(chunks.length(c), 1, [&](size_t begin, size_t end) {
-      std::memcpy(slot + begin, from + begin, end - begin);
-    });
-  };
-  const auto drain = [&](size_t c, uint32_t epoch) {
-    if (!drains) return;
-    const size_t start = chunks.start(c);
-    const auto put = [&](int p, const std::byte* from) {
-      const auto to = part(out, p, w, inner);
-      team.parallel(chunks.length(c), 1, [&](size_t begin, size_t end) {
-        copy_to(to, start + begin, end - begin, from + begin);
-      });
+  team.on_lanes(bytes, 1, [&](Lane& lane, size_t begin, size_t end) {
+    const Chunks chunks{begin, end, chunk_bytes(team, lane)};
+    const auto fill = [&](size_t c, uint32_t epoch) {
+      if (fills) std::memcpy(lane.my_slot(epoch), mine + chunks.start(c), chunks.length(c));
     };
-    put(rank, mine + start);  // while the peers finish
-    for (int i = 1; i < w; ++i) {
-      const int p = (rank + i) % w;
-      team.wait(p, epoch);
-      put(p, team.slot(p, epoch));
-    }
-  };
-  pipeline(team, chunks.count(), fill, drain);
+    const auto drain = [&](size_t c, uint32_t epoch) {
+      if (!drains) return;
+      const auto put = [&](int p, const std::byte* from) {
+        copy_to(part(out, p, w, inner), chunks.start(c), chunks.length(c), from);
+      };
+      put(rank, mine + chunks.start(c));  // while the peers finish
+      for (int i = 1; i < w; ++i) {
+        const int p = (rank + i) % w;
+        lane.wait(p, epoch);
+        put(p, lane.slot(p, epoch));
+      }
+    };
+    pipeline(lane, chunks.count(), fill, drain);
+  });
 }
 
 }  // namespace
@@ -107,71 +101,60 @@ void reduce_scatter(Team& team, DType dtype, const void* inp, void* out, size_t 
   const Call call(team, {Op::kReduceScatter, dtype, 0, elements * size});
   const int w = team.world_size();
   const int rank = team.rank();
-  const Chunks chunks{elements * size,
-                      std::max(round_down(chunk_bytes(team) / (w - 1), 64), size_t{64})};
-  // Where in p's slot the contribution to the part of q lies: p's own part is left out.
-  const auto offset = [&](int p, int q) { return (q - (q > p)) * chunks.chunk; };
-  const auto fill = [&](size_t c, uint32_t epoch) {
-    for (int q = 0; q < w; ++q) {
-      if (q == rank) continue;
-      std::byte* to = team.my_slot(epoch) + offset(rank, q);
-      const auto from = part(inp, q, w, inner * size);
-      team.parallel(chunks.length(c), 1, [&](size_t begin, size_t end) {
-        copy_from(from, chunks.start(c) + begin, end - begin, to + begin);
-      });
-    }
-  };
-  const auto drain = [&](size_t c, uint32_t epoch) {
-    team.wait_all(epoch);
-    const size_t start = chunks.start(c);
-    auto* to = static_cast<std::byte*>(out) + start;
-    const auto own = part(inp, rank, w, inner * size);
-    team.parallel(chunks.length(c) / size, size * w, [&](size_t begin, size_t end) {
-      own.runs(start + begin * size, (end - begin) * size,
-               [&](const std::byte* at, size_t position, size_t bytes) {
-                 const size_t from = begin * size + position;
-                 const void* sources[kMaxRanks];
-                 for (int p = 0; p < w; ++p) {
-                   sources[p] = p == rank ? at : team.slot(p, epoch) + offset(p, rank) + from;
-                 }
-                 sum(dtype, to + from, nullptr, sources, w, bytes / size);
-               });
-    });
-  };
-  pipeline(team, chunks.count(), fill, drain);
+  team.on_lanes(elements, size, [&](Lane& lane, size_t first, size_t last) {
+    const size_t chunk = round_down(chunk_bytes(team, lane) / (w - 1), 64);
+    const Chunks chunks{first * size, last * size, std::max(chunk, size_t{64})};
+    // Where in p's slot the contribution to the part of q lies: p's own part is left out.
+    const auto offset = [&](int p, int q) { return (q - (q > p)) * chunks.chunk; };
+    const auto fill = [&](size_t c, uint32_t epoch) {
+      for (int q = 0; q < w; ++q) {
+        if (q == rank) continue;
+        copy_from(part(inp, q, w, inner * size), chunks.start(c), chunks.length(c),
+                  lane.my_slot(epoch) + offset(rank, q));
+      }
+    };
+    const auto drain = [&](size_t c, uint32_t epoch) {
+      lane.wait_all(epoch);
+      auto* to = static_cast<std::byte*>(out) + chunks.start(c);
+      part(inp, rank, w, inner * size)
+          .runs(chunks.start(c), chunks.length(c),
+                [&](const std::byte* at, size_t from, size_t bytes) {
+                  const void* sources[kMaxRanks];
+                  for (int p = 0; p < w; ++p) {
+                    sources[p] = p == rank ? at : lane.slot(p, epoch) + offset(p, rank) + from;
+                  }
+                  sum(dtype, to + from, nullptr, sources, w, bytes / size);
+                });
+    };
+    pipeline(lane, chunks.count(), fill, drain);
+  });
 }
 
 void broadcast(Team& team, DType dtype, void* data, size_t bytes, int root) {
   if (bytes == 0) return;
   const Call call(team, {Op::kBroadcast, dtype, root, bytes});
   const bool is_root = team.rank() == root;
-  const Chunks chunks{bytes, chunk_bytes(team)};
-  const auto move = [&](size_t c, auto copy) {
-    std::byte* mine = static_cast<std::byte*>(data) + chunks.start(c);
-    team.parallel(chunks.length(c), 1,
-                  [&](size_t begin, size_t end) { copy(mine + begin, begin, end - begin); });
-  };
-  const auto fill = [&](size_t c, uint32_t epoch) {
-    if (!is_root) return;
-    move(c, [&](std::byte* mine, size_t at, size_t n) {
-      std::memcpy(team.my_slot(epoch) + at, mine, n);
-    });
-  };
-  const auto drain = [&](size_t c, uint32_t epoch) {
-    if (is_root) return;
-    team.wait(root, epoch);
-    move(c, [&](std::byte* mine, size_t at, size_t n) {
-      std::memcpy(mine, team.slot(root, epoch) + at, n);
-    });
-  };
-  pipeline(team, chunks.count(), fill, drain);
+  auto* all = static_cast<std::byte*>(data);
+  team.on_lanes(bytes, 1, [&](Lane& lane, size_t begin, size_t end) {
+    const Chunks chunks{begin, end, chunk_bytes(team, lane)};
+    const auto fill = [&](size_t c, uint32_t epoch) {
+      if (is_root) std::memcpy(lane.my_slot(epoch), all + chunks.start(c), chunks.length(c));
+    };
+    const auto drain = [&](size_t c, uint32_t epoch) {
+      if (is_root) return;
+      lane.wait(root, epoch);
+      std::memcpy(all + chunks.start(c), lane.slot(root, epoch), chunks.length(c));
+    };
+    pipeline(lane, chunks.count(), fill, drain);
+  });
 }
 
 void barrier(Team& team) {
   const Call call(team, {Op::kBarrier, DType::kU8, 0, 0});
-  const uint32_t epoch = team.next_step();
-  team.publish(epoch);
-  team.wait_all(epoch);
+  Lane& lane = team.lane();
+  const uint32_t epoch = lane.next_step();
+  lane.publish(epoch);
+  lane.wait_all(epoch);
 }
 
 }  // namespace shm

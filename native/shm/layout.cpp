@@ -16,6 +16,10 @@ constexpr size_t kRankBytes = size_t{512} << 10;
 constexpr size_t kMaxSlot = size_t{512} << 10;  // more would not stay in a core's cache
 constexpr size_t kMaxRing = size_t{256} << 10;
 constexpr size_t kMinRing = 1024;
+constexpr size_t kMinLane = size_t{32} << 10;  // less, and steps cost more than what they move
+
+// What a two-shot all_reduce needs of a slot: room for a line-aligned part of each other rank.
+size_t least_slot(size_t ranks) { return kPartAlign * sizeof(double) * (ranks - 1); }
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -30,8 +34,7 @@ Layout::Layout(int ranks, size_t shm_bytes) : world_size(ranks) {
   const size_t budget = std::min(shm_bytes, std::max(kGroupBytes / w, kRankBytes));
   channels = round_up(sizeof(Control), kPage);
   rings = round_up(channels + w * sizeof(Channel), kPage);
-  // A two-shot all_reduce needs room for a line-aligned part of each other rank.
-  const size_t min_slot = round_up(kPartAlign * sizeof(double) * (w - 1), kPage);
+  const size_t min_slot = round_up(least_slot(w), kPage);
   const auto with_ring = [&](size_t ring) {
     ring_bytes = ring;
     slots = round_up(rings + w * ring, kPage);
@@ -47,6 +50,13 @@ Layout::Layout(int ranks, size_t shm_bytes) : world_size(ranks) {
   }
   slot_bytes = std::min((budget - slots) / kSlots / kPage * kPage, kMaxSlot);
   bytes = slots + kSlots * slot_bytes;
+  set_lanes(1);
+}
+
+void Layout::set_lanes(int count) {
+  const size_t room = slot_bytes / std::max(least_slot(static_cast<size_t>(world_size)), kMinLane);
+  lanes = std::clamp(count, 1, static_cast<int>(std::clamp<size_t>(room, 1, kMaxLanes)));
+  lane_bytes = slot_bytes / static_cast<size_t>(lanes) / kPage * kPage;
 }
 
 }  // namespace shm

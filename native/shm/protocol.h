@@ -5,6 +5,10 @@
 // follows from its signature. In step e a rank puts its data into slot e % kSlots of its own
 // region, publishes e, waits for the peers to publish the same and reads their slots.
 //
+// A large message is split over *lanes*, one a thread of a rank. Lane l of a rank works with lane l
+// of the others alone: it has steps, epochs and slots of its own, so threads of a rank never wait
+// for each other. How many there are is agreed when the ranks meet. A small message takes lane 0.
+//
 // word                      writer     transition                                        at rest
 // Step[e % kSlots].epoch    owner      e - kSlots -> e, after the slot's data,           last epoch
 //                                      signature and payload (release)
@@ -12,6 +16,7 @@
 // Step.payload              owner      with epoch                                        any
 // slot data                 owner      with epoch                                        any
 // sleepers                  waiters    +1 before sleeping on an epoch here, -1 after      0
+// Control.cpus              owner      before the region is sent to anybody              fixed
 // Abort.code                owner      0 -> Code, once, after culprit and text (release) 0
 // Channel.head              owner      += bytes put into the ring                        = tail
 // Channel.tail              receiver   += bytes taken out of it                          = head
@@ -31,12 +36,14 @@
 #include <cstdint>
 
 #include "prim/atomic.h"
+#include "shm/cpus.h"
 
 namespace shm {
 
 inline constexpr uint32_t kSlots = 8;
 inline constexpr uint32_t kReadLag = 3;
 inline constexpr int kMaxRanks = 64;
+inline constexpr int kMaxLanes = 16;
 inline constexpr size_t kPayloadBytes = 48;
 // Elements: the parts of a chunk start on cache lines, whatever the element size.
 inline constexpr size_t kPartAlign = 64;
@@ -80,19 +87,25 @@ struct Control {
   uint32_t world_size;
   uint64_t slot_bytes;
   uint64_t ring_bytes;
+  Cpus cpus;
   Sleepers sleepers;
   Abort abort;
-  Step steps[kSlots];
+  Step steps[kMaxLanes][kSlots];
 };
-inline constexpr uint32_t kLayoutVersion = 1;
+inline constexpr uint32_t kLayoutVersion = 2;
 
 // Where things lie in a region; the same on all ranks, from the world size and the bytes allowed.
 struct Layout {
   Layout() = default;
   Layout(int world_size, size_t shm_bytes);
 
+  // Divides the slots into those of `count` lanes, or fewer if they would be too small for a step.
+  void set_lanes(int count);
+
   int world_size = 0;
-  size_t slot_bytes = 0;
+  int lanes = 1;
+  size_t slot_bytes = 0;  // of all lanes together
+  size_t lane_bytes = 0;  // of a slot of one lane
   size_t ring_bytes = 0;
   size_t channels = 0;  // offsets
   size_t slots = 0;
@@ -103,8 +116,8 @@ struct Layout {
   Channel* channel(std::byte* base, int to) const {
     return reinterpret_cast<Channel*>(base + channels) + to;
   }
-  std::byte* slot(std::byte* base, uint32_t epoch) const {
-    return base + slots + (epoch % kSlots) * slot_bytes;
+  std::byte* slot(std::byte* base, int lane, uint32_t epoch) const {
+    return base + slots + (lane * kSlots + epoch % kSlots) * lane_bytes;
   }
   std::byte* ring(std::byte* base, int to) const { return base + rings + to * ring_bytes; }
 };

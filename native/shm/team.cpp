@@ -8,10 +8,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <exception>
 
 #include "prim/deadline.h"
 #include "prim/futex.h"
-#include "shm/cpus.h"
+#include "shm/collectives.h"
 #include "shm/fd_exchange.h"
 #include "shm/interrupt.h"
 
@@ -48,21 +49,19 @@ Team::Team(int rank, int world_size, const Options& options)
       regions_(world_size),
       bases_(world_size),
       peers_(world_size),
-      steps_(world_size),
       pidfds_(world_size),
-      pids_(world_size),
-      known_(world_size, 0) {
+      pids_(world_size) {
   if (rank < 0 || rank >= world_size) {
     throw Error("InvalidArgumentError: CPU shared memory: rank " + std::to_string(rank) +
                 " is not in 0.." + std::to_string(world_size - 1));
   }
-  spins_ = world_size <= usable_cpus();
   regions_[rank] = Region::create(options.dir, layout_.bytes);
   control_ = layout_.control(regions_[rank].data());
   control_->version = kLayoutVersion;
   control_->world_size = static_cast<uint32_t>(world_size);
   control_->slot_bytes = layout_.slot_bytes;
   control_->ring_bytes = layout_.ring_bytes;
+  control_->cpus = my_cpus(options.threads);
 }
 
 Team::~Team() {
@@ -88,7 +87,6 @@ void Team::join(const std::string& name) {
     }
     bases_[peer] = regions_[peer].data();
     peers_[peer] = layout_.control(bases_[peer]);
-    steps_[peer] = peers_[peer]->steps;
     const Control& theirs = *peers_[peer];
     if (theirs.version != kLayoutVersion || theirs.world_size != control_->world_size ||
         theirs.slot_bytes != layout_.slot_bytes || theirs.ring_bytes != layout_.ring_bytes ||
@@ -100,7 +98,22 @@ void Team::join(const std::string& name) {
           "ranks");
     }
   }
+  meet();
   joined_ = true;
+}
+
+void Team::meet() {
+  std::vector<const Cpus*> cpus;
+  for (const Control* peer : peers_) cpus.push_back(&peer->cpus);
+  const Plan plan = plan_cpus(cpus);
+  core_each_ = plan.core_each;
+  layout_.set_lanes(plan.threads);
+  for (int l = 0; l < kMaxLanes; ++l) lanes_.emplace_back(*this, l);
+}
+
+void Team::set_lanes(int count) {
+  barrier(*this);
+  layout_.set_lanes(count);
 }
 
 void Team::begin(const Signature& signature) {
@@ -114,29 +127,65 @@ void Team::begin(const Signature& signature) {
     throw Error(joined_ ? failure_ : "CommunicatorError: the group has not been joined");
   }
   signature_ = signature.packed();
-  first_epoch_ = epoch_ + 1;
+  lanes_[0].begin();
 }
 
-void Team::wait_all_read(uint32_t epoch) {
+Lane::Lane(Team& team, int index) : team_(team), index_(index), known_(team.world_size_, 0) {
+  for (Control* peer : team.peers_) steps_.push_back(peer->steps[index]);
+}
+
+void Lane::wait_all_read(uint32_t epoch) {
   // Not wait(): that the step is of the same call is not what is asked here.
-  for (int peer = 0; peer < world_size_; ++peer) {
-    if (peer == rank_ || prim::reached(known_[peer], epoch)) continue;
-    const Step& step = steps_[peer][epoch % kSlots];
-    if (!prim::reached(prim::load_acquire(step.epoch), epoch)) {
-      wait_word(step.epoch, peers_[peer]->sleepers.count, epoch, peer, kEpoch);
+  for (int peer = 0; peer < team_.world_size_; ++peer) {
+    if (peer == team_.rank_ || prim::reached(known_[peer], epoch)) continue;
+    const prim::AtomicU32& word = step(peer, epoch).epoch;
+    if (!prim::reached(prim::load_acquire(word), epoch)) {
+      team_.wait_word(word, team_.peers_[peer]->sleepers.count, epoch, peer, Team::kEpoch, this);
     }
     known_[peer] = epoch;
   }
   all_known_ = epoch;
 }
 
+uint32_t Lane::last_epoch(int peer) const {
+  uint32_t last = prim::load_acquire(steps_[peer][0].epoch);
+  for (uint32_t i = 1; i < kSlots; ++i) {
+    const uint32_t epoch = prim::load_acquire(steps_[peer][i].epoch);
+    if (prim::reached(epoch, last)) last = epoch;
+  }
+  return last;
+}
+
+void Team::run_lanes(size_t count, void (*task)(void*, size_t), void* context) {
+  struct Lanes {
+    void (*task)(void*, size_t);
+    void* context;
+    std::exception_ptr failed[kMaxLanes];  // the pool would make other exceptions of them
+  } lanes{task, context, {}};
+  run_(
+      count,
+      [](void* all, size_t l) {
+        Lanes& lanes = *static_cast<Lanes*>(all);
+        try {
+          lanes.task(lanes.context, l);
+        } catch (...) {
+          lanes.failed[l] = std::current_exception();
+        }
+      },
+      &lanes);
+  // Lane 0 first: it is this thread's, which signals interrupt.
+  for (const std::exception_ptr& failed : lanes.failed) {
+    if (failed) std::rethrow_exception(failed);
+  }
+}
+
 void Team::wake(const prim::AtomicU32& word) { prim::futex_wake(word); }
 
 void Team::wait_word(const prim::AtomicU32& word, prim::AtomicU32& sleepers, uint32_t expected,
-                     int peer, Word kind) {
+                     int peer, Word kind, const Lane* lane) {
   const int64_t begun = prim::monotonic_ns();
   const int64_t spin =
-      spins_ ? options_.spin_ns : std::min(options_.spin_ns, kOversubscribedSpinNs);
+      core_each_ ? options_.spin_ns : std::min(options_.spin_ns, kOversubscribedSpinNs);
   do {
     for (int i = 0; i < kPausesBetweenYields; ++i) {
       if (prim::reached(prim::load_acquire(word), expected)) return;
@@ -158,7 +207,7 @@ void Team::wait_word(const prim::AtomicU32& word, prim::AtomicU32& sleepers, uin
     if (prim::reached(seen, expected)) return;
     prim::futex_wait(word, seen, std::min(kSliceNs, std::max<int64_t>(deadline.left_ns(), 1)));
     if (prim::reached(prim::load_acquire(word), expected)) return;
-    check_on_peers({word, expected, peer, kind}, deadline.passed());
+    check_on_peers({word, expected, peer, kind, lane}, deadline.passed());
   }
 }
 
@@ -170,7 +219,7 @@ bool Team::late(int peer, const Waiting& waiting) const {
            !prim::reached(prim::load_acquire(waiting.word), waiting.expected);
   }
   // In a collective everybody is needed, and the first one late may wait for another.
-  return !prim::reached(prim::load_acquire(steps_[peer][waiting.expected % kSlots].epoch),
+  return !prim::reached(prim::load_acquire(waiting.lane->step(peer, waiting.expected).epoch),
                         waiting.expected);
 }
 
@@ -181,7 +230,10 @@ bool Team::died(int peer) const {
 }
 
 void Team::check_on_peers(const Waiting& waiting, bool deadline_passed) {
-  if (python_handler_raised()) {
+  if (waiting.lane != nullptr && waiting.lane->index() != 0) {
+    // Another thread of this rank: lane 0 sees to signals, and whoever fails first fails for all.
+    if (prim::load_acquire(control_->abort.code) != 0) fail(Code::kNone, rank_, "");
+  } else if (python_handler_raised()) {
     fail(Code::kInterrupted, rank_,
          "rank " + std::to_string(rank_) + " was interrupted by a signal handler that raised, in " +
              describe(signature_));
@@ -215,7 +267,9 @@ void Team::throw_late(const Waiting& waiting) {
     if (!late(peer, waiting)) continue;
     if (first < 0) first = peer;
     ranks += (ranks.empty() ? "" : ", ") + who(peer);
-    if (waiting.kind == kEpoch) ranks += ", which is at step " + std::to_string(last_epoch(peer));
+    if (waiting.kind == kEpoch) {
+      ranks += ", which is at step " + std::to_string(waiting.lane->last_epoch(peer));
+    }
   }
   if (first < 0) return;  // it has arrived meanwhile
   char seconds[32];
@@ -240,8 +294,13 @@ void Team::throw_mismatch(int peer, uint64_t theirs) {
 }
 
 void Team::fail(Code code, int culprit, const std::string& what) {
-  failure_ = error_name(code) + ("group " + name_ + ": ") + what;
-  leave(code, culprit, what);
+  {
+    const std::lock_guard lock(failing_);
+    if (failure_.empty()) {
+      failure_ = error_name(code) + ("group " + name_ + ": ") + what;
+      leave(code, culprit, what);
+    }
+  }
   if (code == Code::kInterrupted && culprit == rank_) throw Interrupted();
   throw Error(failure_);
 }
@@ -253,24 +312,19 @@ void Team::leave(Code code, int culprit, const std::string& text) {
   std::strncpy(mine.text, text.c_str(), sizeof mine.text - 1);
   mine.code.store(static_cast<uint32_t>(code), std::memory_order_seq_cst);
   if (code != Code::kClosed) {
-    for (Step& step : control_->steps) prim::store_release(step.signature, kWithdrawn);
+    for (auto& lane : control_->steps) {
+      for (Step& step : lane) prim::store_release(step.signature, kWithdrawn);
+    }
   }
   // Whoever waits for this rank looks around when woken.
-  for (Step& step : control_->steps) wake(step.epoch);
+  for (auto& lane : control_->steps) {
+    for (Step& step : lane) wake(step.epoch);
+  }
   for (int peer = 0; peer < world_size_; ++peer) {
     if (peer == rank_ || bases_[peer] == nullptr) continue;
     wake(channel(rank_, peer).head);
     wake(channel(peer, rank_).tail);
   }
-}
-
-uint32_t Team::last_epoch(int peer) const {
-  uint32_t last = prim::load_acquire(steps_[peer][0].epoch);
-  for (uint32_t i = 1; i < kSlots; ++i) {
-    const uint32_t epoch = prim::load_acquire(steps_[peer][i].epoch);
-    if (prim::reached(epoch, last)) last = epoch;
-  }
-  return last;
 }
 
 std::string Team::who(int peer) const {

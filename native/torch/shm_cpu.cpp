@@ -13,7 +13,6 @@
 
 #include "shm/channel.h"
 #include "shm/collectives.h"
-#include "shm/cpus.h"
 #include "shm/reduce.h"
 
 namespace {
@@ -111,23 +110,20 @@ int check_rank(const char* op, const char* argument, const shm::Team& team, int6
   return static_cast<int>(rank);
 }
 
-void run_parallel(size_t count, size_t grain, void (*task)(void*, size_t, size_t), void* context) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(count), static_cast<int64_t>(grain),
-                              [&](int64_t begin, int64_t end) {
-                                task(context, static_cast<size_t>(begin), static_cast<size_t>(end));
-                              });
+void run_parallel(size_t count, void (*task)(void*, size_t), void* context) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(context, static_cast<size_t>(i));
+  });
 }
 
 int64_t shm_open(std::string dir, int64_t rank, int64_t world_size, int64_t shm_bytes,
                  double timeout_s, int64_t spin_us) {
   const shm::Options options{std::move(dir), static_cast<size_t>(std::max<int64_t>(shm_bytes, 0)),
-                             timeout_s, spin_us * 1000};
+                             timeout_s, spin_us * 1000,
+                             static_cast<int>(torch::stable::get_num_threads())};
   auto team =
       std::make_shared<shm::Team>(static_cast<int>(rank), static_cast<int>(world_size), options);
-  // The ranks share the CPUs: each gets its part of them.
-  const auto threads = static_cast<int>(torch::stable::get_num_threads());
-  team->set_parallel(std::min(threads, shm::usable_cpus() / static_cast<int>(world_size)),
-                     run_parallel);
+  team->set_pool(run_parallel);
   return teams().add(std::move(team));
 }
 
@@ -135,14 +131,20 @@ void shm_join(int64_t handle, std::string name) { teams().get(handle)->join(name
 
 void shm_close(int64_t handle) { teams().remove(handle); }
 
-// For measurements and tests: the same bytes on all ranks, between the same calls.
+// For measurements and tests. Collective, with the same values on all ranks.
 void shm_set_tuning(int64_t handle, int64_t one_shot_bytes, int64_t chunk_bytes, int64_t threads) {
   if (one_shot_bytes < 0 || chunk_bytes < 16384) {
     reject("shm_set_tuning", "one_shot_bytes >= 0 and chunk_bytes >= 16384 are expected");
   }
   const TeamPtr team = teams().get(handle);
   team->set_tuning({static_cast<size_t>(one_shot_bytes), static_cast<size_t>(chunk_bytes)});
-  team->set_parallel(static_cast<int>(threads), run_parallel);
+  team->set_lanes(static_cast<int>(threads));
+}
+
+// [whether each rank has a core to itself, threads that a rank works with].
+std::vector<int64_t> shm_plan(int64_t handle) {
+  const TeamPtr team = teams().get(handle);
+  return {team->core_each(), team->lanes()};
 }
 
 void shm_barrier(int64_t handle) { barrier(*teams().get(handle)); }
@@ -237,6 +239,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
   m.def("shm_join(int handle, str name) -> ()");
   m.def("shm_close(int handle) -> ()");
   m.def("shm_set_tuning(int handle, int one_shot_bytes, int chunk_bytes, int threads) -> ()");
+  m.def("shm_plan(int handle) -> int[]");
   m.def("shm_barrier(int handle) -> ()");
   m.def("shm_all_reduce_(Tensor(a!) x, int handle) -> ()");
   m.def("shm_all_reduce_out(Tensor(a!) out, Tensor inp, int handle) -> ()");
@@ -255,6 +258,7 @@ STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
   m.impl("shm_join", TORCH_BOX(&shm_join));
   m.impl("shm_close", TORCH_BOX(&shm_close));
   m.impl("shm_set_tuning", TORCH_BOX(&shm_set_tuning));
+  m.impl("shm_plan", TORCH_BOX(&shm_plan));
   m.impl("shm_barrier", TORCH_BOX(&shm_barrier));
   m.impl("shm_next_message_bytes", TORCH_BOX(&shm_next_message_bytes));
 }

@@ -109,6 +109,33 @@ def check_every_algorithm(rank: Rank, dtype: torch.dtype) -> None:
         del rank.cache["cpu"]
 
 
+def check_lanes(rank: Rank, lanes: int) -> None:
+    """Calls of all kinds, some on one lane and some on several, without barriers in between."""
+    cpu = communicator(rank)
+    tune = torch.ops.communicators.shm_set_tuning
+    torch.set_num_threads(lanes if rank.rank != 1 else 1)  # one thread takes lanes after another
+    try:
+        tune(cpu._handle, 65536, 262144, lanes)
+        assert torch.ops.communicators.shm_plan(cpu._handle)[1] == lanes
+        for seed in range(2):
+            check_random_sequence(rank, seed, 40, (10, 20_000, 120_000, 300_001))
+        for dim in (0, 1):
+            parts = inputs(rank.world_size, [300, 400 * rank.world_size], torch.float32, seed=dim)
+            mine = parts[rank.rank]
+            assert torch.equal(cpu.all_gather(mine, dim), torch.cat(parts, dim))
+            expected = reference_sum(parts).chunk(rank.world_size, dim)[rank.rank]
+            assert torch.equal(cpu.reduce_scatter(mine, dim), expected)
+    finally:
+        torch.set_num_threads(1)
+        cpu.close()
+        del rank.cache["cpu"]
+
+
+@pytest.mark.parametrize(("world", "lanes"), ((2, 2), (2, 5), (3, 4)))
+def test_lanes(world: int, lanes: int) -> None:
+    pool(world).run(check_lanes, lanes)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("world", (2, 3, 5))
 def test_all_algorithms_give_the_same_bits(world: int, dtype: torch.dtype) -> None:
@@ -229,7 +256,9 @@ def test_reduce_scatter(world: int, dtype: torch.dtype) -> None:
     pool(world).run(check_reduce_scatter, dtype)
 
 
-def check_random_sequence(rank: Rank, seed: int, calls: int) -> None:
+def check_random_sequence(
+    rank: Rank, seed: int, calls: int, sizes: tuple[int, ...] = (10, 500, 20_000, 120_000)
+) -> None:
     """Calls of all kinds after one another, without barriers: slots are reused across kinds."""
     cpu = communicator(rank)
     w = rank.world_size
@@ -239,7 +268,7 @@ def check_random_sequence(rank: Rank, seed: int, calls: int) -> None:
         return int(torch.randint(0, high, (1,), generator=generator))
 
     for number in range(calls):
-        kind, size, root = pick(6), pick((10, 500, 20_000, 120_000)[pick(4)]) + 1, pick(w)
+        kind, size, root = pick(6), pick(sizes[pick(len(sizes))]) + 1, pick(w)
         parts = inputs(w, size * (w if kind == 3 else 1), torch.bfloat16, seed=number)
         mine = parts[rank.rank].clone()
         where = (seed, number, kind, size, root)
