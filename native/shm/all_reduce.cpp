@@ -61,11 +61,12 @@ struct AllReduce {
     size_t begin(int p) const { return std::min(p * part, length); }
     size_t count(int p) const { return begin(p + 1) - begin(p); }
   };
+  const size_t line = prim::kLineBytes / size;  // parts start on cache lines
   size_t chunk_elements = 0;
   Chunk chunk(size_t index) const {
     const size_t start = index * chunk_elements;
     const size_t length = std::min(chunk_elements, elements - start);
-    return {start, length, round_up((length + w - 1) / w, kPartAlign)};
+    return {start, length, round_up((length + w - 1) / w, line)};
   }
   // Where in p's slot the contribution to the part of q lies: p's own part is left out.
   size_t offset(const Chunk& c, int p, int q) const { return (q - (q > p)) * c.part * size; }
@@ -97,9 +98,9 @@ struct AllReduce {
 
   void two_shot() {
     const size_t slot = std::min(team.tuning().chunk_bytes, lane.slot_bytes());
-    const size_t most = std::max(slot / size / (w - 1) / kPartAlign, size_t{1}) * kPartAlign * w;
+    const size_t most = std::max(slot / size / (w - 1) / line, size_t{1}) * line * w;
     const size_t chunks = (elements + most - 1) / most;
-    chunk_elements = round_up((elements + chunks - 1) / chunks, kPartAlign * w);
+    chunk_elements = round_up((elements + chunks - 1) / chunks, line * w);
     const size_t count = (elements + chunk_elements - 1) / chunk_elements;
 
     uint32_t contributed = lane.next_step();
@@ -132,7 +133,7 @@ struct AllReduce {
     size_t limit = std::min(team.tuning().one_shot_bytes, lane.slot_bytes());
     // Every rank adds everything in one-shot; where adding is slower than copying, less is too
     // much.
-    if (dtype == DType::kBF16 || dtype == DType::kF16) limit /= 4;
+    if (dtype == DType::kBF16 || dtype == DType::kF16) limit /= 2;
     return elements * size <= limit;
   }
 };

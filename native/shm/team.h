@@ -28,7 +28,7 @@ using ParallelFor = void (*)(size_t count, void (*task)(void*, size_t), void* co
 
 // Where one algorithm takes over from another; the same on all ranks.
 struct Tuning {
-  size_t one_shot_bytes = size_t{64} << 10;  // all_reduce: one-shot up to this; 16-bit: a quarter
+  size_t one_shot_bytes = size_t{64} << 10;  // all_reduce: one-shot up to this; 16-bit: half
   size_t chunk_bytes = size_t{256} << 10;    // of a slot that one step of a pipeline uses
 };
 
