@@ -3,8 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <fstream>
-#include <string>
+#include <cstdio>
 #include <thread>
 
 namespace shm {
@@ -19,11 +18,13 @@ int from_affinity() {
 
 // cgroup v2, as mounted in a container: "<quota> <period>" or "max <period>", in microseconds.
 int from_quota() {
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 1 << 20;
-  return static_cast<int>(std::stod(quota) / period);
+  constexpr int kNone = 1 << 20;
+  std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "re");
+  if (file == nullptr) return kNone;
+  double quota = 0, period = 0;
+  const bool limited = std::fscanf(file, "%lf %lf", &quota, &period) == 2 && period > 0;
+  std::fclose(file);
+  return limited ? static_cast<int>(quota / period) : kNone;
 }
 
 }  // namespace

@@ -5,13 +5,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
 #include <string>
 
 #include "prim/dtype.h"
+#include "torch/errors.h"
 
 namespace kvcache_glue {
 
