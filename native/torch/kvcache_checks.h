@@ -111,7 +111,7 @@ class Launch {
   Stream stream = nullptr;
 
  private:
-  void* guard_ = nullptr;
+  [[maybe_unused]] void* guard_ = nullptr;  // on GPUs
 };
 
 }  // namespace kvcache_glue
