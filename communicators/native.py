@@ -21,6 +21,7 @@ import torch
 
 from . import __version__, errors
 from .errors import CommunicatorError, NativeLibraryError
+from .settings import Settings
 
 _DISTRIBUTION = "device-communicators"
 
@@ -28,6 +29,11 @@ _DISTRIBUTION = "device-communicators"
 def library_path(name: str) -> Path:
     """The path of `_native_<name>.so`; NativeLibraryError, with the places looked at, if absent."""
     file = f"_native_{name}.so"
+    if directory := Settings.from_environment().native_dir:
+        chosen = Path(directory) / file
+        if chosen.exists():
+            return chosen
+        raise NativeLibraryError(f"{chosen} was not found, and COMMUNICATORS_NATIVE_DIR is set")
     beside = Path(__file__).with_name(file)
     if beside.exists():
         return beside

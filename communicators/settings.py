@@ -102,6 +102,9 @@ class Settings:
     table_dir: str = _setting("", "COMMUNICATORS_TABLE_DIR", str, "a directory")
     """A directory of measured tables that is read before the ones that ship."""
 
+    native_dir: str = _setting("", "COMMUNICATORS_NATIVE_DIR", str, "a directory")
+    """Where the native libraries are loaded from, instead of beside the package: another build."""
+
     nccl_so_path: str = _setting("", "COMMUNICATORS_NCCL_SO_PATH", str, "path of a libnccl")
     """The NCCL library to load, instead of the one that torch brings."""
 

@@ -48,6 +48,18 @@ FORBIDDEN = [
         "only torch's stable ABI headers are included",
     ),
     (
+        re.compile(
+            r"#\s*include\s*<(sstream|iostream|ostream|fstream|iomanip)>|\bSTD_TORCH_CHECK\b"
+        ),
+        lambda path: path.parts[0] == "native",
+        "native code uses no streams (prim/text.h makes sentences, torch/errors.h raises them)",
+    ),
+    (
+        re.compile(r"\bTORCH_BOX\b"),
+        lambda path: path.parts[0] == "native" and path.name != "errors.h",
+        "operators are registered as torch_glue::boxed<&op> (torch/errors.h)",
+    ),
+    (
         re.compile(r"\b(std::)?(exit|abort|_exit)\s*\("),
         lambda path: path.parts[0] == "native",
         "native code never ends the process",
@@ -98,7 +110,7 @@ def main() -> int:
     ]
     for name in listed:
         path = Path(name)
-        sources = {".py", ".cpp", ".cu", ".cuh", ".h"}
+        sources = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc"}
         if path.suffix in sources and path.exists() and len(path.parts) > 1:
             found += breaches(path)
     print("\n".join(found), end="\n" if found else "")

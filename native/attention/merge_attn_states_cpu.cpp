@@ -88,8 +88,8 @@ void run_storing(const MergeArgs& m) {
         const float a = heads.prefix[j], b = heads.suffix[j];
         if (m.out_scale != nullptr) {
           uint8_t* out = static_cast<uint8_t*>(m.out) + at;
-          alone != nullptr ? pass_on_fp8(out, alone, d, inverse)
-                           : weighted_fp8(out, pre, suf, d, a, b, inverse);
+          alone != nullptr ? cpu::vectorised<pass_on_fp8<T>>(out, alone, d, inverse)
+                           : cpu::vectorised<weighted_fp8<T>>(out, pre, suf, d, a, b, inverse);
         } else {
           T* out = static_cast<T*>(m.out) + at;
           alone != nullptr ? static_cast<void>(std::memmove(out, alone, d * sizeof(T)))

@@ -21,6 +21,7 @@ namespace {
 
 using cpu::from_float;
 using cpu::to_float;
+using cpu::vectorised;
 
 constexpr int64_t kPartition = 512, kTile = 32, kLanes = 32;
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
@@ -102,13 +103,13 @@ void load(const PagedAttentionArgs& a, float* out, const void* cache, int64_t at
   const float s = scale == nullptr ? 1.0f : *scale;
   switch (a.format) {
     case KvFormat::kCopy:
-      return to_floats(out, static_cast<const T*>(cache) + at, n);
+      return vectorised<to_floats<T>>(out, static_cast<const T*>(cache) + at, n);
     case KvFormat::kE4M3:
-      return codes_to_floats<T, cpu::Fp8::kE4M3>(out, static_cast<const uint8_t*>(cache) + at, n,
-                                                 s);
+      return vectorised<codes_to_floats<T, cpu::Fp8::kE4M3>>(
+          out, static_cast<const uint8_t*>(cache) + at, n, s);
     case KvFormat::kE5M2:
-      return codes_to_floats<T, cpu::Fp8::kE5M2>(out, static_cast<const uint8_t*>(cache) + at, n,
-                                                 s);
+      return vectorised<codes_to_floats<T, cpu::Fp8::kE5M2>>(
+          out, static_cast<const uint8_t*>(cache) + at, n, s);
   }
 }
 
@@ -163,10 +164,10 @@ void attend(const PagedAttentionArgs& a, int64_t s, int64_t kv_head, int64_t fir
   scratch.values.resize(kTile * d);
   scratch.logits.resize(kTile);
   for (int64_t g = 0; g < group; ++g) {
-    to_floats(scratch.query.data() + g * d,
-              static_cast<const T*>(a.query) + s * a.query_stride +
-                  (kv_head * group + g) * a.query_head_stride,
-              d);
+    vectorised<to_floats<T>>(scratch.query.data() + g * d,
+                             static_cast<const T*>(a.query) + s * a.query_stride +
+                                 (kv_head * group + g) * a.query_head_stride,
+                             d);
   }
   std::fill_n(result.acc, group * d, 0.0f);
   std::fill_n(result.largest, group, kMinusInf);
@@ -190,7 +191,8 @@ void attend(const PagedAttentionArgs& a, int64_t s, int64_t kv_head, int64_t fir
     float* logits = scratch.logits.data();
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv_head * group + g;
-      dot_tile(logits, scratch.query.data() + g * d, scratch.keys.data(), rows, d, a.scale);
+      vectorised<dot_tile>(logits, scratch.query.data() + g * d, scratch.keys.data(), rows, d,
+                           a.scale);
       if (a.alibi != nullptr) {
         for (int64_t i = 0; i < rows; ++i) {
           logits[i] += a.alibi[h] * static_cast<float>(position[i] - n + 1);
@@ -204,10 +206,11 @@ void attend(const PagedAttentionArgs& a, int64_t s, int64_t kv_head, int64_t fir
       const float before = result.largest[g];
       const float largest = std::max(before, *std::max_element(logits, logits + rows));
       const float rescale = before == kMinusInf ? 0.0f : std::exp(before - largest);
-      const float sum = exponentials<T>(logits, rows, largest);
+      const float sum = vectorised<exponentials<T>>(logits, rows, largest);
       result.largest[g] = largest;
       result.sum[g] = result.sum[g] * rescale + sum;
-      accumulate_tile(result.acc + g * d, logits, scratch.values.data(), rows, d, rescale);
+      vectorised<accumulate_tile>(result.acc + g * d, logits, scratch.values.data(), rows, d,
+                                  rescale);
     }
   }
 }
@@ -220,8 +223,8 @@ int64_t tokens_of(const PagedAttentionArgs& a, int64_t s) {
 
 template <class T>
 void write(const PagedAttentionArgs& a, int64_t s, int64_t h, const float* acc, float factor) {
-  from_floats(static_cast<T*>(a.out) + s * a.out_stride + h * a.out_head_stride, acc, a.head_size,
-              factor);
+  vectorised<from_floats<T>>(static_cast<T*>(a.out) + s * a.out_stride + h * a.out_head_stride, acc,
+                             a.head_size, factor);
 }
 
 // The partitions of one query head, merged in order.
@@ -235,7 +238,7 @@ void merge(const PagedAttentionArgs& a, int64_t s, int64_t h, int64_t parts, con
   for (int64_t j = 0; j < parts && top != kMinusInf; ++j) {
     const float weight = std::exp(largest[j * stride] - top);
     total += sum[j * stride] * weight;
-    add_scaled(merged.data(), acc + j * stride * a.head_size, a.head_size, weight);
+    vectorised<add_scaled>(merged.data(), acc + j * stride * a.head_size, a.head_size, weight);
   }
   write<T>(a, s, h, merged.data(), total > 0.0f ? 1.0f / (total + a.epsilon) : 0.0f);
   if (a.lse != nullptr) {
@@ -249,8 +252,8 @@ template <class T>
 void write_partition(const PagedAttentionArgs& a, int64_t s, int64_t h, int64_t j, const float* acc,
                      float largest, float sum) {
   const int64_t at = (s * a.heads + h) * a.partitions + j;
-  from_floats(static_cast<T*>(a.tmp_out) + at * a.head_size, acc, a.head_size,
-              1.0f / (sum + a.epsilon));
+  vectorised<from_floats<T>>(static_cast<T*>(a.tmp_out) + at * a.head_size, acc, a.head_size,
+                             1.0f / (sum + a.epsilon));
   a.max_logits[at] = largest;
   a.exp_sums[at] = sum;
 }
@@ -272,8 +275,8 @@ void merge_partitions(const PagedAttentionArgs& a, int64_t s, int64_t h, int64_t
   for (int64_t j = 0; j < parts && top != kMinusInf; ++j) {
     const float weight = a.exp_sums[at + j] * std::exp(a.max_logits[at + j] - top);
     total += weight;
-    to_floats(row.data(), tmp + j * a.head_size, a.head_size);
-    add_scaled(merged.data(), row.data(), a.head_size, weight);
+    vectorised<to_floats<T>>(row.data(), tmp + j * a.head_size, a.head_size);
+    vectorised<add_scaled>(merged.data(), row.data(), a.head_size, weight);
   }
   write<T>(a, s, h, merged.data(), 1.0f / (total + a.epsilon));
 }

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <sstream>
 
 #include "collectives/communicator.h"
 #include "collectives/dispatch.h"
@@ -125,19 +124,19 @@ void Communicator::retire() {
 
 void Communicator::throw_report() const {
   const gpu::SpinReport& report = *report_;
-  std::ostringstream text;
-  text << (report.op < 3 ? kOps[report.op] : "a collective") << " number " << report.epoch
-       << " on rank " << report.rank << " of " << ws_.world;
+  const std::string call = prim::text(report.op < 3 ? kOps[report.op] : "a collective", " number ",
+                                      report.epoch, " on rank ", report.rank, " of ", ws_.world);
   if (report.code == gpu::kSpinBusy) {
-    text << " found another call in flight on the same workspace; calls on two streams must be "
-            "ordered by an event";
-    throw Error(Failure::kBusy, text.str());
+    throw Error(Failure::kBusy, call +
+                                    " found another call in flight on the same workspace; calls "
+                                    "on two streams must be ordered by an event");
   }
-  text << " waited " << static_cast<double>(report.waited_ns) * 1e-9 << " s for rank "
-       << report.peer << " (at position " << report.position << ", expected "
-       << (report.expected == 0 ? "data" : std::to_string(report.expected)) << ", saw "
-       << report.seen << "); ranks must make the same calls with the same sizes";
-  throw Error(Failure::kTimeout, text.str());
+  throw Error(
+      Failure::kTimeout,
+      prim::text(call, " waited ", static_cast<double>(report.waited_ns) * 1e-9, " s for rank ",
+                 report.peer, " (at position ", report.position, ", expected ",
+                 report.expected == 0 ? "data" : std::to_string(report.expected), ", saw ",
+                 report.seen, "); ranks must make the same calls with the same sizes"));
 }
 
 Algorithm Communicator::algorithm_for(uint64_t bytes) const {

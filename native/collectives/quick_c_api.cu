@@ -3,7 +3,6 @@
 // thread.
 #include <algorithm>
 #include <exception>
-#include <sstream>
 #include <string>
 
 #include "collectives/quick_all_reduce.h"
@@ -99,18 +98,17 @@ void QuickAllReduce::run(Codec codec, Half half, const void* inp, void* out, uin
 void QuickAllReduce::check() const {
   if (const_cast<const volatile gpu::SpinReport*>(report_)->code == gpu::kSpinNone) return;
   const gpu::SpinReport& report = *report_;
-  std::ostringstream text;
-  text << "quick_all_reduce number " << report.epoch << " on rank " << report.rank << " of "
-       << world_;
+  const std::string call = prim::text("quick_all_reduce number ", report.epoch, " on rank ",
+                                      report.rank, " of ", world_);
   if (report.code == gpu::kSpinBusy) {
-    text << " found another call in flight on the same buffer; calls on two streams must be "
-            "ordered by an event";
-    throw Error(Failure::kBusy, text.str());
+    throw Error(Failure::kBusy, call +
+                                    " found another call in flight on the same buffer; calls on "
+                                    "two streams must be ordered by an event");
   }
-  text << " waited " << static_cast<double>(report.waited_ns) * 1e-9 << " s for rank "
-       << report.peer << " (message " << report.position
-       << "); ranks must make the same calls with the same sizes and codec";
-  throw Error(Failure::kTimeout, text.str());
+  throw Error(Failure::kTimeout,
+              prim::text(call, " waited ", static_cast<double>(report.waited_ns) * 1e-9,
+                         " s for rank ", report.peer, " (message ", report.position,
+                         "); ranks must make the same calls with the same sizes and codec"));
 }
 
 void QuickAllReduce::retire() {

@@ -135,8 +135,7 @@ LANES void interleaved(T* out, const T* pairs, float alpha, float limit) {
       x.v[i] = split.a, y.v[i] = split.b;
     } else {
       const Floats a = load(pairs), b = load(pairs + kWidth);
-      const Ints even = 2 * places();
-      x.v[i] = __builtin_shuffle(a, b, even), y.v[i] = __builtin_shuffle(a, b, even + 1);
+      x.v[i] = even_items(a, b, kAll), y.v[i] = odd_items(a, b, kAll);
     }
   }
   x = gated<kAct, T>(x, y, alpha, limit);

@@ -10,9 +10,8 @@ template <class T, bool kNeox, class C>
 LANES void load_angle_pair(float* out, const C* row, float sign) {
   Floats a = load(row) * sign, b = load(row + kWidth) * sign;
   if constexpr (kNeox && std::is_same_v<T, cpu::BFloat16>) {
-    const Ints even = 2 * places();
-    const Floats evens = __builtin_shuffle(a, b, even);
-    b = __builtin_shuffle(a, b, even + 1);
+    const Floats evens = even_items(a, b, kAll);
+    b = odd_items(a, b, kAll);
     a = evens;
   }
   store(out, a);
@@ -58,10 +57,9 @@ LANES void turn_neighbours(T* at, const float* cos, const float* sin) {
   if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // apart already
     store_pair(at, Pair{v.a * c - v.b * s, v.b * c + v.a * s});
   } else {
-    const Ints i = places(), even = 2 * i, low = (i >> 1) + (i & 1) * kWidth;
-    const Floats x = __builtin_shuffle(v.a, v.b, even), y = __builtin_shuffle(v.a, v.b, even + 1);
+    const Floats x = even_items(v.a, v.b, kAll), y = odd_items(v.a, v.b, kAll);
     const Floats a = x * c - y * s, b = y * c + x * s;
-    store_pair(at, Pair{__builtin_shuffle(a, b, low), __builtin_shuffle(a, b, low + kWidth / 2)});
+    store_pair(at, Pair{interleaved_from<0>(a, b, kAll), interleaved_from<kWidth / 2>(a, b, kAll)});
   }
 }
 

@@ -1,6 +1,7 @@
 // Keys and values into the paged cache of the packed layout on the CPU. There the tokens of a block
 // lie side by side, so tokens that follow each other in a block are written together.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kvcache/cache.h"
@@ -11,26 +12,28 @@ namespace kvcache {
 namespace {
 
 // A square of 16 bytes by as many rows, C being an item: row i of `in` becomes column i of `out`.
-template <class C>
-void transpose_square(C* out, int64_t out_stride, const C* in, int64_t in_stride) {
-  constexpr int kSide = 16 / sizeof(C);
+template <class C, int... j>
+void transpose_square(C* out, int64_t out_stride, const C* in, int64_t in_stride,
+                      std::integer_sequence<int, j...> /*items of a row*/) {
+  constexpr int kSide = sizeof...(j);
   typedef C Row __attribute__((vector_size(16)));
-  Row low = {}, high = {}, a[kSide], b[kSide];
-  for (int j = 0; j < kSide; ++j) {  // which items of two rows interleave
-    low[j] = static_cast<C>(j / 2 + j % 2 * kSide);
-    high[j] = static_cast<C>(kSide / 2 + j / 2 + j % 2 * kSide);
-  }
+  Row a[kSide], b[kSide];
   for (int i = 0; i < kSide; ++i) std::memcpy(a + i, in + i * in_stride, 16);
   // Each turn interleaves the first half of the rows with the second: after log2(kSide) turns, rows
   // are columns.
   for (int turn = kSide; turn > 1; turn /= 2) {
     for (int i = 0; i < kSide / 2; ++i) {
-      b[2 * i] = __builtin_shuffle(a[i], a[i + kSide / 2], low);
-      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + kSide / 2], high);
+      b[2 * i] = SHUFFLED(Row, a[i], a[i + kSide / 2], (j / 2 + j % 2 * kSide)...);
+      b[2 * i + 1] = SHUFFLED(Row, a[i], a[i + kSide / 2], (kSide / 2 + j / 2 + j % 2 * kSide)...);
     }
     std::copy_n(b, kSide, a);
   }
   for (int i = 0; i < kSide; ++i) std::memcpy(out + i * out_stride, a + i, 16);
+}
+template <class C>
+void transpose_square(C* out, int64_t out_stride, const C* in, int64_t in_stride) {
+  transpose_square(out, out_stride, in, in_stride,
+                   std::make_integer_sequence<int, 16 / sizeof(C)>{});
 }
 
 // Rows of tokens, or none.

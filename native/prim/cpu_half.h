@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "prim/cpu_dispatch.h"
 #include "prim/cpu_vec.h"
 
 #if defined(__x86_64__)
@@ -15,7 +16,7 @@ namespace prim {
 #if defined(__x86_64__)
 
 inline bool has_f16c() {
-  static const bool found = __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx");
+  static const bool found = cpu::has_f16c();
   return found;
 }
 

@@ -6,15 +6,16 @@
 //
 // inside a namespace defines what that file defines three times, in the namespaces avx512, avx2 and
 // portable (elsewhere than on x86-64 only in the last); PICK_ISA(f) is the function f of the best
-// one that the processor has. Unlike the clones of VECTORISED these are chosen at each call, so
-// that tests can try all of them and sanitizers see all of them.
+// one that the processor has.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
+#include "prim/cpu_dispatch.h"
 #include "prim/cpu_floats.h"
 #include "prim/cpu_stream.h"
 
@@ -24,12 +25,6 @@
 
 namespace cpu {
 
-enum class Isa : int32_t { kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
-
-// The instruction set to use: the best of this processor, unless a test has set a limit.
-extern Isa chosen_isa;
-inline Isa isa() { return chosen_isa; }
-
 #if defined(__x86_64__)
 #define PICK_ISA(...)                                        \
   (::cpu::isa() == ::cpu::Isa::kAvx512 ? avx512::__VA_ARGS__ \
@@ -37,6 +32,14 @@ inline Isa isa() { return chosen_isa; }
                                        : portable::__VA_ARGS__)
 #else
 #define PICK_ISA(...) portable::__VA_ARGS__
+#endif
+
+// The items of two vectors at constant places, those of b counting on from those of a. Places is
+// the type of GCC's vector of places.
+#if defined(__clang__)
+#define SHUFFLED(Places, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(Places, a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
 #endif
 
 }  // namespace cpu

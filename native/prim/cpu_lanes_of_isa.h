@@ -66,12 +66,31 @@ LANES Floats magnitude_at_most(Floats x, float most) {
 #endif
 }
 
+// The items 0 to kWidth - 1, as a pack for SHUFFLED.
+constexpr auto kAll = std::make_integer_sequence<int, kWidth>{};
+template <int kFlip, int... j>
+LANES Floats flipped(Floats x, std::integer_sequence<int, j...> /*all*/) {
+  return SHUFFLED(Ints, x, x, (j ^ kFlip)...);
+}
+template <int... j>
+LANES Floats even_items(Floats a, Floats b, std::integer_sequence<int, j...> /*all*/) {
+  return SHUFFLED(Ints, a, b, (2 * j)...);
+}
+template <int... j>
+LANES Floats odd_items(Floats a, Floats b, std::integer_sequence<int, j...> /*all*/) {
+  return SHUFFLED(Ints, a, b, (2 * j + 1)...);
+}
+// One of a, one of b, and so on, from the first or from the middle on.
+template <int kFrom, int... j>
+LANES Floats interleaved_from(Floats a, Floats b, std::integer_sequence<int, j...> /*all*/) {
+  return SHUFFLED(Ints, a, b, (kFrom + j / 2 + j % 2 * kWidth)...);
+}
+
 // The largest lane.
+template <int kAcross = kWidth / 2>
 LANES float largest_of(Floats x) {
-#pragma GCC unroll 4
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    x = larger(__builtin_shuffle(x, places() ^ width), x);
-  }
+  x = larger(flipped<kAcross>(x, kAll), x);
+  if constexpr (kAcross > 1) return largest_of<kAcross / 2>(x);
   return x[0];
 }
 

@@ -2,8 +2,9 @@
 // runtime; together with the other files of prim/ the only place with #if on the platform.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
+
+#include "prim/text.h"
 
 #if defined(__HIP__) || defined(__HIP_PLATFORM_AMD__)
 #define COMMUNICATORS_HIP 1
@@ -32,10 +33,9 @@ inline constexpr Error kSuccess = GPU_NAME(Success);
 inline void check(Error error, const char* call, const char* file, int line) {
   if (error == kSuccess) return;
   (void)GPU_NAME(GetLastError)();
-  std::ostringstream text;
-  text << GPU_PLATFORM " call " << call << " failed: " << GPU_NAME(GetErrorName)(error) << " ("
-       << GPU_NAME(GetErrorString)(error) << ") at " << file << ":" << line;
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(prim::text(GPU_PLATFORM " call ", call,
+                                      " failed: ", GPU_NAME(GetErrorName)(error), " (",
+                                      GPU_NAME(GetErrorString)(error), ") at ", file, ":", line));
 }
 
 // Makes a device current for one scope.

@@ -32,50 +32,51 @@ inline void from_acc(T x, T& out) {
 }
 inline void from_acc(float x, BFloat16& out) { prim::from_float(x, out); }
 
-// For one dtype the three loops a sum is made of: both ends of a chain of additions, and all of it
-// for two sources. Macros, since the compiler clones functions for instruction sets, not templates.
-// ivdep: `out` may be `a` or `b` itself, which is no dependence between iterations.
-#define LOOPS(NAME, T, ACC)                                                   \
-  VECTORISED void pair_##NAME(T* out, const T* a, const T* b, size_t n) {     \
-    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
-      from_acc(static_cast<ACC>(to_acc(a[i]) + to_acc(b[i])), out[i]);        \
-    }                                                                         \
-  }                                                                           \
-  VECTORISED void first_##NAME(ACC* acc, const T* a, const T* b, size_t n) {  \
-    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
-      acc[i] = static_cast<ACC>(to_acc(a[i]) + to_acc(b[i]));                 \
-    }                                                                         \
-  }                                                                           \
-  VECTORISED void middle_##NAME(ACC* acc, const T* a, size_t n) {             \
-    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
-      acc[i] = static_cast<ACC>(acc[i] + to_acc(a[i]));                       \
-    }                                                                         \
-  }                                                                           \
-  VECTORISED void last_##NAME(T* out, const ACC* acc, const T* a, size_t n) { \
-    _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) {                     \
-      from_acc(static_cast<ACC>(acc[i] + to_acc(a[i])), out[i]);              \
-    }                                                                         \
-  }                                                                           \
-  struct Loops_##NAME {                                                       \
-    using Element = T;                                                        \
-    using Accumulator = ACC;                                                  \
-    static constexpr auto pair = pair_##NAME;                                 \
-    static constexpr auto first = first_##NAME;                               \
-    static constexpr auto middle = middle_##NAME;                             \
-    static constexpr auto last = last_##NAME;                                 \
-  };
+// The three loops a sum is made of: both ends of a chain of additions, and all of it for two
+// sources. INDEPENDENT: `out` may be `a` or `b` itself, which is no dependence between iterations.
+template <class T, class Acc>
+VECTORISED void pair_loop(T* out, const T* a, const T* b, size_t n) {
+  INDEPENDENT for (size_t i = 0; i < n; ++i) {
+    from_acc(static_cast<Acc>(to_acc(a[i]) + to_acc(b[i])), out[i]);
+  }
+}
+template <class T, class Acc>
+VECTORISED void first_loop(Acc* acc, const T* a, const T* b, size_t n) {
+  INDEPENDENT for (size_t i = 0; i < n; ++i) {
+    acc[i] = static_cast<Acc>(to_acc(a[i]) + to_acc(b[i]));
+  }
+}
+template <class T, class Acc>
+VECTORISED void middle_loop(Acc* acc, const T* a, size_t n) {
+  INDEPENDENT for (size_t i = 0; i < n; ++i) acc[i] = static_cast<Acc>(acc[i] + to_acc(a[i]));
+}
+template <class T, class Acc>
+VECTORISED void last_loop(T* out, const Acc* acc, const T* a, size_t n) {
+  INDEPENDENT for (size_t i = 0; i < n; ++i) {
+    from_acc(static_cast<Acc>(acc[i] + to_acc(a[i])), out[i]);
+  }
+}
 
-LOOPS(f32, float, float)
-LOOPS(f64, double, double)
-LOOPS(bf16, BFloat16, float)
-LOOPS(i8, uint8_t, uint8_t)
-LOOPS(i16, uint16_t, uint16_t)
-LOOPS(i32, uint32_t, uint32_t)
-LOOPS(i64, uint64_t, uint64_t)
-#undef LOOPS
+template <class T, class Acc = T>
+struct Loops {
+  using Element = T;
+  using Accumulator = Acc;
+  static void pair(T* out, const T* a, const T* b, size_t n) {
+    cpu::vectorised<pair_loop<T, Acc>>(out, a, b, n);
+  }
+  static void first(Acc* acc, const T* a, const T* b, size_t n) {
+    cpu::vectorised<first_loop<T, Acc>>(acc, a, b, n);
+  }
+  static void middle(Acc* acc, const T* a, size_t n) {
+    cpu::vectorised<middle_loop<T, Acc>>(acc, a, n);
+  }
+  static void last(T* out, const Acc* acc, const T* a, size_t n) {
+    cpu::vectorised<last_loop<T, Acc>>(out, acc, a, n);
+  }
+};
 
 // fp16 has instructions for arrays, not loops that the compiler would turn into them.
-struct Loops_f16 {
+struct LoopsOfHalf {
   using Element = Float16;
   using Accumulator = float;
   static void first(float* acc, const Float16* a, const Float16* b, size_t n) {
@@ -85,12 +86,12 @@ struct Loops_f16 {
   static void middle(float* acc, const Float16* a, size_t n) {
     float wide[kBlock];
     prim::to_float(a, wide, n);
-    middle_f32(acc, wide, n);
+    Loops<float>::middle(acc, wide, n);
   }
   static void last(Float16* out, const float* acc, const Float16* a, size_t n) {
     float wide[kBlock];
     prim::to_float(a, wide, n);
-    pair_f32(wide, acc, wide, n);
+    Loops<float>::pair(wide, acc, wide, n);
     prim::from_float(wide, out, n);
   }
   static void pair(Float16* out, const Float16* a, const Float16* b, size_t n) {
@@ -145,21 +146,21 @@ void sum(DType dtype, void* out, void* copy, const void* const* sources, int cou
   switch (dtype) {
     case DType::kU8:
     case DType::kI8:
-      return sum_of<Loops_i8>(out, copy, sources, count, elements);
+      return sum_of<Loops<uint8_t>>(out, copy, sources, count, elements);
     case DType::kI16:
-      return sum_of<Loops_i16>(out, copy, sources, count, elements);
+      return sum_of<Loops<uint16_t>>(out, copy, sources, count, elements);
     case DType::kI32:
-      return sum_of<Loops_i32>(out, copy, sources, count, elements);
+      return sum_of<Loops<uint32_t>>(out, copy, sources, count, elements);
     case DType::kI64:
-      return sum_of<Loops_i64>(out, copy, sources, count, elements);
+      return sum_of<Loops<uint64_t>>(out, copy, sources, count, elements);
     case DType::kF16:
-      return sum_of<Loops_f16>(out, copy, sources, count, elements);
+      return sum_of<LoopsOfHalf>(out, copy, sources, count, elements);
     case DType::kBF16:
-      return sum_of<Loops_bf16>(out, copy, sources, count, elements);
+      return sum_of<Loops<BFloat16, float>>(out, copy, sources, count, elements);
     case DType::kF32:
-      return sum_of<Loops_f32>(out, copy, sources, count, elements);
+      return sum_of<Loops<float>>(out, copy, sources, count, elements);
     case DType::kF64:
-      return sum_of<Loops_f64>(out, copy, sources, count, elements);
+      return sum_of<Loops<double>>(out, copy, sources, count, elements);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "collectives/communicator.h"
+#include "torch/dtypes.h"
 #include "torch/stream.h"
 
 namespace {
@@ -12,14 +13,17 @@ using collectives::Communicator;
 using collectives::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch_glue::check;
+using torch_glue::dtype_of;
+using torch_glue::fail;
 
 Communicator& communicator(int64_t fa, const char* op) {
-  STD_TORCH_CHECK(fa != 0, op, ": fa is 0, not a handle of init_custom_ar()");
+  check(fa != 0, op, ": fa is 0, not a handle of init_custom_ar()");
   return *reinterpret_cast<Communicator*>(fa);
 }
 
 Dtype sum_dtype(const Tensor& x, const char* op) {
-  switch (x.scalar_type()) {
+  switch (dtype_of(x)) {
     case ScalarType::Float:
       return Dtype::kFloat32;
     case ScalarType::Half:
@@ -27,7 +31,7 @@ Dtype sum_dtype(const Tensor& x, const char* op) {
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, op, ": it sums float32, float16 and bfloat16");
+      fail(op, ": it sums float32, float16 and bfloat16");
   }
 }
 
@@ -35,15 +39,13 @@ Dtype sum_dtype(const Tensor& x, const char* op) {
 // and inp * inp_parts == out * out_parts in elements.
 void check_pair(const Communicator& c, const Tensor& inp, const Tensor& out, int64_t inp_parts,
                 int64_t out_parts, const char* op) {
-  STD_TORCH_CHECK(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == c.device() &&
-                      out.get_device_index() == c.device(),
-                  op, ": inp and out must be on cuda:", c.device());
-  STD_TORCH_CHECK(inp.is_contiguous() && out.is_contiguous(), op,
-                  ": inp and out must be contiguous");
-  STD_TORCH_CHECK(inp.scalar_type() == out.scalar_type(), op,
-                  ": inp and out must have the same dtype");
-  STD_TORCH_CHECK(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ", inp.numel(),
-                  " elements and out ", out.numel());
+  check(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == c.device() &&
+            out.get_device_index() == c.device(),
+        op, ": inp and out must be on cuda:", c.device());
+  check(inp.is_contiguous() && out.is_contiguous(), op, ": inp and out must be contiguous");
+  check(dtype_of(inp) == dtype_of(out), op, ": inp and out must have the same dtype");
+  check(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ", inp.numel(),
+        " elements and out ", out.numel());
 }
 
 uint64_t bytes_of(const Tensor& x) {
@@ -86,7 +88,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CUDA, m) {
-  m.impl("custom_ar_all_reduce", TORCH_BOX(&all_reduce));
-  m.impl("custom_ar_all_gather", TORCH_BOX(&all_gather));
-  m.impl("custom_ar_reduce_scatter", TORCH_BOX(&reduce_scatter));
+  m.impl("custom_ar_all_reduce", torch_glue::boxed<&all_reduce>);
+  m.impl("custom_ar_all_gather", torch_glue::boxed<&all_gather>);
+  m.impl("custom_ar_reduce_scatter", torch_glue::boxed<&reduce_scatter>);
 }

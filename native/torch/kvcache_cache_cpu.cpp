@@ -60,8 +60,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CPU, m) {
-#define REGISTER(name) m.impl(#name, TORCH_BOX(&kvcache_glue::name));
+#define REGISTER(name) m.impl(#name, torch_glue::boxed<&kvcache_glue::name>);
   KVCACHE_CACHE_OPS(REGISTER)
 #undef REGISTER
-  m.impl("swap_blocks_batch", TORCH_BOX(&kvcache_glue::swap_blocks_batch));
+  m.impl("swap_blocks_batch", torch_glue::boxed<&kvcache_glue::swap_blocks_batch>);
 }

@@ -1,7 +1,7 @@
 #include "torch/kvcache_cache.h"
 
 STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CUDA, m) {
-#define REGISTER(name) m.impl(#name, TORCH_BOX(&kvcache_glue::name));
+#define REGISTER(name) m.impl(#name, torch_glue::boxed<&kvcache_glue::name>);
   KVCACHE_CACHE_OPS(REGISTER)
 #undef REGISTER
 }
@@ -29,10 +29,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CPU, m) {
-  m.impl("swap_blocks_batch_cuda", TORCH_BOX(&kvcache_glue::swap_blocks_batch_cuda));
+  m.impl("swap_blocks_batch_cuda", torch_glue::boxed<&kvcache_glue::swap_blocks_batch_cuda>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CUDA, m) {
-  m.impl("swap_blocks_batch_cuda", TORCH_BOX(&kvcache_glue::swap_blocks_batch_cuda));
-  m.impl("swap_blocks_batch", TORCH_BOX(&kvcache_glue::swap_blocks_batch_cuda));
+  m.impl("swap_blocks_batch_cuda", torch_glue::boxed<&kvcache_glue::swap_blocks_batch_cuda>);
+  m.impl("swap_blocks_batch", torch_glue::boxed<&kvcache_glue::swap_blocks_batch_cuda>);
 }

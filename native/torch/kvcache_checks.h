@@ -5,13 +5,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
 #include <string>
 
 #include "prim/dtype.h"
+#include "torch/errors.h"
 
 namespace kvcache_glue {
 
@@ -111,7 +111,7 @@ class Launch {
   Stream stream = nullptr;
 
  private:
-  void* guard_ = nullptr;
+  [[maybe_unused]] void* guard_ = nullptr;  // on GPUs
 };
 
 }  // namespace kvcache_glue

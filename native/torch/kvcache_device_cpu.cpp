@@ -1,7 +1,7 @@
 // What the kvcache ops need of torch on the CPU: the argument checks and its thread pool.
 #include <torch/csrc/stable/ops.h>
 
-#include "prim/cpu_lanes.h"
+#include "prim/cpu_dispatch.h"
 #include "prim/cpu_parallel.h"
 #include "torch/kvcache_checks.inc"
 
@@ -20,15 +20,6 @@ const uint8_t* host_pointer(const Checks& /*checks*/, const Arg& host) {
 
 namespace cpu {
 namespace {
-
-Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return Isa::kAvx512;
-  if (__builtin_cpu_supports("x86-64-v3")) return Isa::kAvx2;
-#endif
-  return Isa::kPortable;
-}
 
 const Isa best = best_isa();
 

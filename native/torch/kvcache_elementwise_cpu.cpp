@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kvcache_ops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvcache_ops, CPU, m) {
-#define REGISTER(name) m.impl(#name, TORCH_BOX(&kvcache_glue::name));
+#define REGISTER(name) m.impl(#name, torch_glue::boxed<&kvcache_glue::name>);
   KVCACHE_ELEMENTWISE_OPS(REGISTER)
 #undef REGISTER
 }

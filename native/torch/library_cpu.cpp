@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "torch/errors.h"
+
 namespace {
 
 std::string native_version() { return COMMUNICATORS_VERSION; }
@@ -13,7 +15,7 @@ std::string native_version() { return COMMUNICATORS_VERSION; }
 STABLE_TORCH_LIBRARY(communicators, m) { m.def("native_version() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
-  m.impl("native_version", TORCH_BOX(&native_version));
+  m.impl("native_version", torch_glue::boxed<&native_version>);
 }
 
 STABLE_TORCH_LIBRARY(kvcache_ops, m) { (void)m; }

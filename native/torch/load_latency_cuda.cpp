@@ -1,13 +1,13 @@
 // load_latency_us(pointer, bytes, hops): the latency measurement of p2p_worker.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "collectives/load_latency.h"
+#include "torch/errors.h"
 
 namespace {
 
 double load_latency_us(int64_t pointer, int64_t bytes, int64_t hops) {
-  STD_TORCH_CHECK(
+  torch_glue::check(
       pointer % 128 == 0 && bytes >= 1 << 12 && bytes <= 1 << 30 && hops > 0 && hops <= 1 << 20,
       "load_latency_us(pointer, bytes, hops): 128-byte aligned memory of 4 KiB to "
       "1 GiB and 1 to 2^20 hops are expected, got ",
@@ -23,5 +23,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
-  m.impl("load_latency_us", TORCH_BOX(&load_latency_us));
+  m.impl("load_latency_us", torch_glue::boxed<&load_latency_us>);
 }

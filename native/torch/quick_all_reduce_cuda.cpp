@@ -5,29 +5,30 @@
 
 #include "collectives/quick_all_reduce.h"
 #include "prim/gpu.h"
+#include "torch/dtypes.h"
 #include "torch/stream.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch_glue::check;
+using torch_glue::dtype_of;
 
 void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec) {
   constexpr const char* op = "quick_all_reduce(fa, inp, out, codec)";
-  STD_TORCH_CHECK(fa != 0, op, ": fa is 0, not a handle of a live QuickAllReduce");
+  check(fa != 0, op, ": fa is 0, not a handle of a live QuickAllReduce");
   auto& communicator = *reinterpret_cast<quick::QuickAllReduce*>(fa);
-  const auto dtype = inp.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
-                  ": it sums float16 and bfloat16");
-  STD_TORCH_CHECK(out.scalar_type() == dtype && inp.numel() == out.numel(), op,
-                  ": inp and out must have the same dtype and size");
-  STD_TORCH_CHECK(inp.is_cuda() && out.is_cuda() &&
-                      inp.get_device_index() == communicator.device() &&
-                      out.get_device_index() == communicator.device(),
-                  op, ": inp and out must be on cuda:", communicator.device());
-  STD_TORCH_CHECK(inp.is_contiguous() && out.is_contiguous(), op,
-                  ": inp and out must be contiguous");
-  STD_TORCH_CHECK(codec >= 0 && codec <= 3, op, ": codec must be 0 to 3, got ", codec);
+  const auto dtype = dtype_of(inp);
+  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+        ": it sums float16 and bfloat16");
+  check(dtype_of(out) == dtype && inp.numel() == out.numel(), op,
+        ": inp and out must have the same dtype and size");
+  check(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == communicator.device() &&
+            out.get_device_index() == communicator.device(),
+        op, ": inp and out must be on cuda:", communicator.device());
+  check(inp.is_contiguous() && out.is_contiguous(), op, ": inp and out must be contiguous");
+  check(codec >= 0 && codec <= 3, op, ": codec must be 0 to 3, got ", codec);
   const gpu::DeviceGuard guard(communicator.device());
   communicator.run(static_cast<quick::Codec>(codec),
                    dtype == ScalarType::BFloat16 ? quick::Half::kBFloat16 : quick::Half::kFloat16,
@@ -39,5 +40,5 @@ void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CUDA, m) {
-  m.impl("quick_all_reduce", TORCH_BOX(&quick_all_reduce));
+  m.impl("quick_all_reduce", torch_glue::boxed<&quick_all_reduce>);
 }

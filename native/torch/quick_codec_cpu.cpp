@@ -7,11 +7,15 @@
 #include <tuple>
 
 #include "collectives/quick_codec.h"
+#include "torch/dtypes.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch_glue::check;
+using torch_glue::dtype_of;
+using torch_glue::fail;
 
 constexpr int kWords = quick::kBlock / 4;  // of a block's codes, a byte each
 
@@ -24,9 +28,9 @@ void encode_block(const float (&x)[quick::kBlock], uint16_t* extreme, uint32_t (
   uint32_t words[B];
   quick::pack<B>(codes, words);
   const uint16_t sent = quick::seal(words, m);
-  STD_TORCH_CHECK(sent != quick::kAbsent, "quick_encode: an extreme value that looks absent");
+  check(sent != quick::kAbsent, "quick_encode: an extreme value that looks absent");
   for (const uint32_t word : words) {
-    STD_TORCH_CHECK(word != quick::kAbsent, "quick_encode: a word that looks absent");
+    check(word != quick::kAbsent, "quick_encode: a word that looks absent");
   }
   *extreme = quick::unseal(words, sent);
   quick::unpack<B>(words, codes);
@@ -51,15 +55,15 @@ void by_codec(int64_t bits, bool bfloat16, const char* op, Body body) {
   if (bits == 8) return with(std::integral_constant<int, 8>{});
   if (bits == 6) return with(std::integral_constant<int, 6>{});
   if (bits == 4) return with(std::integral_constant<int, 4>{});
-  STD_TORCH_CHECK(false, op, ": bits must be 8, 6 or 4, got ", bits);
+  fail(op, ": bits must be 8, 6 or 4, got ", bits);
 }
 
 // fp32 x [N, 32] -> m as int16 [N], codes as int32 [N, 8], a byte each.
 std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
   constexpr const char* op = "quick_encode(x, bits, bfloat16)";
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
-                      x.dim() == 2 && x.size(1) == quick::kBlock,
-                  op, ": x must be a contiguous float32 CPU tensor [N, 32]");
+  check(x.is_cpu() && dtype_of(x) == ScalarType::Float && x.is_contiguous() && x.dim() == 2 &&
+            x.size(1) == quick::kBlock,
+        op, ": x must be a contiguous float32 CPU tensor [N, 32]");
   const auto cpu = torch::stable::Device(torch::headeronly::DeviceType::CPU, 0);
   const int64_t blocks = x.size(0);
   Tensor extremes = torch::stable::empty({blocks}, ScalarType::Short, std::nullopt, cpu);
@@ -76,11 +80,10 @@ std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
 // The inverse: fp32 [N, 32].
 Tensor quick_decode(Tensor extremes, Tensor codes, int64_t bits, bool bfloat16) {
   constexpr const char* op = "quick_decode(extremes, codes, bits, bfloat16)";
-  STD_TORCH_CHECK(extremes.is_cpu() && extremes.scalar_type() == ScalarType::Short &&
-                      extremes.is_contiguous() && codes.is_cpu() &&
-                      codes.scalar_type() == ScalarType::Int && codes.is_contiguous() &&
-                      codes.numel() == extremes.numel() * kWords,
-                  op, ": extremes must be int16 [N] and codes int32 [N, 8], both on the CPU");
+  check(extremes.is_cpu() && dtype_of(extremes) == ScalarType::Short && extremes.is_contiguous() &&
+            codes.is_cpu() && dtype_of(codes) == ScalarType::Int && codes.is_contiguous() &&
+            codes.numel() == extremes.numel() * kWords,
+        op, ": extremes must be int16 [N] and codes int32 [N, 8], both on the CPU");
   const int64_t blocks = extremes.numel();
   Tensor x = torch::stable::empty({blocks, quick::kBlock}, ScalarType::Float, std::nullopt,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
@@ -103,6 +106,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CPU, m) {
-  m.impl("quick_encode", TORCH_BOX(&quick_encode));
-  m.impl("quick_decode", TORCH_BOX(&quick_decode));
+  m.impl("quick_encode", torch_glue::boxed<&quick_encode>);
+  m.impl("quick_decode", torch_glue::boxed<&quick_decode>);
 }

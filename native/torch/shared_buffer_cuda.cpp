@@ -9,11 +9,14 @@
 #include <tuple>
 
 #include "prim/gpu.h"
+#include "torch/dtypes.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch_glue::check;
+using torch_glue::dtype_of;
 
 constexpr int64_t kHandleBytes = sizeof(gpu::IpcMemHandle);
 static_assert(kHandleBytes == 64, "CUDA and HIP define a memory handle as 64 bytes");
@@ -24,8 +27,7 @@ Tensor handle_tensor() {
 }
 
 std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
-  STD_TORCH_CHECK(size > 0, "allocate_shared_buffer_and_handle(size): size must be positive, got ",
-                  size);
+  check(size > 0, "allocate_shared_buffer_and_handle(size): size must be positive, got ", size);
   void* buffer = nullptr;
   GPU_CHECK(GPU_NAME(Malloc)(&buffer, static_cast<size_t>(size)));
   try {
@@ -43,10 +45,10 @@ std::tuple<int64_t, Tensor> allocate_shared_buffer_and_handle(int64_t size) {
 }
 
 int64_t open_mem_handle(Tensor handle) {
-  STD_TORCH_CHECK(handle.is_cpu() && handle.scalar_type() == ScalarType::Byte &&
-                      handle.numel() == kHandleBytes && handle.is_contiguous(),
-                  "open_mem_handle(handle): a contiguous uint8 CPU tensor of ", kHandleBytes,
-                  " bytes is expected");
+  check(handle.is_cpu() && dtype_of(handle) == ScalarType::Byte && handle.numel() == kHandleBytes &&
+            handle.is_contiguous(),
+        "open_mem_handle(handle): a contiguous uint8 CPU tensor of ", kHandleBytes,
+        " bytes is expected");
   gpu::IpcMemHandle native;
   std::memcpy(&native, handle.const_data_ptr(), kHandleBytes);
   void* mapped = nullptr;
@@ -72,8 +74,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
-  m.impl("allocate_shared_buffer_and_handle", TORCH_BOX(&allocate_shared_buffer_and_handle));
-  m.impl("open_mem_handle", TORCH_BOX(&open_mem_handle));
-  m.impl("close_mem_handle", TORCH_BOX(&close_mem_handle));
-  m.impl("free_shared_buffer", TORCH_BOX(&free_shared_buffer));
+  m.impl("allocate_shared_buffer_and_handle",
+         torch_glue::boxed<&allocate_shared_buffer_and_handle>);
+  m.impl("open_mem_handle", torch_glue::boxed<&open_mem_handle>);
+  m.impl("close_mem_handle", torch_glue::boxed<&close_mem_handle>);
+  m.impl("free_shared_buffer", torch_glue::boxed<&free_shared_buffer>);
 }

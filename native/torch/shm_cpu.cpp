@@ -14,6 +14,7 @@
 #include "shm/channel.h"
 #include "shm/collectives.h"
 #include "shm/reduce.h"
+#include "torch/dtypes.h"
 
 namespace {
 
@@ -53,7 +54,7 @@ Teams& teams() {
   return all;
 }
 
-shm::DType dtype_of(const Tensor& x) { return static_cast<shm::DType>(x.scalar_type()); }
+shm::DType dtype_of(const Tensor& x) { return static_cast<shm::DType>(torch_glue::dtype_of(x)); }
 
 size_t bytes_of(const Tensor& x) { return static_cast<size_t>(x.numel()) * x.element_size(); }
 
@@ -64,13 +65,16 @@ size_t bytes_of(const Tensor& x) { return static_cast<size_t>(x.numel()) * x.ele
 void check(const char* op, const char* argument, const Tensor& x) {
   if (!x.is_cpu()) reject(op, std::string(argument) + " is not on the CPU");
   if (!x.is_contiguous()) reject(op, std::string(argument) + " is not contiguous");
+  if (torch_glue::dtype_of(x) == torch::headeronly::ScalarType::Undefined) {
+    reject(op, std::string(argument) + " has a dtype that torch's stable interface does not name");
+  }
 }
 
 void check_pair(const char* op, const Tensor& out, const Tensor& inp, int64_t out_factor,
                 int64_t inp_factor) {
   check(op, "out", out);
   check(op, "inp", inp);
-  if (out.scalar_type() != inp.scalar_type()) {
+  if (dtype_of(out) != dtype_of(inp)) {
     reject(op, "out is " + name_of(dtype_of(out)) + " and inp is " + name_of(dtype_of(inp)) +
                    "; they must have one dtype");
   }
@@ -254,23 +258,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
-  m.impl("shm_open", TORCH_BOX(&shm_open));
-  m.impl("shm_join", TORCH_BOX(&shm_join));
-  m.impl("shm_close", TORCH_BOX(&shm_close));
-  m.impl("shm_set_tuning", TORCH_BOX(&shm_set_tuning));
-  m.impl("shm_plan", TORCH_BOX(&shm_plan));
-  m.impl("shm_barrier", TORCH_BOX(&shm_barrier));
-  m.impl("shm_next_message_bytes", TORCH_BOX(&shm_next_message_bytes));
+  m.impl("shm_open", torch_glue::boxed<&shm_open>);
+  m.impl("shm_join", torch_glue::boxed<&shm_join>);
+  m.impl("shm_close", torch_glue::boxed<&shm_close>);
+  m.impl("shm_set_tuning", torch_glue::boxed<&shm_set_tuning>);
+  m.impl("shm_plan", torch_glue::boxed<&shm_plan>);
+  m.impl("shm_barrier", torch_glue::boxed<&shm_barrier>);
+  m.impl("shm_next_message_bytes", torch_glue::boxed<&shm_next_message_bytes>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CPU, m) {
-  m.impl("shm_all_reduce_", TORCH_BOX(&shm_all_reduce_));
-  m.impl("shm_all_reduce_out", TORCH_BOX(&shm_all_reduce_out));
-  m.impl("shm_all_reduce", TORCH_BOX(&shm_all_reduce));
-  m.impl("shm_all_gather", TORCH_BOX(&shm_all_gather));
-  m.impl("shm_gather", TORCH_BOX(&shm_gather));
-  m.impl("shm_reduce_scatter", TORCH_BOX(&shm_reduce_scatter));
-  m.impl("shm_broadcast_", TORCH_BOX(&shm_broadcast_));
-  m.impl("shm_send", TORCH_BOX(&shm_send));
-  m.impl("shm_recv_", TORCH_BOX(&shm_recv_));
+  m.impl("shm_all_reduce_", torch_glue::boxed<&shm_all_reduce_>);
+  m.impl("shm_all_reduce_out", torch_glue::boxed<&shm_all_reduce_out>);
+  m.impl("shm_all_reduce", torch_glue::boxed<&shm_all_reduce>);
+  m.impl("shm_all_gather", torch_glue::boxed<&shm_all_gather>);
+  m.impl("shm_gather", torch_glue::boxed<&shm_gather>);
+  m.impl("shm_reduce_scatter", torch_glue::boxed<&shm_reduce_scatter>);
+  m.impl("shm_broadcast_", torch_glue::boxed<&shm_broadcast_>);
+  m.impl("shm_send", torch_glue::boxed<&shm_send>);
+  m.impl("shm_recv_", torch_glue::boxed<&shm_recv_>);
 }

@@ -2,16 +2,16 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "prim/gpu.h"
+#include "torch/errors.h"
 
 namespace torch_glue {
 
 inline gpu::Stream current_stream(int device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-                  "torch has no current stream for cuda:", device);
+  check(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+        "torch has no current stream for cuda:", device);
   return static_cast<gpu::Stream>(stream);
 }
 

@@ -1,6 +1,8 @@
 """Run by test_sanitizers.py in a process with AddressSanitizer's runtime: the ops of a library.
 
-sanitized_run.py LIBRARY cases | refused | planted-address | planted-undefined
+sanitized_run.py cases | refused | planted-address | planted-undefined
+
+COMMUNICATORS_NATIVE_DIR holds the library.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import kvcache_ops
 from communicators import native
 
 
-def cases(library: str) -> None:
+def cases() -> None:
     """A slice of the cases of every op, on every instruction set, against the reference."""
-    limit, done, ops = ctypes.CDLL(library).kvcache_limit_isa, 0, set()
+    limit, done, ops = ctypes.CDLL(str(native.load("cpu"))).kvcache_limit_isa, 0, set()
     for level, of_each in ((1, 4), (2, 4), (3, 10)):
         if limit(level) != level:
             continue
@@ -32,7 +34,7 @@ def cases(library: str) -> None:
     print(f"{done} cases of {len(ops)} ops")
 
 
-def refused(library: str) -> None:
+def refused() -> None:
     """Each argument wrong once: what is refused must not be looked at too closely either."""
     from test_bad_input import MUTATIONS, assert_refused, wrong_arguments
 
@@ -63,14 +65,13 @@ def grouped(slot: int, block_stride: int) -> None:
 
 
 def main() -> None:
-    library, what = sys.argv[1:]
-    native.library_path = lambda name: Path(library)
+    what = sys.argv[1]
     if what == "planted-address":
         grouped(slot=4, block_stride=32)  # one past the cache
     elif what == "planted-undefined":
         grouped(slot=16, block_stride=1 << 62)  # 4 * 2^62 is no int64
     else:
-        {"cases": cases, "refused": refused}[what](library)
+        {"cases": cases, "refused": refused}[what]()
 
 
 if __name__ == "__main__":

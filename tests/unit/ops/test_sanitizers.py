@@ -70,10 +70,11 @@ def run(library: Path, what: str) -> subprocess.CompletedProcess[str]:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONPATH": str(ROOT),
+        "COMMUNICATORS_NATIVE_DIR": str(library.parent),
         "OMP_NUM_THREADS": "2",
     }
     return subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sanitized_run.py")), str(library), what],
+        [sys.executable, str(Path(__file__).with_name("sanitized_run.py")), what],
         capture_output=True,
         text=True,
         check=False,
