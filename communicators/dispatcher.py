@@ -1,4 +1,4 @@
-"""Opens the communicators of a group once, picks one for each request, runs it, and explains.
+"""Holds the communicators of a group, picks one for each request, runs it, and explains.
 
 There is one ordered list of live communicators. It is what runs, what `explain()` prints and what
 the policy chooses from, so what is printed is what runs.
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name
+from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name, size_name
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
-from .policy import Choice, choose
+from .policy import MARGIN, Choice, choose
 from .tables import EMPTY, Table
 
 _MAX_PLANS = 4096  # choices remembered; a job has a few sizes, and a runaway must not grow for ever
@@ -148,32 +148,34 @@ class Dispatcher:
         return "\n".join(lines)
 
     def _answer(self, op: str, dtype: torch.dtype, mode: str) -> Iterator[str]:
-        for low, high, choice in self._ranges(op, dtype, mode):
-            yield f"    {_span(low, high)}: {choice.communicator or 'nothing'}, {choice.reason}"
-            for name, why in choice.refused.items():
+        for low, high, first, last in self._ranges(op, dtype, mode):
+            # What was measured at the largest size of a range is said of that size alone.
+            also = f"; {first.quote}" if first.quote != last.quote else ""
+            yield f"    {_span(low, high)}: {last.communicator or 'nothing'}, {last.reason}{also}"
+            for name, why in last.refused.items():
                 yield f"      not {name}: {why}"
 
     def _ranges(
         self, op: str, dtype: torch.dtype, mode: str
-    ) -> list[tuple[int, int | None, Choice]]:
-        """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
+    ) -> list[tuple[int, int | None, Choice, Choice]]:
+        """(above, up to, first and last choice) for all sizes that are answered alike.
+
+        The answer can change at a measured size, where two measured times cross, or at a limit.
+        """
         open_to = [c.capabilities for c in self.live if c.capabilities is not None]
         bounds = {capability.max_bytes for capability in open_to}
         bounds |= {capability.min_bytes - 1 for capability in open_to if capability.min_bytes > 1}
-        bounds |= {
-            row.up_to_bytes
-            for row in self.table.rows
-            if (row.op, row.dtype, row.mode) == (op, dtype_name(dtype), mode)
-        }
-        ends = sorted(bound for bound in bounds if bound is not None)
-        found: list[tuple[int, int | None, Choice]] = []
+        bounds |= self.table.bounds(op, dtype, mode, MARGIN)
+        ends = sorted(bound for bound in bounds if bound)
+        found: list[tuple[int, int | None, Choice, Choice]] = []
         for low, high in zip([0, *ends], [*ends, None], strict=True):
             inside = high if high is not None else low + _ALIGNED
-            choice = self.select(Request(op, dtype, inside // _ALIGNED * _ALIGNED, mode))
-            if found and _same(found[-1][2], choice):
-                found[-1] = (found[-1][0], high, found[-1][2])
+            aligned = inside // _ALIGNED * _ALIGNED
+            choice = self.select(Request(op, dtype, aligned if aligned > low else inside, mode))
+            if found and _same(found[-1][3], choice):
+                found[-1] = (found[-1][0], high, found[-1][2], choice)
             else:
-                found.append((low, high, choice))
+                found.append((low, high, choice, choice))
         return found
 
     def close(self) -> None:
@@ -189,15 +191,8 @@ def _same(a: Choice, b: Choice) -> bool:
 
 def _span(low: int, high: int | None) -> str:
     if high is None:
-        return f"above {_size(low)}" if low else "any size"
-    return f"{_size(low)} to {_size(high)}" if low else f"up to {_size(high)}"
-
-
-def _size(nbytes: int) -> str:
-    for unit, shift in (("GB", 30), ("MB", 20), ("KB", 10)):
-        if nbytes >= 1 << shift and nbytes % (1 << shift) == 0:
-            return f"{nbytes >> shift} {unit}"
-    return f"{nbytes} B"
+        return f"above {size_name(low)}" if low else "any size"
+    return f"{size_name(low)} to {size_name(high)}" if low else f"up to {size_name(high)}"
 
 
 def table_directories(directory: str) -> list[Path]:
