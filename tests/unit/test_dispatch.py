@@ -1,8 +1,5 @@
 """Policy, tables and dispatcher: admitted, then measured, then the order of the list."""
 
-import json
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,39 +13,17 @@ from communicators import (
     Request,
     Settings,
 )
-from communicators.backends import machine_table
 from communicators.base import OPS, Communicator
 from communicators.dispatcher import Dispatcher
-from communicators.errors import InvalidArgumentError, SettingsError
+from communicators.errors import InvalidArgumentError
 from communicators.policy import choose
-from communicators.tables import EMPTY, load, parse
+from communicators.tables import EMPTY, parse
 from tests.threads import run_ranks
+from tests.unit.table_maker import rows_table, table_text
 
 SMALL = Capability(frozenset({"all_reduce"}), max_bytes=1024)
 ALL = Capability(frozenset({"all_reduce", "all_gather"}), deterministic=False)
 LIVE = [("small", SMALL), ("all", ALL)]
-
-
-def table_text(**changes):
-    row = {
-        "op": "all_reduce", "dtype": "bfloat16", "mode": "eager", "up_to_bytes": 256,
-        "communicator": "all", "us": {"all": 2.0, "small": 3.5},
-    }  # fmt: skip
-    data = {
-        "machine": {"device": "Toy", "link": "NV1", "world_size": 2},
-        "measured": {"date": "2026-01-01", "driver": "1", "commit": "abc", "command": "tune"},
-        "rows": [
-            row,
-            {**row, "up_to_bytes": 512, "communicator": "small", "us": {"all": 3.5, "small": 2.0}},
-        ],
-    }
-    for path, value in changes.items():
-        *parents, last = path.split("__")
-        holder = data
-        for key in parents:
-            holder = holder[int(key) if key.isdigit() else key]
-        holder[last] = value
-    return json.dumps(data)
 
 
 def request(nbytes, op="all_reduce", dtype=torch.bfloat16):
@@ -71,16 +46,6 @@ def test_a_row_decides_where_there_is_one():
     choice = choose(request(256), LIVE, table)
     assert choice.reason == "measured fastest, 2 us at 256 B (2 x Toy NV1, 2026-01-01)"
     assert str(choice.refused["small"]) == "measured 3.5 us against 2 at 256 B"
-
-
-def rows_table(*rows, merged=False):
-    """A table of (op, dtype, size, us), all eager."""
-    items = [
-        {"op": op, "dtype": dtype, "mode": "eager", "up_to_bytes": size, "us": us,
-         "communicator": min(us, key=us.get)}
-        for op, dtype, size, us in rows
-    ]  # fmt: skip
-    return parse(table_text(rows=items, merged=merged), "toy.json")
 
 
 MOVES = [op for op in OPS if op not in ("all_reduce", "reduce_scatter")]
@@ -248,106 +213,6 @@ def test_nobody_takes_it():
     assert choice.communicator is None
     assert choice.reason == "no communicator takes it"
     assert str(choice.refused["all"]) == "it does only all_gather, all_reduce"
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rows__0__op": "sum"}, "row 0 has op 'sum'"),
-        ({"rows__1__up_to_bytes": "big"}, "row 1 needs 'up_to_bytes'"),
-        ({"machine__world_size": None}, "the machine"),
-        ({"measured__commit": 7}, "needs 'commit'"),
-        ({"rows": {}}, "needs 'rows'"),
-        ({"rows": [7]}, "row 0 needs 'us'"),
-        ({"merged": "no"}, "needs 'merged' of type bool"),
-        ({"machine__link": ["NV1"]}, "needs 'link' of type str"),
-        ({"machine__world_size": True}, "needs 'world_size' of type int"),
-        ({"rows__0__dtype": "bfloat17"}, "row 0 has dtype 'bfloat17'"),
-        ({"rows__0__dtype": "nn"}, "row 0 has dtype 'nn'"),
-        ({"rows__0__up_to_bytes": 10**400}, "row 0 has op"),
-        ({"rows__0__up_to_bytes": 0}, "up_to_bytes 0"),
-        ({"rows__0__communicator": "fast"}, "row 0 names 'fast'"),
-        ({"rows__0__us": {}}, "row 0 names 'all'"),
-        ({"rows__0__us": {"all": "2"}}, "a time of 2 for 'all'"),
-        ({"rows__0__us": {"all": None}}, "a time of None for 'all'"),
-        ({"rows__0__us": {"all": float("nan")}}, "a time of nan for 'all'"),
-        ({"rows__0__us": {"all": float("inf")}}, "a time of inf for 'all'"),
-        ({"rows__0__us": {"all": -1}}, "a time of -1 for 'all'"),
-        ({"rows__0__us": {"all": 0}}, "a time of 0 for 'all'"),
-        ({"rows__0__us": {"all": True}}, "a time of True for 'all'"),
-        ({"rows__0__us": [2.0]}, "row 0 needs 'us' of type dict"),
-    ],
-)
-def test_a_bad_table_is_named_with_its_row(changes, reason):
-    with pytest.raises(SettingsError) as caught:
-        parse(table_text(**changes), "toy.json")
-    assert "toy.json" in str(caught.value)
-    assert reason.replace("the machine", "machine") in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5000, "\0", "nan"])
-def test_what_is_no_table_is_named(text):
-    with pytest.raises(SettingsError, match=r"^toy\.json"):
-        parse(text, "toy.json")
-    with pytest.raises(SettingsError, match=r"toy\.json: the table needs 'machine'"):
-        parse("[]", "toy.json")
-
-
-def _other_files(directory):
-    """name -> makes something of that name that is no table."""
-    return {
-        "bytes": lambda path: path.write_bytes(b"\xff\xfe\0"),
-        "text": lambda path: path.write_text("a note"),
-        "other json": lambda path: path.write_text('{"name": "package"}'),
-        "folder": lambda path: path.mkdir(),
-        "pipe": os.mkfifo,
-        "dangling link": lambda path: path.symlink_to(directory / "nowhere"),
-        "link to itself": lambda path: path.symlink_to(path),
-        "device": lambda path: path.symlink_to("/dev/zero"),
-        "large": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
-    }
-
-
-@pytest.mark.parametrize("kind", _other_files(None))
-def test_a_file_of_any_content_is_an_error_of_all_ranks(tmp_path, kind):
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    for directory in (good, bad):
-        directory.mkdir()
-        (directory / "a.json").write_text(table_text())
-    path = bad / "b.json"
-    _other_files(bad)[kind](path)
-
-    def body(group):
-        group.settings = Settings(table_dir=str(bad if group.rank == 1 else good))
-        return machine_table(group, torch.device("cpu"))
-
-    for error in run_ranks(2, body):
-        assert isinstance(error, SettingsError)
-        assert str(path) in str(error) and "the tables of rank 1" in str(error)
-
-
-def test_a_directory_that_is_none_is_an_error(tmp_path):
-    (tmp_path / "file").touch()
-    for directory in (tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(SettingsError, match=f"{directory} is no directory"):
-            load("Toy", "NV1", 2, [directory])
-
-
-def test_tables_are_found_by_machine_shape(tmp_path):
-    (tmp_path / "toy.json").write_text(table_text())
-    assert load("Toy", "NV1", 2, [tmp_path]).machine["device"] == "Toy"
-    assert load("Toy", "NV1", 4, [tmp_path]) is EMPTY
-    assert load("Toy", "", 2, [tmp_path]) is EMPTY
-    assert len(load("Toy", "NV1", 2, [tmp_path]).digest) == 16
-
-
-def test_shipped_tables_are_valid():
-    from pathlib import Path
-
-    import communicators
-
-    for path in (Path(communicators.__file__).parent / "tables").glob("*.json"):
-        assert parse(path.read_text(), str(path)).rows
 
 
 class Recording(Communicator):
