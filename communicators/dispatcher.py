@@ -7,6 +7,8 @@ the policy chooses from, so what is printed is what runs.
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from .policy import MARGIN, Choice, choose
 from .tables import EMPTY, Table
 
 _MAX_PLANS = 4096  # choices remembered; a job has a few sizes, and a runaway must not grow for ever
+_MAX_RECORDED = 4096  # entries for captures that nobody compares; the latest of them
 _ALIGNED = 256  # explain() asks about sizes that no `multiple` of a communicator refuses
 
 
@@ -51,6 +54,8 @@ class Dispatcher:
         self._plans: dict[tuple[str, torch.dtype, int, bool, bool], Communicator] = {}
         self._on_cuda = device.type == "cuda"
         self._debug = group.settings.debug
+        #: (how many in a row, call) that CUDA graphs have recorded since they were last compared.
+        self._recorded: deque[tuple[int, str]] = deque(maxlen=_MAX_RECORDED)
         facts = (table.digest, [c.name for c in self.live])
         for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
             if theirs != facts:
@@ -89,7 +94,29 @@ class Dispatcher:
         communicator = self._plans.get(key)
         if communicator is None:
             communicator = self._plan(key, smaller)
+        if capturing and op not in ("send", "recv"):
+            self._record(f"{op} of {smaller.nbytes} bytes of {dtype_name(smaller.dtype)}")
         communicator.run(op, out, inp, root)
+
+    def _record(self, call: str) -> None:
+        """Notes a call that a CUDA graph records; calls alike in a row become one entry."""
+        alike = self._recorded[-1][0] if self._recorded and self._recorded[-1][1] == call else 0
+        if alike:
+            self._recorded.pop()
+        self._recorded.append((alike + 1, call))
+
+    def _compare_recorded(self) -> None:
+        mine = list(self._recorded)
+        self._recorded.clear()
+        for rank, theirs in enumerate(self.group.gather_objects("captured", mine)):
+            if theirs != mine:
+                pairs = itertools.zip_longest(mine, theirs, fillvalue=(0, "no call"))
+                (a, b), (c, d) = next(pair for pair in pairs if pair[0] != pair[1])
+                raise CommMismatchError(
+                    f"group {self.group.name}: the ranks captured different calls, rank "
+                    f"{self.group.rank} {a} x {b} where rank {rank} captured {c} x {d}; replaying "
+                    "these graphs would wait for calls that never come"
+                )
 
     def _compare(self, op: str, tensor: torch.Tensor, root: int) -> None:
         """COMMUNICATORS_DEBUG: the ranks compare their calls on the host before they make them."""
@@ -124,11 +151,22 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """A scope in which a CUDA graph may be captured; each live communicator prepares for it."""
-        with contextlib.ExitStack() as stack:
-            for communicator in self.live:
-                stack.enter_context(communicator.capture())
-            yield
+        """A scope in which CUDA graphs may be captured; each live communicator prepares for it.
+
+        At its end, if the captures succeeded, the ranks compare the calls that graphs have
+        recorded, here or anywhere since the last time; CommMismatchError unless they are the same.
+        Collective on GPUs.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                for communicator in self.live:
+                    stack.enter_context(communicator.capture())
+                yield
+        except BaseException:
+            self._recorded.clear()  # a capture that failed is compared with nobody
+            raise
+        if self._on_cuda:
+            self._compare_recorded()
 
     def explain(self, dtype: torch.dtype = torch.bfloat16) -> str:
         """What is used for which collective, by size, and why each other one is not."""
