@@ -149,12 +149,11 @@ def deterministic_all_reduce_unreg(
 
 
 def dispose(fa: int) -> None:
-    """Ends a handle; no call of it may be in flight. The caller's buffers stay the caller's."""
-    torch.cuda.synchronize()
-    custom_ar.load().destroy(fa)
+    """Ends a handle. The caller's buffers stay the caller's; `free_shared_buffer` frees them only
+    when no CUDA graph that recorded a call of this handle exists: its replays end at once."""
+    device = torch.device("cuda", torch.cuda.current_device())
     buffer = _mapped.pop(fa, None)
-    if buffer is not None:
-        buffer.close()
+    custom_ar.load().end(fa, device, buffer.close if buffer is not None else None)
 
 
 def register_buffer(fa: int, *buffer: Any) -> None:
@@ -191,8 +190,9 @@ def open_mem_handle(mem_handle: torch.Tensor) -> int:
 
 
 def free_shared_buffer(buffer: int) -> None:
-    """Frees what `allocate_shared_buffer_and_handle` returned the address of."""
-    torch.ops.communicators.free_shared_buffer(buffer)
+    """Frees what `allocate_shared_buffer_and_handle` returned the address of; not before the CUDA
+    graphs are gone that recorded calls of a disposed handle over it."""
+    custom_ar.load().free([buffer], lambda: torch.ops.communicators.free_shared_buffer(buffer))
 
 
 class _DeviceMemory:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 #:   send, recv       inp [n] / out [n]                      root is the peer
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "send", "recv")
 
+#: Those that add; the others move bytes, and what the bytes are makes no difference to them.
+REDUCTIONS = ("all_reduce", "reduce_scatter")
+
 #: How a request is issued: by the host now, or recorded in a CUDA graph.
 MODES = ("eager", "capture")
 
@@ -93,7 +96,7 @@ class Capability:
             return Refusal(f"it does only {', '.join(sorted(self.ops))}")
         if request.mode not in self.modes:
             return Refusal(f"it does not run in mode {request.mode!r}")
-        reduces = request.op in ("all_reduce", "reduce_scatter")
+        reduces = request.op in REDUCTIONS
         if reduces and self.dtypes is not None and request.dtype not in self.dtypes:
             names = ", ".join(sorted(dtype_name(dtype) for dtype in self.dtypes))
             return Refusal(f"it sums {names}, not {dtype_name(request.dtype)}")
@@ -111,6 +114,14 @@ class Capability:
 def dtype_name(dtype: torch.dtype) -> str:
     """'bfloat16' for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def size_name(nbytes: int) -> str:
+    """'64 KB' for 65536; sizes that are no whole number of a unit in bytes."""
+    for unit, shift in (("GB", 30), ("MB", 20), ("KB", 10)):
+        if nbytes >= 1 << shift and nbytes % (1 << shift) == 0:
+            return f"{nbytes >> shift} {unit}"
+    return f"{nbytes} B"
 
 
 class Communicator(abc.ABC):

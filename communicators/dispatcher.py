@@ -1,4 +1,4 @@
-"""Opens the communicators of a group once, picks one for each request, runs it, and explains.
+"""Holds the communicators of a group, picks one for each request, runs it, and explains.
 
 There is one ordered list of live communicators. It is what runs, what `explain()` prints and what
 the policy chooses from, so what is printed is what runs.
@@ -7,18 +7,21 @@ the policy chooses from, so what is printed is what runs.
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name
+from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name, size_name
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
-from .policy import Choice, choose
+from .policy import MARGIN, Choice, choose
 from .tables import EMPTY, Table
 
 _MAX_PLANS = 4096  # choices remembered; a job has a few sizes, and a runaway must not grow for ever
+_MAX_RECORDED = 4096  # entries for captures that nobody compares; the latest of them
 _ALIGNED = 256  # explain() asks about sizes that no `multiple` of a communicator refuses
 
 
@@ -51,6 +54,8 @@ class Dispatcher:
         self._plans: dict[tuple[str, torch.dtype, int, bool, bool], Communicator] = {}
         self._on_cuda = device.type == "cuda"
         self._debug = group.settings.debug
+        #: (how many in a row, call) that CUDA graphs have recorded since they were last compared.
+        self._recorded: deque[tuple[int, str]] = deque(maxlen=_MAX_RECORDED)
         facts = (table.digest, [c.name for c in self.live])
         for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
             if theirs != facts:
@@ -89,7 +94,29 @@ class Dispatcher:
         communicator = self._plans.get(key)
         if communicator is None:
             communicator = self._plan(key, smaller)
+        if capturing and op not in ("send", "recv"):
+            self._record(f"{op} of {smaller.nbytes} bytes of {dtype_name(smaller.dtype)}")
         communicator.run(op, out, inp, root)
+
+    def _record(self, call: str) -> None:
+        """Notes a call that a CUDA graph records; calls alike in a row become one entry."""
+        alike = self._recorded[-1][0] if self._recorded and self._recorded[-1][1] == call else 0
+        if alike:
+            self._recorded.pop()
+        self._recorded.append((alike + 1, call))
+
+    def _compare_recorded(self) -> None:
+        mine = list(self._recorded)
+        self._recorded.clear()
+        for rank, theirs in enumerate(self.group.gather_objects("captured", mine)):
+            if theirs != mine:
+                pairs = itertools.zip_longest(mine, theirs, fillvalue=(0, "no call"))
+                (a, b), (c, d) = next(pair for pair in pairs if pair[0] != pair[1])
+                raise CommMismatchError(
+                    f"group {self.group.name}: the ranks captured different calls, rank "
+                    f"{self.group.rank} {a} x {b} where rank {rank} captured {c} x {d}; replaying "
+                    "these graphs would wait for calls that never come"
+                )
 
     def _compare(self, op: str, tensor: torch.Tensor, root: int) -> None:
         """COMMUNICATORS_DEBUG: the ranks compare their calls on the host before they make them."""
@@ -124,11 +151,22 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """A scope in which a CUDA graph may be captured; each live communicator prepares for it."""
-        with contextlib.ExitStack() as stack:
-            for communicator in self.live:
-                stack.enter_context(communicator.capture())
-            yield
+        """A scope in which CUDA graphs may be captured; each live communicator prepares for it.
+
+        At its end, if the captures succeeded, the ranks compare the calls that graphs have
+        recorded, here or anywhere since the last time; CommMismatchError unless they are the same.
+        Collective on GPUs.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                for communicator in self.live:
+                    stack.enter_context(communicator.capture())
+                yield
+        except BaseException:
+            self._recorded.clear()  # a capture that failed is compared with nobody
+            raise
+        if self._on_cuda:
+            self._compare_recorded()
 
     def explain(self, dtype: torch.dtype = torch.bfloat16) -> str:
         """What is used for which collective, by size, and why each other one is not."""
@@ -148,32 +186,34 @@ class Dispatcher:
         return "\n".join(lines)
 
     def _answer(self, op: str, dtype: torch.dtype, mode: str) -> Iterator[str]:
-        for low, high, choice in self._ranges(op, dtype, mode):
-            yield f"    {_span(low, high)}: {choice.communicator or 'nothing'}, {choice.reason}"
-            for name, why in choice.refused.items():
+        for low, high, first, last in self._ranges(op, dtype, mode):
+            # What was measured at the largest size of a range is said of that size alone.
+            also = f"; {first.quote}" if first.quote != last.quote else ""
+            yield f"    {_span(low, high)}: {last.communicator or 'nothing'}, {last.reason}{also}"
+            for name, why in last.refused.items():
                 yield f"      not {name}: {why}"
 
     def _ranges(
         self, op: str, dtype: torch.dtype, mode: str
-    ) -> list[tuple[int, int | None, Choice]]:
-        """(above, up to, choice) for all sizes; the answer can change at a row or a limit."""
+    ) -> list[tuple[int, int | None, Choice, Choice]]:
+        """(above, up to, first and last choice) for all sizes that are answered alike.
+
+        The answer can change at a measured size, where two measured times cross, or at a limit.
+        """
         open_to = [c.capabilities for c in self.live if c.capabilities is not None]
         bounds = {capability.max_bytes for capability in open_to}
         bounds |= {capability.min_bytes - 1 for capability in open_to if capability.min_bytes > 1}
-        bounds |= {
-            row.up_to_bytes
-            for row in self.table.rows
-            if (row.op, row.dtype, row.mode) == (op, dtype_name(dtype), mode)
-        }
-        ends = sorted(bound for bound in bounds if bound is not None)
-        found: list[tuple[int, int | None, Choice]] = []
+        bounds |= self.table.bounds(op, dtype, mode, MARGIN)
+        ends = sorted(bound for bound in bounds if bound)
+        found: list[tuple[int, int | None, Choice, Choice]] = []
         for low, high in zip([0, *ends], [*ends, None], strict=True):
             inside = high if high is not None else low + _ALIGNED
-            choice = self.select(Request(op, dtype, inside // _ALIGNED * _ALIGNED, mode))
-            if found and _same(found[-1][2], choice):
-                found[-1] = (found[-1][0], high, found[-1][2])
+            aligned = inside // _ALIGNED * _ALIGNED
+            choice = self.select(Request(op, dtype, aligned if aligned > low else inside, mode))
+            if found and _same(found[-1][3], choice):
+                found[-1] = (found[-1][0], high, found[-1][2], choice)
             else:
-                found.append((low, high, choice))
+                found.append((low, high, choice, choice))
         return found
 
     def close(self) -> None:
@@ -189,15 +229,8 @@ def _same(a: Choice, b: Choice) -> bool:
 
 def _span(low: int, high: int | None) -> str:
     if high is None:
-        return f"above {_size(low)}" if low else "any size"
-    return f"{_size(low)} to {_size(high)}" if low else f"up to {_size(high)}"
-
-
-def _size(nbytes: int) -> str:
-    for unit, shift in (("GB", 30), ("MB", 20), ("KB", 10)):
-        if nbytes >= 1 << shift and nbytes % (1 << shift) == 0:
-            return f"{nbytes >> shift} {unit}"
-    return f"{nbytes} B"
+        return f"above {size_name(low)}" if low else "any size"
+    return f"{size_name(low)} to {size_name(high)}" if low else f"up to {size_name(high)}"
 
 
 def table_directories(directory: str) -> list[Path]:

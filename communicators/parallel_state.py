@@ -220,15 +220,18 @@ class GraphCaptureContext:
 
 @contextlib.contextmanager
 def graph_capture(stream: torch.cuda.Stream | None = None) -> Iterator[GraphCaptureContext]:
-    """A scope in which CUDA graphs of the tensor- and pipeline-parallel groups are captured.
+    """A scope in which CUDA graphs with collectives of any open group are captured.
+
+    At its end the ranks of each group compare what they captured: CommMismatchError unless they
+    recorded the same calls. Collective over the ranks of every open group.
 
     Args:
         stream: the stream to capture on; default: a new one that waits for the current one.
     """
     device = get_world_group().device
     with contextlib.ExitStack() as stack:
-        for name in ("tp", "pp"):
-            stack.enter_context(get_group(name).capture())
+        for group in OPEN_GROUPS.values():
+            stack.enter_context(group.capture())
         if device.type == "cuda":
             stream = stream or torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))

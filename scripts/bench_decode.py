@@ -235,14 +235,13 @@ def measure(
 
 
 @contextmanager
-def prepared(steps: dict[str, DecodeStep], graph: bool, peer: Any) -> Iterator[None]:
+def prepared(steps: dict[str, DecodeStep], graph: bool) -> Iterator[None]:
     """Capture the steps where asked, and give the graphs back at the end."""
     with ExitStack() as stack:
-        for name, step in steps.items():
+        for step in steps.values():
             stack.enter_context(closing(step))
             if graph:
-                # graph_capture knows the group of dispatch; the peer's is ours.
-                step.capture(None if name == DISPATCH else peer.capture())
+                step.capture()
         yield
 
 
@@ -268,7 +267,7 @@ def run_in_group(options: argparse.Namespace, tp: GroupCoordinator) -> None:
     for batch in options.batch:
         buffers, cache = random_batch(config, part, batch, options, tp)
         steps = {name: DecodeStep(models[name], buffers.inputs, cache) for name in models}
-        with prepared(steps, graph, peer):
+        with prepared(steps, graph):
             errors = [check(steps, alone, tolerance(config, dtype), tp)]
             us = measure(steps, tp, options)
             errors.append(check(steps, alone, tolerance(config, dtype), tp))

@@ -1,4 +1,6 @@
-"""The quantized all-reduce beside the exact one, us a call in a CUDA graph; see gpu_timing.py.
+"""The quantized all-reduce beside the exact one, us a call in a CUDA graph.
+
+communicators/timing.py says how they are timed.
 
 torchrun --nproc-per-node 2 scripts/bench_quick_all_reduce.py
 """
@@ -7,13 +9,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from gpu_timing import Timer
 
 from communicators import Group
 from communicators.backends import quick_codecs
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.backends.quick_all_reduce import QuickAllReduce
 from communicators.bindings.quick_ar import CODECS
+from communicators.timing import Timer
 
 SIZES = [1 << shift for shift in range(20, 29)]
 

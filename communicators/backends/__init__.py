@@ -14,10 +14,10 @@ import torch.distributed.distributed_c10d as c10d
 
 from ..base import Communicator
 from ..dispatcher import Dispatcher, table_directories
-from ..errors import TopologyError
+from ..errors import SettingsError, TopologyError
 from ..group import Group
 from ..settings import Settings
-from ..tables import Table, load
+from ..tables import EMPTY, Table, load
 from ..topology import Unknown, VisibleGpu, local_facts, probe_gpus
 from .torch_distributed import TorchDistributedCommunicator
 
@@ -130,15 +130,27 @@ def driver_version(device: torch.device) -> str:
 
 
 def machine_table(group: Group, device: torch.device) -> Table:
-    """The measured table for this machine shape, or the empty one. Collective."""
+    """The measured table for this machine shape, or the empty one. Collective.
+
+    Raises SettingsError on all ranks when one of them cannot read its tables.
+    """
     name, link = machine_shape(group, device)
-    return load(name, link, group.world_size, table_directories(group.settings.table_dir))
+    table, problem = EMPTY, None
+    try:
+        table = load(name, link, group.world_size, table_directories(group.settings.table_dir))
+    except SettingsError as error:
+        problem = str(error)
+    for rank, theirs in enumerate(group.gather_objects("table", problem)):
+        if theirs is not None:
+            raise SettingsError(f"group {group.name}: the tables of rank {rank}: {theirs}")
+    return table
 
 
 def open_dispatcher(
     group: Group, device: torch.device, process_group: dist.ProcessGroup
 ) -> Dispatcher:
     """Opens every candidate for `device`, and the fallback last. Collective over the group."""
+    table = machine_table(group, device)  # first: if it raises, nothing has been opened
     opened = [construct(group, device) for construct in candidates(device.type, process_group)]
     opened.append(TorchDistributedCommunicator(group, device, process_group))
-    return Dispatcher(group, device, opened, machine_table(group, device))
+    return Dispatcher(group, device, opened, table)

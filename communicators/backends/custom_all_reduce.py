@@ -74,9 +74,6 @@ class CustomAllreduce(Communicator):
         self._buffer: SharedBuffer | None = None
         self._handle = 0
         self._index = device.index
-        self._in_capture = False
-        self._captured = 0
-        self._captured_ever = False
         self._call: custom_ar.AllReduceCall | None = None
         self._fast: custom_ar.AllReduceCall | None = None  # where calls are not counted or compared
         ranks = Group.of(group)
@@ -150,14 +147,8 @@ class CustomAllreduce(Communicator):
         self._handle, self._buffer, self._fast = 0, None, None
         if handle:
             assert library is not None
-            if self._captured_ever:
-                # A CUDA graph that captured calls may still be replayed. Its kernels find the
-                # workspace retired and end at once; unmapped, they would fault the CUDA context.
-                library.check(library.retire(handle))
-                return
-            torch.cuda.synchronize(self.device)  # bounded: every wait on the device has a deadline
-            library.destroy(handle)
-        if buffer is not None:
+            library.end(handle, self.device, buffer.close if buffer is not None else None)
+        elif buffer is not None:
             buffer.close()
 
     def _launched(self, inp: torch.Tensor, out: torch.Tensor) -> bool:
@@ -175,8 +166,8 @@ class CustomAllreduce(Communicator):
         if torch.compiler.is_compiling():
             torch.ops.communicators.custom_ar_all_reduce(self._handle, inp, out)
             return
-        if self._in_capture or self.settings.debug:
-            self._before_call("all_reduce", inp)
+        if self.settings.debug:
+            self._compare("all_reduce", inp)
         assert self._call is not None and self._library is not None
         self._library.check(self._call(inp, out))
 
@@ -185,8 +176,8 @@ class CustomAllreduce(Communicator):
             world_size = self.group.world_size
             torch.ops.communicators.custom_ar_all_gather(self._handle, inp, out, world_size)
             return
-        if self._in_capture or self.settings.debug:
-            self._before_call("all_gather", inp)
+        if self.settings.debug:
+            self._compare("all_gather", inp)
         assert self._library is not None
         stream = custom_ar.current_stream(self._index)
         self._library.check(
@@ -200,8 +191,8 @@ class CustomAllreduce(Communicator):
             world_size = self.group.world_size
             torch.ops.communicators.custom_ar_reduce_scatter(self._handle, inp, out, world_size)
             return
-        if self._in_capture or self.settings.debug:
-            self._before_call("reduce_scatter", inp)
+        if self.settings.debug:
+            self._compare("reduce_scatter", inp)
         assert self._library is not None
         code = custom_ar.DTYPES[inp.dtype]
         stream = custom_ar.current_stream(self._index)
@@ -232,13 +223,9 @@ class CustomAllreduce(Communicator):
                 f"of {self.group.world_size}"
             )
 
-    def _before_call(self, op: str, inp: torch.Tensor) -> None:
-        """Counts captured calls; in debug mode compares eager ones across the ranks."""
+    def _compare(self, op: str, inp: torch.Tensor) -> None:
+        """COMMUNICATORS_DEBUG: compares a call across the ranks, where it is not captured."""
         if torch.cuda.is_current_stream_capturing():
-            self._captured += 1
-            self._captured_ever = True
-            return
-        if not self.settings.debug:
             return
         mine = (op, dtype_name(inp.dtype), inp.numel())
         for rank, theirs in enumerate(self.group.gather_objects(f"{self.name}.call", mine)):
@@ -324,27 +311,32 @@ class CustomAllreduce(Communicator):
     def capture(self) -> Iterator[None]:
         """A scope around the capture of CUDA graphs.
 
-        At its end, if the capture succeeded, the ranks compare how many calls each has captured:
-        CommMismatchError otherwise, since replays would wait for calls that never come.
+        At its end, if the capture succeeded, the ranks compare the calls that graphs have recorded,
+        here or anywhere since the last time: CommMismatchError unless they are the same, since
+        replays would wait for calls that never come.
         """
-        self._in_capture, self._fast = True, None
         try:
             yield
-        finally:
-            self._in_capture = False
-            self._fast = self._call if self._handle and not self.settings.debug else None
+        except BaseException:
+            if self._handle:  # what a capture that failed has recorded is compared with nobody
+                assert self._library is not None
+                self._library.captured(self._handle)
+            raise
         if not self.disabled:
             self.register_graph_buffers()
 
     def register_graph_buffers(self) -> None:
-        """Compares the number of captured calls across ranks. There is nothing to register."""
-        counts = self.group.gather_objects(f"{self.name}.captured", self._captured)
-        self._captured = 0
-        if len(set(counts)) > 1:
-            listed = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(counts))
+        """Compares the captured calls across ranks. There is nothing to register."""
+        self.require_live()
+        assert self._library is not None
+        mine = self._library.captured(self._handle)
+        found = self.group.gather_objects(f"{self.name}.captured", mine)
+        if len(set(found)) > 1:
+            listed = ", ".join(f"rank {rank}: {count}" for rank, (count, _) in enumerate(found))
+            differ = "numbers of calls" if len({count for count, _ in found}) > 1 else "calls"
             raise CommMismatchError(
-                f"{self.name}: the ranks captured different numbers of calls ({listed}); replaying "
-                "these graphs would wait for calls that never come"
+                f"{self.name}: the ranks captured different {differ} ({listed}); replaying these "
+                "graphs would wait for calls that never come"
             )
 
     def register_buffer(self, inp: torch.Tensor) -> None:
@@ -379,10 +371,12 @@ class CustomAllreduce(Communicator):
         group: Group | dist.ProcessGroup | None = None,
         rank: int | None = None,
     ) -> None:
-        """Unmaps and frees what `create_shared_buffer` returned. Local."""
+        """Unmaps and frees what `create_shared_buffer` returned; if a disposed handle lay over it,
+        not before the CUDA graphs are gone that recorded its calls. Local."""
         own = Group.of(group).rank if rank is None else rank
         device = torch.device("cuda", torch.cuda.current_device())
-        SharedBuffer(0, device, own, b"", pointers[own], list(pointers)).close()
+        buffer = SharedBuffer(0, device, own, b"", pointers[own], list(pointers))
+        custom_ar.load().free(pointers, buffer.close)
 
     # Faults and tuning.
 

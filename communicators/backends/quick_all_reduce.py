@@ -82,7 +82,6 @@ class QuickAllReduce(Communicator):
         self._library: quick_ar.QuickArLibrary | None = None
         self._buffer: SharedBuffer | None = None
         self._handle = 0
-        self._captured_ever = False
         super().__init__(group, device, settings)
 
     # -- the verbs ----------------------------------------------------------------------------
@@ -145,11 +144,8 @@ class QuickAllReduce(Communicator):
         self._check_tensors(inp, out)
         codec = quick_ar.CODECS.index(self.codec)
         if torch.compiler.is_compiling():
-            self._captured_ever = True  # the traced graph may become a CUDA graph
             torch.ops.communicators.quick_all_reduce(self._handle, inp, out, codec)
             return
-        if not self._captured_ever:
-            self._captured_ever = torch.cuda.is_current_stream_capturing()
         assert self._library is not None
         self._library.check(
             self._library.all_reduce(
@@ -168,14 +164,8 @@ class QuickAllReduce(Communicator):
         self._handle, self._buffer = 0, None
         if handle:
             assert library is not None
-            if self._captured_ever:
-                # A graph that captured calls may still be replayed: its kernels must find their
-                # buffer, retired, and end; unmapped, they would fault the CUDA context.
-                library.check(library.retire(handle))
-                return
-            torch.cuda.synchronize(self.device)  # bounded: every wait has a deadline
-            library.destroy(handle)
-        if buffer is not None:
+            library.end(handle, self.device, buffer.close if buffer is not None else None)
+        elif buffer is not None:
             buffer.close()
 
     # -- what a user of QuickAllReduce in vLLM or SGLang calls ----------------------------------

@@ -129,13 +129,14 @@ def qr_all_reduce(
 
 
 def qr_destroy(fa: int) -> None:
-    """Frees what init_custom_qr and qr_open_handles took; no graph may use it any more."""
+    """Ends a handle. What init_custom_qr and qr_open_handles took is freed, as soon as no CUDA
+    graph that recorded a call exists any more; replays until then end at once."""
     opened = _get(fa, "qr_destroy")
     del _opened[fa]
-    torch.cuda.synchronize(opened.buffer.device)
     if opened.handle:
-        quick_ar.load().destroy(opened.handle)
-    opened.buffer.close()
+        quick_ar.load().end(opened.handle, opened.buffer.device, opened.buffer.close)
+    else:
+        opened.buffer.close()
 
 
 def qr_max_size() -> int:

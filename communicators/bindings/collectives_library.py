@@ -6,8 +6,10 @@ Each has a prefix, handles, statuses that stand for exceptions, and a sentence f
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
+
+import torch
 
 from ..errors import CommTimeoutError, CommunicatorError, InvalidArgumentError
 
@@ -34,6 +36,9 @@ class CollectivesLibrary:
     layout_sizes: ClassVar[int]
 
     def __init__(self, path: str) -> None:
+        #: By handle, the memory of all ranks; and what is to be done once no graph reads it.
+        self._pointers: dict[int, list[int]] = {}
+        self._retired: dict[int, list[Callable[[], None]]] = {}
         self._library = ctypes.CDLL(path)
         sizes = [SIZE] * self.layout_sizes
         self.error = self.function("error", ctypes.c_char_p)
@@ -44,6 +49,9 @@ class CollectivesLibrary:
         self.destroy = self.function("destroy", None, POINTER)
         self.retire = self.function("retire", NUMBER, POINTER)
         self.check_ = self.function("check", NUMBER, POINTER)
+        self.graphs = self.function("graphs", NUMBER, POINTER)
+        sizes_out = (ctypes.POINTER(SIZE), ctypes.POINTER(SIZE))
+        self._captured = self.function("captured", None, POINTER, *sizes_out)
         self.set_timeout_ns = self.function("set_timeout_ns", None, POINTER, SIZE)
 
     def function(self, name: str, result: Any, *arguments: Any) -> ctypes._NamedFuncPointer:
@@ -58,11 +66,52 @@ class CollectivesLibrary:
 
         The current device is the one that launches go to.
         """
+        self.reclaim()
         handle = POINTER()
         bases = (SIZE * len(pointers))(*pointers)
         self.check(self._create(ctypes.byref(handle), bases, len(pointers), rank, *layout))
         assert handle.value is not None
+        self._pointers[handle.value] = list(pointers)
         return handle.value
+
+    def captured(self, handle: int) -> tuple[int, int]:
+        """How many calls graphs have recorded since it was last asked, and a digest of them."""
+        calls, digest = SIZE(), SIZE()
+        self._captured(handle, ctypes.byref(calls), ctypes.byref(digest))
+        return calls.value, digest.value
+
+    def end(
+        self, handle: int, device: torch.device, close: Callable[[], None] | None = None
+    ) -> None:
+        """Ends `handle` and then calls `close`, once no graph that recorded calls exists any more.
+
+        A graph may be replayed until it is gone: its kernels find the memory, marked as retired,
+        and end at once; unmapped, it would fault the CUDA context. Local. What earlier calls of
+        this had to keep is given back as well, where its graphs are gone.
+        """
+        torch.cuda.synchronize(device)  # bounded: every wait on the device has a deadline
+        self._retired[handle] = [] if close is None else [close]
+        if self.graphs(handle):
+            self.check(self.retire(handle))
+        self.reclaim()
+
+    def free(self, pointers: Sequence[int], free: Callable[[], None]) -> None:
+        """Calls `free`; not before the graphs are gone that read `pointers` for an ended handle."""
+        self.reclaim()
+        for handle, waiting in self._retired.items():
+            if not set(pointers).isdisjoint(self._pointers[handle]):
+                waiting.append(free)
+                return
+        free()
+
+    def reclaim(self) -> None:
+        """Gives back what ended handles had to keep for graphs that are gone by now."""
+        for handle in [handle for handle in self._retired if not self.graphs(handle)]:
+            waiting = self._retired.pop(handle)
+            del self._pointers[handle]
+            self.destroy(handle)
+            for free in waiting:
+                free()
 
     def check(self, status: int) -> None:
         """Raises what a status other than 0 stands for."""

@@ -65,6 +65,7 @@ def _rank(args: argparse.Namespace) -> int:
             print(f"{cell.request}: {times} {failed}", flush=True)
     device, link = backends.machine_shape(world.group, world.device)  # collective
     if world.is_first_rank:
+        rows = [asdict(row) for row in tuning.rows(cells)]
         table = {
             "machine": {"device": device, "link": link, "world_size": world.world_size},
             "measured": {
@@ -73,10 +74,11 @@ def _rank(args: argparse.Namespace) -> int:
                 "commit": args.commit or _commit(),
                 "command": "communicators " + " ".join(args.given),
             },
-            "rows": [asdict(row) for row in tuning.rows(cells)],
+            "merged": False,  # each row is one size's, see tables.py
+            "rows": rows,
         }
         args.output.write_text(json.dumps(table, indent=1) + "\n")
-        print(f"{len(table['rows'])} rows for {world.world_size} x {device} {link}: {args.output}")
+        print(f"{len(rows)} rows for {world.world_size} x {device} {link}: {args.output}")
     world.barrier()
     parallel_state.destroy_distributed_environment()
     return 0

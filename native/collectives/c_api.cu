@@ -60,11 +60,20 @@ EXPORTED int communicators_ar_create(void** handle, const uint64_t* bases, int w
 
 EXPORTED void communicators_ar_destroy(void* handle) { delete &of(handle); }
 
-// For a communicator whose captured calls may still be replayed: nothing is freed, and every later
-// kernel on the workspace ends as soon as it starts.
+// For a communicator whose recorded calls may still be replayed: nothing is freed, and every later
+// kernel on the workspace ends as soon as it starts. communicators_ar_destroy() may follow once
+// there are no graphs any more.
 EXPORTED int communicators_ar_retire(void* handle) {
   return on_device(handle, [](auto& communicator) { communicator.retire(); });
 }
+
+// How many calls graphs have recorded since the last time this was asked, and a digest of them.
+EXPORTED void communicators_ar_captured(void* handle, uint64_t* calls, uint64_t* digest) {
+  of(handle).captures().take(calls, digest);
+}
+
+// Graphs that exist and have recorded calls. While there are any, only retire() may end a handle.
+EXPORTED int communicators_ar_graphs(void* handle) { return of(handle).captures().graphs(); }
 
 EXPORTED int communicators_ar_all_reduce(void* handle, int dtype, const void* inp, void* out,
                                          uint64_t bytes, void* stream) {

@@ -95,15 +95,13 @@ CopyLanes& Communicator::lanes() {
   return lanes_;
 }
 
-Workspace Communicator::workspace(uint32_t op, gpu::Stream stream) {
+Workspace Communicator::workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream) {
   Workspace ws = ws_;
   ws.spin.op = op;
+  const bool recorded = captures_.note(stream, op, static_cast<uint64_t>(dtype), bytes);
   if (!met_) {
     meet(ws, stream);
-    // A graph may be replayed late or never, so what it records does not count.
-    GPU_NAME(StreamCaptureStatus) status;
-    GPU_CHECK(GPU_NAME(StreamIsCapturing)(stream, &status));
-    met_ = status == GPU_NAME(StreamCaptureStatusNone);
+    met_ = !recorded;  // a graph may be replayed late or never
   }
   return ws;
 }
@@ -165,7 +163,7 @@ void Communicator::all_reduce(Dtype dtype, const void* inp, void* out, uint64_t 
                               gpu::Stream stream) {
   check();
   if (bytes == 0) return;
-  const Workspace ws = workspace(kAllReduce, stream);
+  const Workspace ws = workspace(kAllReduce, dtype, bytes, stream);
   Shape shape = tuning_.shape;
   shape.overlap = shape.overlap && programmatic_launch_;
   const Algorithm algorithm = algorithm_for(bytes);
@@ -195,7 +193,7 @@ void Communicator::all_reduce(Dtype dtype, const void* inp, void* out, uint64_t 
 
 void Communicator::all_gather(const void* inp, void* out, uint64_t bytes, gpu::Stream stream) {
   check();
-  const Workspace ws = workspace(kAllGather, stream);
+  const Workspace ws = workspace(kAllGather, Dtype{}, bytes, stream);
   Shape shape = tuning_.shape;
   shape.overlap = shape.overlap && programmatic_launch_;
   const bool small = bytes <= std::min(tuning_.gather_small_most, all_gather_small_limit(ws));
@@ -211,7 +209,7 @@ void Communicator::all_gather(const void* inp, void* out, uint64_t bytes, gpu::S
 void Communicator::reduce_scatter(Dtype dtype, const void* inp, void* out, uint64_t bytes,
                                   gpu::Stream stream) {
   check();
-  const Workspace ws = workspace(kReduceScatter, stream);
+  const Workspace ws = workspace(kReduceScatter, dtype, bytes, stream);
   Shape shape = tuning_.shape;
   shape.overlap = shape.overlap && programmatic_launch_;
   const uint64_t limit = reduce_scatter_limit(ws);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/captures.h"
 #include "collectives/collectives.h"
 
 namespace collectives {
@@ -59,10 +60,14 @@ class Communicator {
   void tune(const std::string& name, int64_t value);
   Algorithm algorithm_for(uint64_t bytes) const;
   int device() const { return device_; }
+  // The calls that graphs have recorded; while one of those exists, the workspaces must stay
+  // mapped.
+  Captures& captures() { return captures_; }
 
  private:
-  // This rank's view for a call on `stream`, which waits for the peers before the first one.
-  Workspace workspace(uint32_t op, gpu::Stream stream);
+  // This rank's view for a call on `stream`, which waits for the peers before the first one. Notes
+  // the call where a graph records it.
+  Workspace workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream);
   CopyLanes& lanes();
   [[noreturn]] void throw_report() const;
 
@@ -73,6 +78,7 @@ class Communicator {
   CopyLanes lanes_{};
   bool lanes_made_ = false;
   bool programmatic_launch_ = true;
+  Captures captures_;
   bool met_ = false;  // the peers have been waited for, outside of any graph
 };
 

@@ -32,6 +32,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/captures.h"
 #include "collectives/quick_codec.h"
 #include "prim/gpu_spin.h"
 
@@ -119,6 +120,8 @@ class QuickAllReduce {
   void set_shape(int blocks, int threads, int ahead);
   void set_overlap(bool overlap) { overlap_ = overlap && can_overlap_; }
   int device() const { return device_; }
+  // The calls that graphs have recorded; while one of those exists, the buffers must stay mapped.
+  collectives::Captures& captures() { return captures_; }
 
   // The shape of a launch over `tiles`.
   Launch shape(Codec codec, uint64_t tiles) const;
@@ -136,6 +139,7 @@ class QuickAllReduce {
   bool can_overlap_ = false;
   bool overlap_ = false;
   gpu::SpinReport* report_ = nullptr;  // pinned
+  collectives::Captures captures_;
 };
 
 }  // namespace quick

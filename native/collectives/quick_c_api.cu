@@ -86,6 +86,8 @@ Launch QuickAllReduce::shape(Codec codec, uint64_t tiles) const {
 void QuickAllReduce::run(Codec codec, Half half, const void* inp, void* out, uint64_t bytes,
                          gpu::Stream stream) {
   check();
+  if (bytes == 0) return;
+  captures_.note(stream, static_cast<uint64_t>(codec), static_cast<uint64_t>(half), bytes);
   const uint64_t most = tiles_at_once(view_, world_, codec) * kTileBytes;
   for (uint64_t begin = 0; begin < bytes; begin += most) {
     const uint64_t part = std::min(bytes - begin, most);
@@ -169,6 +171,14 @@ EXPORTED int communicators_qr_retire(void* handle) {
     of(handle).retire();
   });
 }
+
+// How many calls graphs have recorded since the last time this was asked, and a digest of them.
+EXPORTED void communicators_qr_captured(void* handle, uint64_t* calls, uint64_t* digest) {
+  of(handle).captures().take(calls, digest);
+}
+
+// Graphs that exist and have recorded calls. While there are any, only retire() may end a handle.
+EXPORTED int communicators_qr_graphs(void* handle) { return of(handle).captures().graphs(); }
 
 EXPORTED int communicators_qr_all_reduce(void* handle, int codec, int bfloat16, const void* inp,
                                          void* out, uint64_t bytes, void* stream) {

@@ -11,6 +11,7 @@
 #include <hip/hip_runtime.h>
 #define GPU_PLATFORM "HIP"
 #define GPU_NAME(name) hip##name
+#define GPU_NAME_OF_CAPTURE_INFO hipStreamGetCaptureInfo_v2
 #define __grid_constant__    // CUDA's; kernel parameters are in constant memory here anyway
 #define GPU_COLD __device__  // a call would need a stack, in memory
 #else
@@ -18,6 +19,7 @@
 #include <cuda_runtime.h>
 #define GPU_PLATFORM "CUDA"
 #define GPU_NAME(name) cuda##name
+#define GPU_NAME_OF_CAPTURE_INFO cudaStreamGetCaptureInfo  // the later arguments have defaults
 #define GPU_COLD __device__ __noinline__  // keeps what hardly ever runs out of the registers
 #endif
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -41,17 +39,13 @@ class DecodeStep:
         self._graph.replay()
         return self._logits
 
-    def capture(self, scope: AbstractContextManager[object] | None = None) -> None:
+    def capture(self) -> None:
         """Run the step a few times as it is, then record it. Collective.
-
-        Args:
-            scope: entered too; for a group that parallel_state.graph_capture does not know, its
-                capture().
 
         Raises JobError where something in the step cannot be captured.
         """
         device = self.model.tp.device
-        with ps.graph_capture() as context, scope or nullcontext():
+        with ps.graph_capture() as context:
             for _ in range(WARM_UP_RUNS):
                 self.model.decode(self.inputs, self.cache)
             torch.cuda.synchronize(device)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -88,21 +89,25 @@ def test_a_failed_capture_exchanges_nothing(doomed: Ranks) -> None:
     doomed.run(_failed_capture)
 
 
-def _replay_after_close(me: Rank) -> None:
+def _replay_after_close(me: Rank, scope: bool) -> None:
     comm = me.kept["comm"]
     x = torch.ones(64, device=me.device)
     graph = torch.cuda.CUDAGraph()
-    with comm.capture(), torch.cuda.graph(graph):
-        comm.all_reduce(x)
+    with comm.capture() if scope else nullcontext(), torch.cuda.graph(graph):
+        out = comm.all_reduce(x)
     me.group.barrier()
     comm.close()
+    out.fill_(-7)
     graph.replay()
     torch.cuda.synchronize()
+    assert (out == -7).all()
     assert torch.ones(8, device=me.device).sum().item() == 8
+    me.group.barrier()
 
 
-def test_replay_after_close_does_not_fault(doomed: Ranks) -> None:
-    doomed.run(_replay_after_close)
+@pytest.mark.parametrize("scope", [True, False])
+def test_replay_after_close_does_not_fault(doomed: Ranks, scope: bool) -> None:
+    doomed.run(_replay_after_close, scope)
 
 
 def _two_streams(me: Rank) -> None:

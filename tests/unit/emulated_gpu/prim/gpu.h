@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "prim/gpu_runtime.h"
+
 #define __device__
 #define __host__
 #define __global__
@@ -25,6 +27,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define GPU_NAME(name) emulated_##name
+#define GPU_NAME_OF_CAPTURE_INFO emulated_StreamGetCaptureInfo
+#define GPU_CHECK(call) (void)(call)
 using emulated_Event_t = void*;
 
 struct Dim {
@@ -71,8 +75,16 @@ inline uint32_t atomicExch(uint32_t* address, uint32_t value) {
 
 namespace gpu {
 using Stream = void*;
+using Error = int;
+inline constexpr Error kSuccess = 0;
 
 inline void check(int, const char*, const char*, int) {}
+inline bool has_dependent_launch(int) { return false; }
+inline int multiprocessors(int) { return 1; }
+
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
 
 struct LaunchConfig {
   int blocks;
@@ -81,9 +93,16 @@ struct LaunchConfig {
   bool overlap;
 };
 
-// Runs a grid on the calling rank and returns when all of its blocks have ended.
+// Runs a grid on the calling rank and returns when all of its blocks have ended; on a stream that is
+// captured it is kept for the replays of the graph.
 template <auto kernel, typename... Arguments>
-void launch(const LaunchConfig& config, const char*, Arguments... arguments) {
+void launch(const LaunchConfig& config, const char* name, Arguments... arguments) {
+  if (emulated::Graph* graph = emulated::graph_of(config.stream)) {
+    LaunchConfig later = config;
+    later.stream = nullptr;
+    graph->launches.push_back([=] { launch<kernel>(later, name, arguments...); });
+    return;
+  }
   std::vector<std::unique_ptr<std::barrier<>>> barriers;
   std::vector<uint32_t> words(static_cast<size_t>(config.blocks) * config.threads);
   std::vector<std::jthread> threads;
