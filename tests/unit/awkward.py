@@ -96,7 +96,7 @@ TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "complex64": lambda: pairs(4),
     "complex32": lambda: pairs(4).to(torch.complex32),
     "conj": lambda: pairs(4).conj(),
-    "conj of a view": lambda: pairs(400).conj()[4:9:2],
+    "conj of a view": lambda: pairs(4000).conj()[4:9:2],
     "neg": lambda: torch._neg_view(torch.arange(4.0)),
     "conj imag": lambda: pairs(4).conj().imag,
     "parameter": lambda: torch.nn.Parameter(torch.arange(3.0)),
