@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -45,3 +46,12 @@ def check_peer(call: str, argument: str, rank: int, own: int, world_size: int) -
     check_root(call, argument, rank, world_size)
     if rank == own:
         raise InvalidArgumentError(f"{call}({argument}={rank}): that is this rank itself")
+
+
+def check_mapping(call: str, tensors: Any, own: int) -> None:
+    """A dict, or another mapping."""
+    if not isinstance(tensors, Mapping):
+        raise InvalidArgumentError(
+            f"{call}(tensors): a dict is expected on rank {own}, and a {type(tensors).__name__} "
+            "was given"
+        )

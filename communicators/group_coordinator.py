@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,13 +18,13 @@ from .backends.pynccl import PyNcclCommunicator
 from .dispatcher import Dispatcher
 from .errors import CommunicatorError, InvalidArgumentError, TopologyError
 from .group import Group, rank_span
+from .group_objects import GroupObjects
 from .object_broadcast import ObjectBroadcaster
 from .open_groups import OPEN_GROUPS
 from .settings import Settings
-from .tensor_dict import join_tensors, split_tensors
 
 
-class GroupCoordinator:
+class GroupCoordinator(GroupObjects):
     """The collectives of one group of ranks, on one device a rank. Construction is collective.
 
     Args:
@@ -286,71 +285,6 @@ class GroupCoordinator:
     def barrier(self) -> None:
         """Returns once every rank has called it; CommTimeoutError names the late ones."""
         self.group.barrier()
-
-    # -- objects and tensor dicts -------------------------------------------------------------
-
-    def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
-        """Rank `src`'s picklable object, on every rank."""
-        check_root("broadcast_object", "src", src, self.world_size)
-        return obj if self.world_size == 1 else self._objects.broadcast(obj, src)
-
-    def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
-        """Overwrites `objects` with rank `src`'s list, of the same length; returns it."""
-        theirs = self.broadcast_object(objects, src)
-        if len(theirs) != len(objects):
-            raise InvalidArgumentError(
-                f"broadcast_object_list: rank {self.rank_in_group} passes {len(objects)} objects "
-                f"and rank {src} {len(theirs)}"
-            )
-        objects[:] = theirs
-        return objects
-
-    def send_object(self, obj: Any, dst: int) -> None:
-        """Sends a picklable object to rank `dst` of the group."""
-        self.group.send_object(obj, dst)
-
-    def recv_object(self, src: int) -> Any:
-        """The next object that rank `src` of the group sent here."""
-        return self.group.recv_object(src)
-
-    def broadcast_tensor_dict(
-        self, tensors: dict[str, Any] | None = None, src: int = 0
-    ) -> dict[str, Any]:
-        """Rank `src`'s dict of tensors and other values, on every rank.
-
-        Tensors on the group's device arrive on the receiver's own; host tensors stay in host
-        memory. On `src` the given dict itself is returned.
-        """
-        check_root("broadcast_tensor_dict", "src", src, self.world_size)
-        if self.rank_in_group == src:
-            if tensors is None:
-                raise InvalidArgumentError(f"broadcast_tensor_dict: rank {src} must pass a dict")
-            if self.world_size > 1:
-                skeleton, parts = split_tensors(tensors)
-                self.broadcast_object(skeleton, src)
-                for part in parts:
-                    self.broadcast(part, src)
-            return tensors
-        skeleton = self.broadcast_object(None, src)
-        return join_tensors(skeleton, lambda like: self.broadcast(like.empty(self.device), src))
-
-    def send_tensor_dict(self, tensors: dict[str, Any], dst: int | None = None) -> None:
-        """Sends a dict of tensors and other values to rank `dst` (default: the next one)."""
-        dst = (self.rank_in_group + 1) % self.world_size if dst is None else dst
-        check_peer("send_tensor_dict", "dst", dst, self.rank_in_group, self.world_size)
-        skeleton, parts = split_tensors(tensors)
-        self.send_object(skeleton, dst)
-        for part in parts:
-            self.send(part, dst)
-
-    def recv_tensor_dict(self, src: int | None = None) -> dict[str, Any]:
-        """The next dict that rank `src` (default: the previous one) sent here."""
-        src = (self.rank_in_group - 1) % self.world_size if src is None else src
-        check_peer("recv_tensor_dict", "src", src, self.rank_in_group, self.world_size)
-        return join_tensors(
-            self.recv_object(src),
-            lambda like: self.recv(like.shape, like.dtype, src, like.device_for(self.device)),
-        )
 
     # -- life ---------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import objects
 from .base import Refusal
-from .errors import RefusedError
+from .errors import CommunicatorError, InvalidArgumentError, RefusedError
 from .group import Group
 from .shm_broadcast import MessageQueue
 
@@ -23,13 +24,35 @@ class ObjectBroadcaster:
         self._queues: dict[int, MessageQueue | Refusal] = {}
 
     def broadcast(self, obj: Any, src: int) -> Any:
-        """Rank `src`'s picklable object, on every rank. Collective."""
+        """Rank `src`'s picklable object, on every rank. Collective.
+
+        If it cannot be pickled, `src` raises InvalidArgumentError; the others raise the same or get
+        a Refused. A rank that cannot unpickle it raises CommunicatorError, by itself.
+        """
         queue = self._queues.get(src)
         if queue is None:
             queue = self._queues[src] = self._open(src)
         if isinstance(queue, Refusal):
             return self._group.broadcast_object(obj, src)
-        return queue.broadcast_object(obj)
+        if src == self._group.rank:
+            return self._send(queue, obj)
+        try:
+            return queue.dequeue()
+        except CommunicatorError as error:
+            if type(error) is not CommunicatorError:
+                raise
+            sentence = objects.cannot_unpickle("broadcast_object", f"rank {src}", error)
+            raise CommunicatorError(sentence) from error
+
+    def _send(self, queue: MessageQueue, obj: Any) -> Any:
+        try:
+            queue.enqueue(obj)
+        except InvalidArgumentError as error:  # nothing was sent, and the readers wait
+            rank, cause = self._group.rank, error.__cause__ or error
+            text = objects.cannot_pickle("broadcast_object(obj)", obj, cause, rank)
+            queue.enqueue(objects.Refused(text))
+            raise InvalidArgumentError(text) from cause
+        return obj
 
     def _open(self, src: int) -> MessageQueue | Refusal:
         try:

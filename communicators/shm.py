@@ -15,13 +15,13 @@ or makes another call; after that the group is unusable.
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from . import native
-from .errors import CommMismatchError, InvalidArgumentError
+from . import native, objects, tensor_dict
+from .errors import InvalidArgumentError
 from .settings import Settings
 
 
@@ -136,26 +136,26 @@ def shm_all_gather(handle: int, data: torch.Tensor, output: torch.Tensor) -> Non
 
 
 def shm_send_tensor_list(handle: int, tensors: Sequence[torch.Tensor], dst: int) -> None:
-    """Sends tensors, any number of any dtypes and shapes, to rank `dst`.
+    """Sends tensors, any number of any dtypes, shapes and layouts, to rank `dst`.
 
-    Large ones wait for the receiver, as MPI_Send may.
+    Large ones wait for the receiver, as MPI_Send may. InvalidArgumentError, with nothing sent, if
+    one of them cannot be.
     """
-    send_object(handle, [(tuple(x.shape), x.dtype) for x in tensors], dst)
     for x in tensors:
-        send(handle, x, dst)
+        if not isinstance(x, torch.Tensor):
+            raise InvalidArgumentError(
+                f"shm_send_tensor_list(tensors): tensors are expected, and a {type(x).__name__} "
+                "was given"
+            )
+    send_packed(handle, "shm_send_tensor_list(tensors)", "tensor list", list(tensors), dst)
 
 
 def shm_recv_tensor_list(handle: int, src: int) -> list[torch.Tensor]:
-    """The tensors of the next shm_send_tensor_list of rank `src`, as new tensors."""
-    kinds = recv_object(handle, src)
-    if not isinstance(kinds, list):
-        raise CommMismatchError(
-            f"shm_recv_tensor_list: rank {src} sent something else, of type {type(kinds).__name__}"
-        )
-    tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
-    for x in tensors:
-        recv_(handle, x, src)
-    return tensors
+    """The tensors of the next shm_send_tensor_list of rank `src`, as new tensors.
+
+    CommMismatchError if `src` sent an object or a dict: that is used up.
+    """
+    return recv_message(handle, "shm_recv_tensor_list", "tensor list", src)
 
 
 def send(handle: int, x: torch.Tensor, dst: int) -> None:
@@ -182,19 +182,46 @@ def recv_(handle: int, x: torch.Tensor, src: int) -> torch.Tensor:
 
 
 def send_object(handle: int, value: object, dst: int) -> None:
-    """Sends a picklable value to rank `dst`."""
-    payload = bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
-    send(handle, torch.frombuffer(payload, dtype=torch.uint8), dst)
+    """Sends a picklable value to rank `dst`; a large one waits for the receiver.
+
+    InvalidArgumentError, with nothing sent, if it cannot be pickled.
+    """
+    _send_bytes(handle, objects.dumps("send_object(value)", value), dst)
 
 
-def recv_object(handle: int, src: int) -> object:
+def recv_object(handle: int, src: int) -> Any:
     """The value of the next send_object of rank `src`.
 
-    It is unpickled: it came through memory that only the ranks of the group, one user's, have.
+    CommunicatorError if it cannot be unpickled here, CommMismatchError if `src` sent tensors: what
+    came is used up then. It came through memory that only the ranks of the group, one user's, have.
     """
+    return recv_message(handle, "recv_object", None, src)
+
+
+def send_packed(handle: int, call: str, kind: str, value: object, dst: int) -> None:
+    """Sends a dict or list of tensors to rank `dst`; see tensor_dict.pack for the arguments."""
+    packed, parts = tensor_dict.pack(call, kind, value, ("cpu",))
+    _send_bytes(handle, objects.dumps(call, packed), dst)
+    for part in parts:
+        send(handle, tensor_dict.as_bytes(part), dst)
+
+
+def recv_message(handle: int, call: str, kind: str | None, src: int) -> Any:
+    """The next object, or dict or list of tensors, of rank `src`; see tensor_dict.receive."""
     try:
         nbytes = torch.ops.communicators.shm_next_message_bytes(src, handle)
     except RuntimeError as error:
         raise native.typed(error) from None
     payload = recv_(handle, torch.empty(nbytes, dtype=torch.uint8), src)
-    return pickle.loads(payload.numpy().tobytes())
+    message = objects.loads(call, payload.numpy(), f"rank {src}")
+
+    def receive_part(like: tensor_dict.TensorLike) -> torch.Tensor:
+        x = like.empty(torch.device("cpu"))
+        recv_(handle, tensor_dict.as_bytes(x), src)
+        return x
+
+    return tensor_dict.receive(call, kind, message, receive_part, f"rank {src}")
+
+
+def _send_bytes(handle: int, payload: memoryview, dst: int) -> None:
+    send(handle, torch.frombuffer(payload, dtype=torch.uint8), dst)

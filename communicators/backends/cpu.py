@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,11 @@ from typing import Any
 import torch
 
 from .. import native, shm
-from ..arguments import check_dim, check_peer, check_root
+from ..arguments import check_dim, check_mapping, check_peer, check_root
 from ..base import OPS, Capability, Communicator, Refusal
-from ..errors import (
-    CommMismatchError,
-    InvalidArgumentError,
-    NativeLibraryError,
-    RefusedError,
-)
+from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..group import Group
 from ..settings import Settings
-from ..tensor_dict import join_tensors, split_tensors
 
 _SUMMED = frozenset(
     {
@@ -232,26 +226,23 @@ class CpuCommunicator(Communicator):
         self._check_peer("recv_tensor_list", "src", src)
         return shm.shm_recv_tensor_list(self._handle, src)
 
-    def send_tensor_dict(self, tensors: dict[str, Any], dst: int) -> None:
-        """Sends a dict of CPU tensors and other picklable values, nested dicts included."""
+    def send_tensor_dict(self, tensors: Mapping[str, Any], dst: int) -> None:
+        """Sends a dict of CPU tensors and other picklable values, nested in any way.
+
+        InvalidArgumentError, with nothing sent, if a part of it cannot travel.
+        """
         self._check_peer("send_tensor_dict", "dst", dst)
-        skeleton, parts = split_tensors(tensors)
-        shm.send_object(self._handle, skeleton, dst)
-        for part in parts:
-            shm.send(self._handle, part, dst)
+        check_mapping("send_tensor_dict", tensors, self.group.rank)
+        shm.send_packed(self._handle, "send_tensor_dict(tensors)", "tensor dict", tensors, dst)
 
     def recv_tensor_dict(self, src: int) -> dict[str, Any]:
-        """The next dict that rank `src` sent with send_tensor_dict."""
+        """The next dict that rank `src` sent with send_tensor_dict.
+
+        CommMismatchError if it sent something else, CommunicatorError if a value cannot be
+        unpickled here: what came is used up, and the next dict can be received.
+        """
         self._check_peer("recv_tensor_dict", "src", src)
-        skeleton = shm.recv_object(self._handle, src)
-        if not isinstance(skeleton, dict):
-            raise CommMismatchError(
-                f"recv_tensor_dict: rank {src} sent something else, of type "
-                f"{type(skeleton).__name__}"
-            )
-        return join_tensors(
-            skeleton, lambda like: shm.recv_(self._handle, like.empty(self.device), src)
-        )
+        return shm.recv_message(self._handle, "recv_tensor_dict", "tensor dict", src)
 
     def _check_peer(self, call: str, argument: str, rank: int) -> None:
         self.require_live()

@@ -1,5 +1,6 @@
 """Group: gather, broadcast, objects between two ranks, deadlines that name the late rank."""
 
+import signal
 import time
 
 import pytest
@@ -8,11 +9,15 @@ import torch.distributed as dist
 from communicators import (
     CommMismatchError,
     CommTimeoutError,
+    CommunicatorError,
     Group,
     InvalidArgumentError,
     Settings,
+    objects,
 )
+from tests.harness import pool
 from tests.threads import run_ranks
+from tests.unit.awkward import Poison
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -101,3 +106,151 @@ def test_wrong_ranks_are_refused():
     assert isinstance(results[0], InvalidArgumentError)
     with pytest.raises(InvalidArgumentError, match="not initialised"):
         Group.of(None)
+
+
+def refusals(group):
+    """One rank's value does not pickle, or does not unpickle: who raises what, and what follows."""
+    found = []
+    for value in (lambda: 0, Poison()):
+        try:
+            found.append(group.gather_objects("x", value if group.rank == 1 else b"x" * 100_000))
+        except CommunicatorError as error:
+            found.append(error)
+        assert group.gather_objects("next", group.rank) == [0, 1, 2]
+    return found
+
+
+def test_a_refusal_of_one_rank_is_everybodys_and_all_stay_in_step():
+    results = run_ranks(3, refusals)
+    texts = {str(refused) for refused, _ in results}
+    assert len(texts) == 1 and all(type(r) is InvalidArgumentError for r, _ in results)
+    assert "gather_objects('x', value): a function that cannot be pickled" in texts.pop()
+    for rank in (0, 2):
+        assert type(results[rank][1]) is CommunicatorError
+        assert "what rank 1 sent arrived whole and cannot be unpickled" in str(results[rank][1])
+    assert isinstance(results[1][1], list), "the rank that has the value has the others', too"
+
+
+def test_after_a_mismatch_the_ranks_are_in_step():
+    def body(group):
+        with pytest.raises(CommMismatchError, match=r"step \d.*step \d"):
+            group.gather_objects(f"step {group.rank}", b"x" * 100_000)
+        before = group.gather_objects("next", group.rank)
+        group.barrier()
+        return before, group.store.num_keys() < 12
+
+    assert run_ranks(2, body) == [([0, 1], True)] * 2
+
+
+class HalfAStore(dist.Store):
+    """Lets `budget` writes through, then fails as a lost store does, or as Ctrl-C would."""
+
+    def __init__(self, store, budget, error):
+        super().__init__()
+        self.store, self.budget, self.error = store, budget, error
+        for name in ("get", "wait", "check", "delete_key", "add", "multi_get", "num_keys"):
+            setattr(self, name, getattr(store, name))
+
+    def set(self, key, value):
+        self.budget -= 1
+        if self.budget == 0:
+            raise self.error
+        self.store.set(key, value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), dist.DistNetworkError("reset")], ids=repr)
+@pytest.mark.parametrize("budget", [1, 2, 3, 4])
+def test_a_send_that_is_cut_short_has_moved_nothing(budget, error):
+    def body(group):
+        group.barrier()
+        if group.rank == 1:
+            return group.recv_object(0)
+        store, keys = group.store, group.store.num_keys()
+        group.store = HalfAStore(store, budget, error)
+        with pytest.raises((KeyboardInterrupt, CommTimeoutError)):
+            group.send_object(b"x" * (9 << 20), 1)  # three pieces and the message's own key
+        group.store = store
+        assert store.num_keys() == keys
+        return group.send_object("next", 1)
+
+    assert run_ranks(2, body) == [None, "next"]
+
+
+class Slow:
+    """Interrupts whoever unpickles it, the first time."""
+
+    def __reduce__(self):
+        return interrupt_once, ()
+
+
+def interrupt_once(done=[]):  # noqa: B006  (kept between calls)
+    if not done:
+        done.append(True)
+        signal.raise_signal(signal.SIGINT)
+    return "arrived"
+
+
+def interrupted(rank):
+    group = rank.group("interrupted", timeout_s=20.0)
+    if rank.rank == 0:
+        group.send_object(Slow(), 1)
+        return None
+    with pytest.raises(KeyboardInterrupt):
+        group.recv_object(0)
+    return group.recv_object(0)
+
+
+def test_what_was_being_unpickled_at_ctrl_c_stays_the_next():
+    assert pool(2).run(interrupted)[1] == "arrived"
+
+
+def resident_mb(what="VmRSS"):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith(what))
+
+
+def long_ones(rank, name):
+    group = rank.group(name, timeout_s=30.0)
+    group.barrier()
+    keys = group.store.num_keys()
+    value = bytes([rank.rank]) * (100 << 20)
+    peak = resident_mb("VmHWM")
+    if rank.rank == 0:
+        group.send_object(value, 1)
+    else:
+        del value
+        got = group.recv_object(0)
+        assert len(got) == 100 << 20 and not any(got[:: 1 << 20])
+        peak = resident_mb("VmHWM") - peak
+        del got
+    group.barrier()
+    # Rank 1 may have counted what rank 0 had sent already, and be in the barrier still.
+    assert rank.rank == 1 or group.store.num_keys() <= keys + 1
+    value = b"y" * (20 << 20)
+    assert group.broadcast_object(value if rank.rank == 0 else None) == value
+    sizes = [len(x) for x in group.gather_objects("long", b"z" * ((10 + rank.rank) << 20))]
+    assert sizes == [10 << 20, 11 << 20]
+    group.barrier()
+    return group.store.num_keys() - keys, peak
+
+
+def test_a_hundred_megabytes_arrive_and_nothing_of_them_stays_in_the_store():
+    ranks = pool(2)
+    (left, _), (_, peak) = ranks.run(long_ones, "long 1")
+    assert left <= 4, "the keys of the last barrier or two"
+    assert peak < 230, "the payload, and the object"
+    before = resident_mb()  # this process hosts the store, and its allocator keeps what it had
+    ranks.run(long_ones, "long 2")
+    assert resident_mb() - before < 50
+
+
+def test_pieces_are_well_below_what_a_tcp_store_takes():
+    assert objects.PIECE_BYTES <= (8 << 20) // 2
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = Group(store, 0, 2, settings=Settings(timeout_s=5))
+    other = Group(store, 1, 2, settings=Settings(timeout_s=5))
+    for size in range(-200, 200, 7):  # around a whole number of pieces, and of what lies inline
+        for about in (objects.PIECE_BYTES, objects.INLINE_BYTES) if size % 3 == 0 else ():
+            value = b"x" * (about + size)
+            group.send_object(value, 1)
+            assert other.recv_object(0) == value
