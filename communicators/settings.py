@@ -100,7 +100,8 @@ class Settings:
     """Communicators that are refused, by name (see `communicators doctor`)."""
 
     table_dir: str = _setting("", "COMMUNICATORS_TABLE_DIR", str, "a directory")
-    """A directory of measured tables that is read before the ones that ship."""
+    """A directory of measured tables that is read before the ones that ship; a *.json there that is
+    no table is an error."""
 
     nccl_so_path: str = _setting("", "COMMUNICATORS_NCCL_SO_PATH", str, "path of a libnccl")
     """The NCCL library to load, instead of the one that torch brings."""
