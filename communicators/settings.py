@@ -100,7 +100,8 @@ class Settings:
     """Communicators that are refused, by name (see `communicators doctor`)."""
 
     table_dir: str = _setting("", "COMMUNICATORS_TABLE_DIR", str, "a directory")
-    """A directory of measured tables that is read before the ones that ship."""
+    """A directory of measured tables that is read before the ones that ship; a *.json there that is
+    no table is an error."""
 
     native_dir: str = _setting("", "COMMUNICATORS_NATIVE_DIR", str, "a directory")
     """Where the native libraries are loaded from, instead of beside the package: another build."""

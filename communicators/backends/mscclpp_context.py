@@ -185,6 +185,7 @@ class MscclppContext:
                 f"{', '.join(a.package_name for a in ALGORITHMS.values())}, but {sorted(built)}"
             )
         self._ran: set[str] = set()
+        self.captured = False  # CUDA graphs may read its memory
 
     def why_not(self, name: str, nbytes: int) -> str | None:
         """Why algorithm `name` cannot take `nbytes` a rank, or None. Equal on all ranks."""
@@ -227,11 +228,13 @@ class MscclppContext:
         stream = 0
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            if name not in self._ran and torch.cuda.is_current_stream_capturing():
-                raise CommunicatorError(
-                    f"mscclpp {name} on rank {self.rank}: its first call connects the ranks and "
-                    "cannot be captured; run it once before"
-                )
+            if torch.cuda.is_current_stream_capturing():
+                if name not in self._ran:
+                    raise CommunicatorError(
+                        f"mscclpp {name} on rank {self.rank}: its first call connects the ranks "
+                        "and cannot be captured; run it once before"
+                    )
+                self.captured = True
         gathers = name == "fullmesh"
         operation = self.package.ReduceOp.NOP if gathers else self.package.ReduceOp.SUM
         code = self.algorithms[name].execute(

@@ -28,6 +28,10 @@ _SMALLEST = 1 << 10
 _SCRATCH_FACTOR = 12  # packet needs 12 times its message, the most of all
 _TEST_NITER, _WARMUP_NITER = 10, 2
 
+#: Contexts and their scratch memory whose calls CUDA graphs recorded. The package does not say when
+#: those are gone, so they stay as long as the process.
+_kept: list[tuple[MscclppContext, Any]] = []
+
 
 def mscclpp_is_weak_contiguous(inp: torch.Tensor) -> bool:
     """Whether the elements fill one block of memory, in whatever order of dimensions."""
@@ -156,7 +160,9 @@ class PyMscclppCommunicator(Communicator):
         )
 
     def release(self) -> None:
-        if self.context is not None:
+        if self.context is not None and self.context.captured:
+            _kept.append((self.context, self._scratch))
+        elif self.context is not None:
             self.context.close()
         self.context = self._scratch = None
 
@@ -217,7 +223,11 @@ class PyMscclppCommunicator(Communicator):
         """Microseconds a call on this rank."""
         assert self.context is not None
         context, (name, blocks, threads), out = self.context, config, torch.empty_like(inp)
-        return mscclpp_bench_time(lambda: context.execute(name, inp, out, blocks, threads))
+        captured = context.captured
+        try:
+            return mscclpp_bench_time(lambda: context.execute(name, inp, out, blocks, threads))
+        finally:
+            context.captured = captured  # the graph of the benchmark is gone
 
     def _config(self, dtype: torch.dtype, nbytes: int) -> tuple[str, int, int]:
         """The measured winner of the next larger size that takes `nbytes`, else whatever does."""

@@ -1,11 +1,14 @@
 """PyMscclppCommunicator and the mscclpp functions over a stand-in package, ranks as threads."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from communicators import Group, RefusedError, Settings
 from communicators.backends import mscclpp_functions as functions
+from communicators.backends import pymscclpp
 from communicators.backends.mscclpp_context import ALGORITHMS
 from communicators.backends.pymscclpp import (
     PyMscclppCommunicator,
@@ -280,3 +283,25 @@ def test_small_helpers():
     calls = []
     assert mscclpp_bench_time(lambda: calls.append(0), 5, 2) > 0
     assert len(calls) == 7
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_a_graph_reads_outlives_close(monkeypatch, captured):
+    kept = []
+    monkeypatch.setattr(pymscclpp, "_kept", kept)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+
+    def body(group):
+        communicator = opened(group)
+        context, scratch = communicator.context, communicator._scratch
+        x = torch.zeros(256)
+        context._ran.update(context.algorithms)
+        context.device = torch.device("cuda:0")  # asked whether its stream is captured
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda at: SimpleNamespace(cuda_stream=0))
+        context.execute("packet", x, torch.empty_like(x))
+        assert context.captured == captured
+        communicator.close()
+        assert ((context, scratch) in kept) == captured
+        assert (context.communicator is not None) == captured
+
+    check(run_ranks(2, body, timeout_s=60))

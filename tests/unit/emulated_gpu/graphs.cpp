@@ -1,6 +1,7 @@
-// Streams and graphs for the emulated GPU: what a stream that is captured is given to launch is kept
-// in a graph, and runs as often as that is replayed. Graphs retain user objects, as CUDA's do. Made
-// into a library beside the collectives' own host side (c_api.cu), whose C interface a test calls.
+// Streams and graphs for the emulated GPU: what a stream that is captured is given to launch is
+// kept in a graph, and runs as often as that is replayed. Graphs retain user objects, as CUDA's do.
+// Made into a library beside the collectives' own host side (c_api.cu), whose C interface a test
+// calls.
 #include <mutex>
 #include <utility>
 

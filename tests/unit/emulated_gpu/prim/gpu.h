@@ -93,8 +93,8 @@ struct LaunchConfig {
   bool overlap;
 };
 
-// Runs a grid on the calling rank and returns when all of its blocks have ended; on a stream that is
-// captured it is kept for the replays of the graph.
+// Runs a grid on the calling rank and returns when all of its blocks have ended; on a stream that
+// is captured it is kept for the replays of the graph.
 template <auto kernel, typename... Arguments>
 void launch(const LaunchConfig& config, const char* name, Arguments... arguments) {
   if (emulated::Graph* graph = emulated::graph_of(config.stream)) {
