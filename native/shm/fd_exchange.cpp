@@ -82,7 +82,7 @@ class Exchange {
     pid_t pid = 0;
     bool sent = false;
     bool nobody = false;   // listens there
-    bool hung_up = false;  // it is through, or is gone
+    bool hung_up = false;  // it is through, and has sent what it has, or is gone
   };
 
   bool all_sent() const {
@@ -194,13 +194,14 @@ class Exchange {
   }
 
   // Whether all was said that is to be said; false: it may come yet.
-  bool hear(const Fd& caller) {
+  bool hear(Fd& caller) {
     Hello hello{};
     Fd fd;
     const Transfer heard = receive_hello(caller, hello, fd);
     if (heard == Transfer::kNotYet) return false;
     if (heard == Transfer::kDone && hello.exchange == hash_of(name_)) {
       admit(hello, peer_of(caller).pid, std::move(fd));
+      heard_.push_back(std::move(caller));
     }
     return true;
   }
@@ -284,6 +285,7 @@ class Exchange {
   std::vector<std::string> addresses_;
   std::vector<Peer> peers_;
   std::vector<Fd> callers_;  // of this user, who have not spoken yet
+  std::vector<Fd> heard_;    // the ranks' connections: they hang up when this rank is through
   std::vector<PeerFd> received_;
 };
 

@@ -52,6 +52,7 @@ Team::Team(int rank, int world_size, const Options& options)
                 " is not in 0.." + std::to_string(world_size - 1));
   }
   spins_ = world_size <= usable_cpus();
+  pids_[rank] = ::getpid();
   regions_[rank] = Region::create(options.dir, layout_.bytes);
   control_ = layout_.control(regions_[rank].data());
   control_->version = kLayoutVersion;
@@ -144,8 +145,9 @@ void Team::enter(const char* what) {
 
 std::string Team::refusal_after_fork() const {
   return "RefusedError: group " + name_ + ", rank " + std::to_string(rank_) +
-         ": it belongs to the process that forked this one, " + std::to_string(::getpid()) +
-         "; a forked child opens a group of its own";
+         ": it belongs to process " + std::to_string(pids_[rank_]) +
+         ", and this is its forked child " + std::to_string(::getpid()) +
+         "; a child opens a group of its own";
 }
 
 // The exit of the process in the midst of a call.

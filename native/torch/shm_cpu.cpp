@@ -102,7 +102,7 @@ struct AtEnd {
 // A thread that came out of a call needs so long, at most, to have the interpreter's lock. One that
 // was told of the exit says when it has it, unless a compiled graph made the call.
 constexpr int64_t kReturnNs = 50'000'000;
-constexpr int64_t kToldNs = 250'000'000;
+constexpr int64_t kToldNs = 100'000'000;
 
 // Whether no thread but this one is in a call or on its way out of one.
 bool all_are_back(const prim::Deadline& returned, const prim::Deadline& told) {
