@@ -7,6 +7,7 @@ compared here: a library left over from another build would take wrong arguments
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib.machinery
@@ -22,6 +23,8 @@ import torch
 from . import __version__, errors
 from .errors import CommunicatorError, NativeLibraryError
 from .settings import Settings
+
+_EXIT_NS = 1_000_000_000  # at most so long the exit of the process waits for its threads
 
 _DISTRIBUTION = "device-communicators"
 
@@ -122,6 +125,17 @@ def python_module(name: str) -> ModuleType | None:
     return loaded
 
 
+@atexit.register
+def _end_calls() -> None:
+    """Ends the calls of other threads when the process exits (native/shm/process.h).
+
+    Runs when the threads that are no daemons have ended, and, since handlers run in the reverse
+    order, after those of whoever imported this module.
+    """
+    if load.cache_info().currsize:
+        ctypes.CDLL(str(load("cpu"))).communicators_end_calls(ctypes.c_int64(_EXIT_NS))
+
+
 _TAGGED = re.compile(r"(\w+): (.*)", re.DOTALL)
 
 
@@ -130,7 +144,7 @@ def typed(error: RuntimeError) -> RuntimeError:
 
     Native code starts its texts with the name of a class of errors.py; an error without one is
     returned as it is. When a signal handler raised while native code waited (Ctrl-C), what it
-    raised is raised here instead.
+    raised is raised here instead. A thread that is told that the process exits has been heard.
     """
     match = _TAGGED.match(str(error).rstrip())
     if match is None:
@@ -139,6 +153,9 @@ def typed(error: RuntimeError) -> RuntimeError:
     if tag == "Interrupted":
         # PyDLL raises the Python exception that the call leaves set.
         ctypes.PyDLL(str(load("cpu"))).communicators_reraise()
+        return CommunicatorError(text)
+    if tag == "Exiting":
+        ctypes.PyDLL(str(load("cpu"))).communicators_exit_heard()
         return CommunicatorError(text)
     kind = getattr(errors, tag, None)
     if isinstance(kind, type) and issubclass(kind, CommunicatorError):

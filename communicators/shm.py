@@ -51,7 +51,11 @@ def load() -> None:
 
 
 def init_shm_manager(
-    name: str, group_size: int, rank: int, settings: Settings | None = None
+    name: str,
+    group_size: int,
+    rank: int,
+    thread_num: int | Settings | None = None,
+    settings: Settings | None = None,
 ) -> int:
     """Takes this rank's shared memory for a group and returns its handle. Local.
 
@@ -59,9 +63,19 @@ def init_shm_manager(
         name: of the group; only used in the message of an error here.
         group_size: ranks, 2 to 64, all on this host.
         rank: of this process, 0..group_size-1.
+        thread_num: at most so many threads copy and add on this rank; the ranks may differ. By
+            default, and never more: torch.get_num_threads(), or the cores that are there for it.
+            (It may be left out before `settings`.)
         settings: shm_dir, shm_bytes, timeout_s, spin_us; default: from the environment.
     """
     load()
+    if isinstance(thread_num, Settings):
+        thread_num, settings = None, thread_num
+    if thread_num is not None and (not isinstance(thread_num, int) or thread_num < 1):
+        raise InvalidArgumentError(
+            f"init_shm_manager(name={name!r}, rank={rank}, thread_num={thread_num!r}): a number of "
+            "threads, 1 or more, is expected"
+        )
     settings = Settings.from_environment() if settings is None else settings
     try:
         return torch.ops.communicators.shm_open(
@@ -71,19 +85,33 @@ def init_shm_manager(
             settings.shm_bytes,
             settings.timeout_s,
             settings.spin_us,
+            thread_num or 0,
         )
     except RuntimeError as error:
         raise native.typed(error) from None
 
 
-def join_shm_manager(handle: int, name: str) -> str:
+def shm_address(handle: int) -> str:
+    """Where the peers of this rank find it, for a join with addresses. Local."""
+    try:
+        return torch.ops.communicators.shm_address(handle)
+    except RuntimeError as error:
+        raise native.typed(error) from None
+
+
+def join_shm_manager(handle: int, name: str, addresses: Sequence[str] = ()) -> str:
     """Maps the peers' shared memory. Collective; returns `name`.
 
     `name` is the same on all ranks and no other group of this user on this machine has it at the
     same time.
+
+    Args:
+        addresses: the shm_address of every rank, in rank order, where the ranks can tell each
+            other. Without, they meet at socket names that follow from `name`: who knows it, any
+            user of the machine, can take them first, and this call then raises.
     """
     try:
-        torch.ops.communicators.shm_join(handle, name)
+        torch.ops.communicators.shm_join(handle, name, " ".join(addresses))
     except RuntimeError as error:
         raise native.typed(error) from None
     return name

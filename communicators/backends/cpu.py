@@ -8,7 +8,6 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..base import OPS, Capability, Communicator, Refusal
 from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..group import Group
 from ..settings import Settings
+from ..topology import probe_host
 
 _SUMMED = frozenset(
     {
@@ -40,16 +40,16 @@ class _Home:
     """Where a rank runs: ranks reach each other's memory if these are equal."""
 
     boot_id: str  # of the host's kernel
-    network: int  # inode of the network namespace, in which the descriptors are sent
+    network: int  # inode of the network namespace, in which the descriptors are sent; 0: no /proc
     user: int
 
     @classmethod
     def mine(cls) -> _Home:
-        return cls(
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.stat("/proc/self/ns/net").st_ino,
-            os.getuid(),
-        )
+        try:
+            network = os.stat("/proc/self/ns/net").st_ino
+        except OSError:
+            network = 0  # then the peers' sockets are found, or they are not
+        return cls(probe_host().boot_id, network, os.geteuid())
 
 
 class CpuCommunicator(Communicator):
@@ -88,12 +88,12 @@ class CpuCommunicator(Communicator):
 
     def allocate(self) -> Any:
         self._handle = shm.init_shm_manager(
-            self.group.name, self.group.world_size, self.group.rank, self.settings
+            self.group.name, self.group.world_size, self.group.rank, settings=self.settings
         )
-        return _Home.mine(), uuid.uuid4().hex[:12]
+        return _Home.mine(), uuid.uuid4().hex[:12], shm.shm_address(self._handle)
 
     def rendezvous(self, handles: Sequence[Any]) -> None:
-        homes = [home for home, _ in handles]
+        homes = [home for home, _, _ in handles]
         for rank, home in enumerate(homes):
             if home.boot_id != homes[0].boot_id:
                 raise RefusedError(f"ranks 0 and {rank} are on different hosts")
@@ -102,7 +102,8 @@ class CpuCommunicator(Communicator):
                     f"ranks 0 and {rank} are in different network namespaces or of different users"
                 )
         # Rank 0's random number: another job may well have a group of this name.
-        shm.join_shm_manager(self._handle, f"{self.group.name}/{handles[0][1]}")
+        name = f"{self.group.name}/{handles[0][1]}"
+        shm.join_shm_manager(self._handle, name, [address for _, _, address in handles])
         ops = torch.ops.communicators
         self._ops = {
             "all_reduce_": ops.shm_all_reduce_.default,

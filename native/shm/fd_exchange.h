@@ -1,4 +1,9 @@
-// Every rank of a group gets a file descriptor of every other rank (shared memory, GPU memory).
+// Every rank of a group gets the descriptor of every other rank's shared memory.
+//
+// They travel over connected sockets of abstract names, to whom the kernel says is of this user
+// (SO_PEERCRED), which is asked before a descriptor is sent. Anybody on the machine may connect, or
+// take a name before its rank does: strangers are dropped, and a name that the kernel picked
+// (Meeting) cannot be taken.
 #pragma once
 
 #include <sys/types.h>
@@ -16,15 +21,28 @@ struct PeerFd {
   pid_t pid = 0;  // as seen from this process; 0: in a pid namespace that it cannot see
 };
 
-// Sends `fd` to all other ranks and returns theirs, in rank order. Collective over the ranks, which
-// all live in one network namespace of one host and run as one user.
+// Where the peers find this rank.
+struct Meeting {
+  Fd socket;
+  std::string address;
+
+  // At an address of the kernel's, for peers that are told it.
+  static Meeting anywhere();
+};
+
+// Sends `fd`, of a region (region.h), to all other ranks and returns theirs, in rank order.
+// Collective over the ranks, which all live in one network namespace of one host, as one user.
 //
 // Args:
 //   name: the same on all ranks, used by no other exchange of this user at the same time.
-//   deadline: std::runtime_error naming the ranks that have not answered by then; its text starts
-//     with "CommTimeoutError: ".
-// A signal handler of Python that raises ends it (shm/interrupt.h).
-std::vector<PeerFd> exchange_fds(const std::string& name, int rank, int world_size, int fd,
-                                 const prim::Deadline& deadline);
+//   meeting, addresses: this rank's, and those of all, where they were told; else empty, and the
+//     addresses follow from the name. Then others may know them, and who takes one keeps the group
+//     from opening: an error says so.
+//   deadline: an error naming the ranks that have not answered by then.
+// std::runtime_error, of a text that starts with the name of the Python exception. A signal handler
+// of Python that raises ends it (shm/interrupt.h), as does the exit of the process.
+std::vector<PeerFd> exchange_fds(const std::string& name, Meeting meeting,
+                                 std::vector<std::string> addresses, int rank, int world_size,
+                                 int fd, const prim::Deadline& deadline);
 
 }  // namespace shm

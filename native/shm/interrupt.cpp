@@ -1,6 +1,8 @@
 #include "shm/interrupt.h"
 
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 namespace shm {
 namespace {
@@ -42,6 +44,9 @@ thread_local void* pending[3] = {nullptr, nullptr, nullptr};
 }  // namespace
 
 bool python_handler_raised() {
+  // Handlers run in the main thread alone. No other thread asks for the interpreter's lock here: it
+  // may be held for long, and a process that exits gives it to nobody any more.
+  if (::syscall(SYS_gettid) != ::getpid()) return false;
   const Python& py = python();
   if (!py.present || !py.is_initialized()) return false;
   const int state = py.ensure();

@@ -28,7 +28,8 @@ Fd open_unnamed(const std::string& dir) {
       if (fd) return fd;
     }
   }
-  throw std::runtime_error("shared memory: no file can be made in " + dir + ": " + text_of(errno) +
+  throw std::runtime_error("CommunicatorError: shared memory: no file can be made in " + dir +
+                           ": " + text_of(errno) +
                            "; COMMUNICATORS_SHM_DIR names the directory, one on a tmpfs that this "
                            "user may write to is expected");
 }
@@ -38,8 +39,9 @@ Fd open_unnamed(const std::string& dir) {
   ::fstatvfs(fd.get(), &fs);
   const auto unit = static_cast<unsigned long long>(fs.f_frsize);
   throw std::runtime_error(
-      "shared memory: " + std::to_string(bytes) + " bytes are needed in " + dir + ", which has " +
-      std::to_string(fs.f_bavail * unit) + " bytes free of " + std::to_string(fs.f_blocks * unit) +
+      "CommunicatorError: shared memory: " + std::to_string(bytes) + " bytes are needed in " + dir +
+      ", which has " + std::to_string(fs.f_bavail * unit) + " bytes free of " +
+      std::to_string(fs.f_blocks * unit) +
       "; make it larger (containers: --shm-size; else mount -o remount,size=...), or set "
       "COMMUNICATORS_SHM_BYTES lower or COMMUNICATORS_SHM_DIR to a larger tmpfs");
 }
@@ -47,25 +49,50 @@ Fd open_unnamed(const std::string& dir) {
 std::byte* map_shared(const Fd& fd, size_t bytes) {
   void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
   if (data == MAP_FAILED) {
-    throw std::runtime_error("shared memory: " + std::to_string(bytes) +
+    throw std::runtime_error("CommunicatorError: shared memory: " + std::to_string(bytes) +
                              " bytes cannot be mapped: " + text_of(errno));
   }
   return static_cast<std::byte*>(data);
 }
 
+// All of the file, for writing.
+struct flock whole_file() {
+  struct flock lock{};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  return lock;
+}
+
+void lock(const Fd& fd, const std::string& dir) {
+  struct flock mine = whole_file();
+  if (::fcntl(fd.get(), F_SETLK, &mine) == 0) return;
+  throw std::runtime_error("CommunicatorError: shared memory: a file in " + dir +
+                           " cannot be locked: " + text_of(errno) +
+                           "; COMMUNICATORS_SHM_DIR names the directory, one on a tmpfs is "
+                           "expected");
+}
+
 }  // namespace
+
+bool owner_is_gone(const Fd& region) {
+  struct flock theirs = whole_file();
+  return ::fcntl(region.get(), F_GETLK, &theirs) == 0 && theirs.l_type == F_UNLCK;
+}
+
+bool Region::owner_is_gone() const { return shm::owner_is_gone(fd_); }
 
 Region Region::create(const std::string& dir, size_t bytes) {
   const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   bytes = (bytes + page - 1) / page * page;
   Fd fd = open_unnamed(dir);
+  lock(fd, dir);
   int error;
   do {
     error = ::posix_fallocate(fd.get(), 0, static_cast<off_t>(bytes));
   } while (error == EINTR);
   if (error == ENOSPC || error == EFBIG || error == EDQUOT) throw_too_small(dir, fd, bytes);
   if (error != 0) {
-    throw std::runtime_error("shared memory: " + std::to_string(bytes) +
+    throw std::runtime_error("CommunicatorError: shared memory: " + std::to_string(bytes) +
                              " bytes cannot be reserved in " + dir + ": " + text_of(error));
   }
   std::byte* data = map_shared(fd, bytes);
@@ -75,12 +102,14 @@ Region Region::create(const std::string& dir, size_t bytes) {
 Region Region::map(Fd fd, size_t bytes) {
   struct stat info;
   if (::fstat(fd.get(), &info) != 0) {
-    throw std::runtime_error("shared memory: a peer's descriptor is not usable: " + text_of(errno));
+    throw std::runtime_error(
+        "CommunicatorError: shared memory: a peer's descriptor is not usable: " + text_of(errno));
   }
   const auto size = static_cast<size_t>(info.st_size);
   if (size == 0 || size < bytes) {
-    throw std::runtime_error("shared memory: a peer's region has " + std::to_string(size) +
-                             " bytes, " + std::to_string(bytes) + " are expected");
+    throw std::runtime_error("CommunicatorError: shared memory: a peer's region has " +
+                             std::to_string(size) + " bytes, " + std::to_string(bytes) +
+                             " are expected");
   }
   std::byte* data = map_shared(fd, size);
   return Region(std::move(fd), data, size);

@@ -3,6 +3,11 @@
 // The file behind a region is created without a directory entry, and peers get its descriptor over
 // a socket (fd_exchange.h). When the last process that maps it is gone, however it went, the kernel
 // frees it: nothing can be left in /dev/shm.
+//
+// The process that created it holds a POSIX lock on the file (fcntl(2), F_SETLK) until it ends.
+// Such a lock is the process's own: a forked child does not inherit it, the kernel gives it up
+// whichever way the process ends, and others see it from any pid namespace. So it tells the dead
+// from the late, and costs no descriptor.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +34,9 @@ class Region {
   // size it has.
   static Region map(Fd fd, size_t bytes = 0);
 
+  // Whether the process that created it has ended. Not to be asked by that process itself.
+  bool owner_is_gone() const;
+
   std::byte* data() const { return data_; }
   size_t size() const { return size_; }
   int fd() const { return fd_.get(); }
@@ -42,5 +50,8 @@ class Region {
   std::byte* data_ = nullptr;
   size_t size_ = 0;
 };
+
+// The same by the descriptor alone.
+bool owner_is_gone(const Fd& region);
 
 }  // namespace shm

@@ -1,19 +1,15 @@
 #include "shm/team.h"
 
-#include <poll.h>
 #include <sched.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdio>
 #include <exception>
 
 #include "prim/deadline.h"
 #include "prim/futex.h"
 #include "shm/collectives.h"
-#include "shm/fd_exchange.h"
 #include "shm/interrupt.h"
 
 namespace shm {
@@ -60,12 +56,12 @@ Team::Team(int rank, int world_size, const Options& options)
       regions_(world_size),
       bases_(world_size),
       peers_(world_size),
-      pidfds_(world_size),
       pids_(world_size) {
   if (rank < 0 || rank >= world_size) {
     throw Error("InvalidArgumentError: CPU shared memory: rank " + std::to_string(rank) +
                 " is not in 0.." + std::to_string(world_size - 1));
   }
+  pids_[rank] = ::getpid();
   regions_[rank] = Region::create(options.dir, layout_.bytes);
   control_ = layout_.control(regions_[rank].data());
   control_->version = kLayoutVersion;
@@ -75,27 +71,40 @@ Team::Team(int rank, int world_size, const Options& options)
   control_->cpus = my_cpus(options.threads);
 }
 
-Team::~Team() {
-  // A forked child that exits has a copy of this object, and the memory is still the parent's.
-  if (joined_ && ::getpid() == pids_[rank_])
+Team::~Team() { announce_close(); }
+
+void Team::announce_close() {
+  if (joined_ && is_mine()) {
     leave(Code::kClosed, rank_, "rank " + std::to_string(rank_) + " closed it");
+  }
 }
 
-void Team::join(const std::string& name) {
+const std::string& Team::address() {
+  if (!meeting_.socket) meeting_ = Meeting::anywhere();
+  return meeting_.address;
+}
+
+void Team::join(const std::string& name, std::vector<std::string> addresses) {
+  enter("join");
+  const struct Left {
+    Team& team;
+    ~Left() { team.end(); }
+  } left{*this};
   name_ = name;
-  auto fds = exchange_fds(name, rank_, world_size_, regions_[rank_].fd(),
-                          prim::Deadline::after_seconds(options_.timeout_s));
+  try {
+    map(exchange_fds(name, std::move(meeting_), std::move(addresses), rank_, world_size_,
+                     regions_[rank_].fd(), prim::Deadline::after_seconds(options_.timeout_s)));
+  } catch (const std::exception&) {
+    told_of_exit_ = exit_ends_this_call();
+    throw;
+  }
+  joined_ = true;
+}
+
+void Team::map(std::vector<PeerFd> fds) {
   for (int peer = 0; peer < world_size_; ++peer) {
     pids_[peer] = fds[peer].pid;
-    if (peer != rank_) {
-      regions_[peer] = Region::map(std::move(fds[peer].fd), sizeof(Control));
-      if (pids_[peer] > 0) {
-        pidfds_[peer] = Fd(static_cast<int>(::syscall(SYS_pidfd_open, pids_[peer], 0)));
-        if (!pidfds_[peer] && errno == ESRCH) {
-          throw Error("PeerDiedError: group " + name + ": " + who(peer) + " died while joining");
-        }
-      }
-    }
+    if (peer != rank_) regions_[peer] = Region::map(std::move(fds[peer].fd), sizeof(Control));
     bases_[peer] = regions_[peer].data();
     peers_[peer] = layout_.control(bases_[peer]);
     const Control& theirs = *peers_[peer];
@@ -103,14 +112,13 @@ void Team::join(const std::string& name) {
         theirs.slot_bytes != layout_.slot_bytes || theirs.ring_bytes != layout_.ring_bytes ||
         regions_[peer].size() < layout_.bytes) {
       throw Error(
-          "CommMismatchError: group " + name + ": the memory of rank " + std::to_string(peer) +
+          "CommMismatchError: group " + name_ + ": the memory of rank " + std::to_string(peer) +
           " is laid out otherwise than that of rank " + std::to_string(rank_) +
           "; the version of the library and COMMUNICATORS_SHM_BYTES must be the same on all "
           "ranks");
     }
   }
   meet();
-  joined_ = true;
 }
 
 void Team::meet() {
@@ -128,12 +136,61 @@ void Team::set_lanes(int count) {
   layout_.set_lanes(count);
 }
 
-void Team::begin(const Signature& signature) {
-  if (busy_.test_and_set(std::memory_order_acquire)) {
+Team::Use Team::use(pthread_t exiting) const {
+  if (busy_.test(std::memory_order_seq_cst)) return Use::kInCall;
+  const pthread_t caller = caller_.load(std::memory_order_relaxed);
+  if (caller == pthread_t{} || ::pthread_equal(caller, exiting) != 0 || told_of_exit_) {
+    return Use::kNone;
+  }
+  return Use::kMayBeReturning;
+}
+
+// The beginning of every call.
+void Team::enter(const char* what) {
+  // Sequentially consistent, as is the look of an exit: either this sees that the process exits, or
+  // that sees this call.
+  if (busy_.test_and_set(std::memory_order_seq_cst)) {
     throw Error("CommunicatorError: group " + name_ + ", rank " + std::to_string(rank_) +
                 ": a second thread called while a call was in progress; a communicator is used by "
                 "one thread at a time");
   }
+  caller_.store(::pthread_self(), std::memory_order_relaxed);
+  if (current_life() == life_) return;
+  if (!is_mine()) {
+    end();
+    throw Error(refusal_after_fork());
+  }
+  if (!exit_ends_this_call()) return;
+  end();
+  stop_unless_new();
+  told_of_exit_ = true;
+  throw Error("Exiting: group " + name_ + ": rank " + std::to_string(rank_) + " calls " + what +
+              ", and its process exits");
+}
+
+std::string Team::refusal_after_fork() const {
+  return "RefusedError: group " + name_ + ", rank " + std::to_string(rank_) +
+         ": it belongs to process " + std::to_string(pids_[rank_]) +
+         ", and this is its forked child " + std::to_string(::getpid()) +
+         "; a child opens a group of its own";
+}
+
+// The exit of the process in the midst of a call.
+void Team::end_for_exit() {
+  stop_unless_new();
+  told_of_exit_ = true;
+  const std::string what = "rank " + std::to_string(rank_) + " waits in " + describe(signature_) +
+                           ", and its process exits";
+  {
+    const std::lock_guard lock(failing_);
+    failure_ = "CommunicatorError: group " + name_ + ": " + what;
+  }
+  announce_close();
+  throw Error("Exiting: group " + name_ + ": " + what);
+}
+
+void Team::begin(const Signature& signature) {
+  enter(name_of(signature.op));
   if (!failure_.empty() || !joined_) {
     end();
     throw Error(joined_ ? failure_ : "CommunicatorError: the group has not been joined");
@@ -206,7 +263,7 @@ void Team::wait_word(const prim::AtomicU32& word, prim::AtomicU32& sleepers, uin
     // The peer may be waiting for this very core: other work on the machine can put two ranks on
     // one. With nobody waiting this costs a fraction of a microsecond.
     ::sched_yield();
-  } while (prim::monotonic_ns() - begun < spin);
+  } while (prim::monotonic_ns() - begun < spin && prim::load_relaxed(process_life) == life_);
 
   struct Sleeping {
     prim::AtomicU32& count;
@@ -235,16 +292,19 @@ bool Team::late(int peer, const Waiting& waiting) const {
                         waiting.expected);
 }
 
+// A peer that closes gives up its lock as one that dies does, but says so before.
 bool Team::died(int peer) const {
-  if (!pidfds_[peer]) return false;
-  pollfd state{pidfds_[peer].get(), POLLIN, 0};
-  return ::poll(&state, 1, 0) == 1;
+  return pids_[peer] != pids_[rank_] && regions_[peer].owner_is_gone() &&
+         prim::load_acquire(peers_[peer]->abort.code) == 0;
 }
 
 void Team::check_on_peers(const Waiting& waiting, bool deadline_passed) {
   if (waiting.lane != nullptr && waiting.lane->index() != 0) {
-    // Another thread of this rank: lane 0 sees to signals, and whoever fails first fails for all.
+    // Another thread of this rank: lane 0 sees to exits and signals, and whoever fails first fails
+    // for all.
     if (prim::load_acquire(control_->abort.code) != 0) fail(Code::kNone, rank_, "");
+  } else if (exit_ends_this_call()) {
+    end_for_exit();
   } else if (python_handler_raised()) {
     fail(Code::kInterrupted, rank_,
          "rank " + std::to_string(rank_) + " was interrupted by a signal handler that raised, in " +
@@ -340,7 +400,9 @@ void Team::leave(Code code, int culprit, const std::string& text) {
 }
 
 std::string Team::who(int peer) const {
-  return "rank " + std::to_string(peer) + " (pid " + std::to_string(pids_[peer]) + ")";
+  const std::string pid = pids_[peer] > 0 ? "pid " + std::to_string(pids_[peer])
+                                          : std::string("in another pid namespace");
+  return "rank " + std::to_string(peer) + " (" + pid + ")";
 }
 
 }  // namespace shm

@@ -1,6 +1,8 @@
 // The ranks of a group as one of them sees them: their memory, waiting for them, and giving up.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -8,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "shm/fd_exchange.h"
+#include "shm/process.h"
 #include "shm/protocol.h"
 #include "shm/region.h"
 #include "shm/signature.h"
@@ -90,8 +94,20 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  // Maps the peers' memory. Collective; `name` as in exchange_fds.
-  void join(const std::string& name);
+  // Where the peers find this rank in join(), if they are told.
+  const std::string& address();
+  // Maps the peers' memory. Collective; `name` and `addresses` as in exchange_fds.
+  void join(const std::string& name, std::vector<std::string> addresses = {});
+  // Tells the peers that this rank makes no more calls.
+  void announce_close();
+
+  // What an exit of the process waits for (process.h): a call in progress, or one that has ended
+  // in another thread than `exiting`, which may not have the interpreter's lock again.
+  enum class Use { kNone, kMayBeReturning, kInCall };
+  Use use(pthread_t exiting) const;
+  // False in a process that was forked from the one that opened it.
+  bool is_mine() const { return is_of_this_process(life_); }
+  std::string refusal_after_fork() const;
 
   int rank() const { return rank_; }
   int world_size() const { return world_size_; }
@@ -158,6 +174,9 @@ class Team {
     Word kind;
     const Lane* lane;
   };
+  void enter(const char* what);
+  void map(std::vector<PeerFd> fds);
+  [[noreturn]] void end_for_exit();
   void check_on_peers(const Waiting& waiting, bool deadline_passed);
   void throw_late(const Waiting& waiting);
   bool late(int peer, const Waiting& waiting) const;
@@ -179,11 +198,14 @@ class Team {
   std::vector<std::byte*> bases_;
   std::vector<Control*> peers_;
   std::vector<Lane> lanes_;
-  std::vector<Fd> pidfds_;
-  std::vector<pid_t> pids_;
+  std::vector<pid_t> pids_;  // 0: of another pid namespace
   Control* control_ = nullptr;
 
   std::atomic_flag busy_;
+  std::atomic<pthread_t> caller_{};         // the last one
+  std::atomic<bool> told_of_exit_ = false;  // a caller, which had the error
+  const uint32_t life_ = current_life() & ~1u;
+  Meeting meeting_;
   bool joined_ = false;
   bool core_each_ = false;
   uint64_t signature_ = 0;

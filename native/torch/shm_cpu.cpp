@@ -1,5 +1,7 @@
 // The operators of CPU shared memory: handles, argument checks, registration. What they do is in
 // native/shm. A handle stands for one Team: this rank's part in one group.
+#include <pthread.h>
+#include <time.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,6 +15,7 @@
 
 #include "shm/channel.h"
 #include "shm/collectives.h"
+#include "shm/process.h"
 #include "shm/reduce.h"
 #include "torch/dtypes.h"
 
@@ -26,32 +29,90 @@ class Teams {
  public:
   int64_t add(TeamPtr team) {
     const std::lock_guard lock(mutex_);
-    teams_.push_back(std::move(team));
+    teams_.push_back({team, team});
     return static_cast<int64_t>(teams_.size()) - 1;
   }
   // A call holds its Team, so that another thread's shm_close does not unmap it underneath.
   TeamPtr get(int64_t handle) {
     const std::lock_guard lock(mutex_);
-    if (handle < 0 || handle >= static_cast<int64_t>(teams_.size()) || !teams_[handle]) {
+    if (handle < 0 || handle >= static_cast<int64_t>(teams_.size()) || !teams_[handle].open) {
       throw shm::Error("InvalidArgumentError: CPU shared memory: " + std::to_string(handle) +
                        " is not the handle of an open group");
     }
-    return teams_[handle];
+    const TeamPtr& team = teams_[handle].open;
+    if (!team->is_mine()) throw shm::Error(team->refusal_after_fork());
+    return team;
   }
   void remove(int64_t handle) {
-    TeamPtr last = get(handle);
+    TeamPtr last;
     const std::lock_guard lock(mutex_);
-    teams_[handle].reset();
+    if (handle >= 0 && handle < static_cast<int64_t>(teams_.size())) {
+      // A forked child has nothing to give back, and keeps what it does not use.
+      if (teams_[handle].open && !teams_[handle].open->is_mine()) return;
+      last = std::move(teams_[handle].open);
+    }
+    if (last) return;
+    throw shm::Error("InvalidArgumentError: CPU shared memory: " + std::to_string(handle) +
+                     " is not the handle of an open group");
   }
 
+  // The Teams that exist, also those that were closed while a thread was in a call.
+  std::vector<TeamPtr> all() {
+    const std::lock_guard lock(mutex_);
+    std::vector<TeamPtr> found;
+    for (const Entry& entry : teams_) {
+      if (TeamPtr team = entry.team.lock(); team && team->is_mine()) {
+        found.push_back(std::move(team));
+      }
+    }
+    return found;
+  }
+
+  // fork() waits until no thread is in here: the child has no such thread that would leave.
+  void before_fork() { mutex_.lock(); }
+  void after_fork() { mutex_.unlock(); }
+
  private:
+  struct Entry {
+    TeamPtr open;
+    std::weak_ptr<shm::Team> team;
+  };
   std::mutex mutex_;
-  std::vector<TeamPtr> teams_;
+  std::vector<Entry> teams_;
 };
 
+// Never destroyed: a thread may be in a call while the process ends.
 Teams& teams() {
-  static Teams all;
+  static Teams& all = *new Teams;
   return all;
+}
+
+[[maybe_unused]] const int at_fork = ::pthread_atfork(
+    [] { teams().before_fork(); }, [] { teams().after_fork(); }, [] { teams().after_fork(); });
+
+// At the end of the process the peers are told that this rank makes no more calls.
+struct AtEnd {
+  ~AtEnd() {
+    for (const TeamPtr& team : teams().all()) {
+      if (team->use(::pthread_self()) != shm::Team::Use::kInCall) team->announce_close();
+    }
+  }
+} at_end;
+
+// A thread that came out of a call needs so long, at most, to have the interpreter's lock. One that
+// was told of the exit says when it has it, unless a compiled graph made the call.
+constexpr int64_t kReturnNs = 50'000'000;
+constexpr int64_t kToldNs = 100'000'000;
+
+// Whether no thread but this one is in a call or on its way out of one.
+bool all_are_back(const prim::Deadline& returned, const prim::Deadline& told) {
+  if (shm::threads_on_their_way() != 0 && !told.passed()) return false;
+  for (const TeamPtr& team : teams().all()) {
+    const auto use = team->use(::pthread_self());
+    if (use == shm::Team::Use::kInCall) return false;
+    if (use == shm::Team::Use::kMayBeReturning && !returned.passed()) return false;
+  }
+  return true;
 }
 
 shm::DType dtype_of(const Tensor& x) { return static_cast<shm::DType>(torch_glue::dtype_of(x)); }
@@ -120,18 +181,32 @@ void run_parallel(size_t count, void (*task)(void*, size_t), void* context) {
   });
 }
 
+// `threads_limit`: at most so many work on this rank's share; 0: as many as there are cores for it.
 int64_t shm_open(std::string dir, int64_t rank, int64_t world_size, int64_t shm_bytes,
-                 double timeout_s, int64_t spin_us) {
+                 double timeout_s, int64_t spin_us, int64_t threads_limit) {
+  auto threads = static_cast<int>(torch::stable::get_num_threads());
+  if (threads_limit > 0) threads = static_cast<int>(std::min<int64_t>(threads, threads_limit));
   const shm::Options options{std::move(dir), static_cast<size_t>(std::max<int64_t>(shm_bytes, 0)),
-                             timeout_s, spin_us * 1000,
-                             static_cast<int>(torch::stable::get_num_threads())};
+                             timeout_s, spin_us * 1000, threads};
   auto team =
       std::make_shared<shm::Team>(static_cast<int>(rank), static_cast<int>(world_size), options);
   team->set_pool(run_parallel);
   return teams().add(std::move(team));
 }
 
-void shm_join(int64_t handle, std::string name) { teams().get(handle)->join(name); }
+// Where the peers find this rank, for a join with addresses.
+std::string shm_address(int64_t handle) { return teams().get(handle)->address(); }
+
+// `addresses`: of all ranks, with spaces between; none: they follow from the name.
+void shm_join(int64_t handle, std::string name, std::string addresses) {
+  std::vector<std::string> found;
+  for (size_t begin = 0; begin < addresses.size();) {
+    const size_t end = std::min(addresses.find(' ', begin), addresses.size());
+    found.push_back(addresses.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  teams().get(handle)->join(name, std::move(found));
+}
 
 void shm_close(int64_t handle) { teams().remove(handle); }
 
@@ -238,9 +313,10 @@ int64_t shm_next_message_bytes(int64_t src, int64_t handle) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
   m.def(
-      "shm_open(str dir, int rank, int world_size, int shm_bytes, float timeout_s, int spin_us) -> "
-      "int");
-  m.def("shm_join(int handle, str name) -> ()");
+      "shm_open(str dir, int rank, int world_size, int shm_bytes, float timeout_s, int spin_us, "
+      "int threads=0) -> int");
+  m.def("shm_address(int handle) -> str");
+  m.def("shm_join(int handle, str name, str addresses=\"\") -> ()");
   m.def("shm_close(int handle) -> ()");
   m.def("shm_set_tuning(int handle, int one_shot_bytes, int chunk_bytes, int threads) -> ()");
   m.def("shm_plan(int handle) -> int[]");
@@ -259,6 +335,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CompositeExplicitAutograd, m) {
   m.impl("shm_open", torch_glue::boxed<&shm_open>);
+  m.impl("shm_address", torch_glue::boxed<&shm_address>);
   m.impl("shm_join", torch_glue::boxed<&shm_join>);
   m.impl("shm_close", torch_glue::boxed<&shm_close>);
   m.impl("shm_set_tuning", torch_glue::boxed<&shm_set_tuning>);
@@ -277,4 +354,17 @@ STABLE_TORCH_LIBRARY_IMPL(communicators, CPU, m) {
   m.impl("shm_broadcast_", torch_glue::boxed<&shm_broadcast_>);
   m.impl("shm_send", torch_glue::boxed<&shm_send>);
   m.impl("shm_recv_", torch_glue::boxed<&shm_recv_>);
+}
+
+// Called once, with the interpreter's lock released, when the process begins to exit: ends the
+// calls of other threads and waits until they are back in Python, at most `timeout_ns`.
+extern "C" __attribute__((visibility("default"))) void communicators_end_calls(int64_t timeout_ns) {
+  shm::begin_exit();
+  const auto deadline = prim::Deadline::after_ns(timeout_ns);
+  const auto returned = prim::Deadline::after_ns(kReturnNs);
+  const auto told = prim::Deadline::after_ns(kToldNs);
+  while (!all_are_back(returned, told) && !deadline.passed()) {
+    const timespec pause{0, 500'000};
+    ::nanosleep(&pause, nullptr);
+  }
 }
