@@ -70,6 +70,17 @@ struct End {
       if (done < bytes) show();
     }
   }
+  // Copies the next bytes and leaves them in the ring. Not by move(), which shows the sender what was
+  // taken so far where a header wraps or comes in two pieces.
+  void peek(void* data, size_t bytes) {
+    const uint32_t expected = count + static_cast<uint32_t>(bytes);
+    if (!prim::reached(prim::load_acquire(channel.head), expected)) {
+      team.wait_word(channel.head, channel.head_sleeps, expected, peer, Team::kBytesSent);
+    }
+    const size_t first = std::min(bytes, capacity - count % capacity);
+    std::memcpy(data, ring + count % capacity, first);
+    std::memcpy(static_cast<std::byte*>(data) + first, ring, bytes - first);
+  }
   void put(const void* data, size_t bytes) {
     move(bytes, [&](std::byte* at, size_t done, size_t n) {
       std::memcpy(at, static_cast<const std::byte*>(data) + done, n);
@@ -97,7 +108,7 @@ size_t next_message_bytes(Team& team, int from) {
   const Call call(team, {Op::kRecv, DType::kU8, from, 0});
   End end(team, from, team.rank());
   Header header;
-  end.take(&header, sizeof header);  // not shown to the sender: it stays in the ring
+  end.peek(&header, sizeof header);
   return header.bytes;
 }
 

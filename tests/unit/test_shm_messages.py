@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from communicators import Settings, shm
+from communicators import CpuCommunicator, Settings, shm
 from tests.harness import Rank, pool
 from tests.unit.test_shm_collectives import communicator, inputs, reference_sum
 
@@ -122,6 +123,27 @@ def many_entries(rank: Rank) -> None:
 
 def test_many_and_large_entries() -> None:
     pool(2).run(many_entries)
+
+
+def headers_that_wrap(rank: Rank) -> None:
+    """Odd sizes through rings of 1 KB, many times around: some headers lie across the end."""
+    device = torch.device("cpu")
+    refusal = CpuCommunicator(rank.group("none"), device, Settings(shm_bytes=0)).refusal
+    needed = re.search(r"(\d+) are needed", str(refusal))
+    assert needed is not None, refusal
+    least = Settings(shm_bytes=int(needed[1]), timeout_s=30.0)
+    cpu = CpuCommunicator(rank.group("least"), device, least)
+    for number in range(1000):
+        text = "x" * (number % 97)
+        if rank.rank == 0:
+            shm.send_object(cpu._handle, text, 1)
+        else:
+            assert shm.recv_object(cpu._handle, 0) == text, number
+    cpu.close()
+
+
+def test_headers_that_wrap_around_the_end_of_a_ring() -> None:
+    pool(2).run(headers_that_wrap)
 
 
 def both_directions(rank: Rank) -> None:
