@@ -173,7 +173,7 @@ def forked(action: Callable[[], Any]) -> int:
     if pid == 0:
         try:
             action()
-        except Exception:
+        except Exception:  # noqa: BLE001  (of the peer: it is told, and the case goes on)
             traceback.print_exc()
             sys.stderr.flush()
         finally:
