@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgumentError, RefusedError
 from .message_queue.blocks import read_block, write_block
+from .message_queue.chunks import new_chunk, next_chunk, next_remote_chunk
 from .message_queue.codec import RENEW_BYTES, Encoder, cannot_pickle, decode
-from .message_queue.deadline import Deadline
-from .message_queue.ends import SIGNALS_S, RingReader, RingWriter
+from .message_queue.deadline import LOOK_S, Deadline
+from .message_queue.ends import RingReader, RingWriter
 from .message_queue.handle import VERSION, Handle, join_ring
 from .message_queue.lifetime import QueueEnd
 from .message_queue.native_end import FULL, NOTHING, OTHERWISE, SENT, reader_end, writer_end
-from .message_queue.native_ring import IN_PLACE, INLINE, MESSAGE, RAW, api
+from .message_queue.native_ring import IN_PLACE, INLINE, RAW, RAW_BLOCK
 from .message_queue.process import pid_space, start_time
 from .message_queue.ring import ShmRingBuffer
 from .settings import Settings
@@ -51,9 +52,11 @@ class MessageQueue(QueueEnd):
         n_reader: how many readers there are, all told; a message is kept until all have it.
         n_local_reader: how many of them run on this host (up to 64).
         local_reader_ranks: the ranks of the local readers; default 0..n_local_reader-1.
-        max_chunk_bytes: messages up to this size travel in a slot, larger ones in the arena.
+        max_chunk_bytes: the size of acquire_write()'s chunks. No memory is set aside for it:
+            messages of up to 64 KiB of it travel in a slot, and what is larger in the arena.
         max_chunks: slots of the ring: so many messages may be unread before enqueue waits. Default:
             256 here, which take memory as they are used, and 10 by a reader on another host.
+            Messages of more than max_chunk_bytes, and arrays, wait sooner: see docs/design.md.
         connect_ip: the address of this host that is bound for remote readers; default loopback.
 
     The object belongs to the process that made it. Threads may share it: a call holds the one lock
@@ -250,6 +253,7 @@ class MessageQueue(QueueEnd):
 
     def _enqueue(self, obj: Any, timeout: float | None, why: int) -> None:
         """What try_put() did not send."""
+        self._check_usable()
         if not self._acquire(False):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
@@ -304,10 +308,11 @@ class MessageQueue(QueueEnd):
                 self._encoder.renew()
                 self._dump, self._clear_memo = self._encoder.dump, self._encoder.clear_memo
             if self._writer is not None and self._writer.wait_for_slot(deadline):
-                if not buffers and size <= self._handle.max_chunk_bytes:
+                if not buffers and size <= self._writer.ring.slot_bytes:
                     self._writer.write(b"".join(parts))
                 else:
-                    write_block(self._writer, parts, buffers, deadline)
+                    in_slot_count = not buffers and size <= self._handle.max_chunk_bytes
+                    write_block(self._writer, parts, buffers, deadline, in_slot_count)
             if self._remote_writer is not None:
                 self._remote_writer.send(INLINE, parts, buffers)
         finally:
@@ -328,6 +333,7 @@ class MessageQueue(QueueEnd):
 
     def _dequeue(self, timeout: float | None, copy: bool) -> Any:
         """What get() did not find."""
+        self._check_usable()
         deadline = Deadline(timeout, self._settings, self._waited())
         if not self._acquire(False):
             self._wait_for_lock(deadline)
@@ -337,7 +343,7 @@ class MessageQueue(QueueEnd):
                 return self._receive(deadline)
             again = False
             while True:
-                found = self._end.receive(deadline.slice_ns(SIGNALS_S), again)
+                found = self._end.receive(deadline.slice_ns(LOOK_S), again)
                 if type(found) is tuple:
                     return found[0]
                 if found == IN_PLACE:
@@ -351,7 +357,7 @@ class MessageQueue(QueueEnd):
     def _read_in_place(self, copy: bool) -> Any:
         reader = self._reader
         assert reader is not None
-        if reader.taken.kind == RAW:
+        if reader.taken.kind in (RAW, RAW_BLOCK):
             raise InvalidArgumentError(_RAW)
         return read_block(reader, copy)
 
@@ -362,8 +368,16 @@ class MessageQueue(QueueEnd):
             raise InvalidArgumentError("dequeue(): this is the writer's end of the queue")
         if self._remote_reader.next_kind(deadline) == RAW:
             raise InvalidArgumentError(_RAW)
-        stream, *buffers = self._remote_reader.take()
-        return decode(stream, buffers)
+        stream, *buffers = self._remote_reader.next_message()
+        try:
+            obj = decode(stream, buffers)
+        except KeyboardInterrupt:
+            raise  # the message stays the next one
+        except BaseException:
+            self._remote_reader.used_up()
+            raise
+        self._remote_reader.used_up()
+        return obj
 
     @property
     def rejected(self) -> int:
@@ -388,47 +402,26 @@ class MessageQueue(QueueEnd):
             size = self._handle.max_chunk_bytes
             if self._remote_writer is not None:
                 self._remote_writer.wait_for_room(deadline)
-            has_slot = self._writer is not None and self._writer.wait_for_slot(deadline)
-            if self._writer is None or not has_slot:
-                chunk = memoryview(bytearray(size))
-            else:
-                begin = api().slot_payload(self._writer.handle) - self._writer.ring.base
-                chunk = self._writer.ring.view[begin : begin + size]
-            with chunk:
+            chunks: Any = contextlib.nullcontext(memoryview(bytearray(size)))
+            if self._writer is not None and self._writer.wait_for_slot(deadline):
+                chunks = new_chunk(self._writer, size, deadline)
+            with chunks as chunk:
                 yield chunk
                 if self._remote_writer is not None:
                     self._remote_writer.send(RAW, [bytes(chunk)], [])
-            if self._writer is not None and has_slot:
-                api().publish(self._writer.handle, RAW, size, 0)
 
     @contextlib.contextmanager
     def acquire_read(self, timeout: float | None = None) -> Iterator[memoryview]:
         """The next chunk, which acquire_write() wrote; the writer may reuse it afterwards."""
         with self._locked(Deadline(timeout, self._settings)) as deadline:
             if self._remote_reader is not None:
-                if self._remote_reader.next_kind(deadline) != RAW:
-                    raise InvalidArgumentError(_NOT_RAW)
-                with memoryview(self._remote_reader.take()[0]) as chunk:
-                    yield chunk
-                return
-            reader = self._reader
-            if reader is None:
+                chunks = next_remote_chunk(self._remote_reader, deadline)
+            elif self._reader is not None:
+                chunks = next_chunk(self._reader, self._end, deadline)
+            else:
                 raise InvalidArgumentError("acquire_read(): this is the writer's end of the queue")
-            again = False
-            while True:
-                found = self._end.look(deadline.slice_ns(SIGNALS_S), again)
-                if found in (MESSAGE, IN_PLACE):
-                    break
-                reader.check(found, deadline)
-                again = True
-            if found == MESSAGE or reader.taken.kind != RAW:
-                raise InvalidArgumentError(_NOT_RAW)
-            begin = reader.taken.offset
-            try:
-                with reader.ring.view[begin : begin + reader.taken.size] as chunk:
-                    yield chunk
-            finally:
-                api().done(reader.handle)
+            with chunks as chunk:
+                yield chunk
 
 
 def _not_a_writer(obj: Any) -> None:
@@ -448,4 +441,3 @@ def _no_memory() -> None:
 
 
 _RAW = "dequeue(): the next message was written by acquire_write(); acquire_read() reads it"
-_NOT_RAW = "acquire_read(): the next message was written by enqueue(); dequeue() reads it"

@@ -9,6 +9,7 @@ One block holds all buffers of a message, so there is one allocation and one rel
 
 from __future__ import annotations
 
+import os
 import struct
 import weakref
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CommunicatorError
 from .codec import address_of, decode
 from .deadline import Deadline
 from .ends import RingReader, RingWriter
@@ -33,9 +33,16 @@ def _aligned(offset: int) -> int:
 
 
 def write_block(
-    writer: RingWriter, parts: Sequence[Any], buffers: Sequence[memoryview], deadline: Deadline
+    writer: RingWriter,
+    parts: Sequence[Any],
+    buffers: Sequence[memoryview],
+    deadline: Deadline,
+    in_slot_count: bool,
 ) -> None:
-    """Stores the stream, in `parts`, and its buffers, and publishes them. A slot must be free."""
+    """Stores the stream, in `parts`, and its buffers, and publishes them. A slot must be free.
+
+    `in_slot_count`: see RingWriter.allocate.
+    """
     stream = sum(memoryview(part).nbytes for part in parts)
     table = []
     end = BLOCK_HEADER_BYTES + _COUNT.size * (1 + 2 * (1 + len(buffers)))
@@ -43,7 +50,7 @@ def write_block(
         begin = _aligned(end)
         end = begin + size
         table += [begin, size]
-    block = writer.allocate(end, deadline)
+    block = writer.allocate(end, deadline, in_slot_count)
     try:
         view = writer.ring.view
         words = struct.pack(f"={1 + len(table)}Q", 1 + len(buffers), *table)
@@ -71,13 +78,12 @@ def _put(writer: RingWriter, at: int, piece: Any) -> int:
 def read_block(reader: RingReader, copy: bool) -> Any:
     """The object in the block that take() found."""
     block, size = reader.taken.offset, reader.taken.size
-    # An array over the block: whatever is made from it keeps the mapping.
-    lease = np.frombuffer(reader.ring.view, np.uint8, size, block)
-    whole = lease.data.toreadonly()
+    # Whatever is made from the lease keeps it, and it keeps the mapping.
+    lease = reader.ring.lease()
+    whole = memoryview(lease).cast("B").toreadonly()[block : block + size]
     (count,) = _COUNT.unpack_from(whole, BLOCK_HEADER_BYTES)
     words = struct.unpack_from(f"={2 * count}Q", whole, BLOCK_HEADER_BYTES + _COUNT.size)
     spans = list(zip(words[::2], words[1::2], strict=True))
-    release = (reader.ring.base, reader.index, block)
     begin, length = spans.pop(0)
     stream = whole[begin : begin + length]
     try:
@@ -85,19 +91,36 @@ def read_block(reader: RingReader, copy: bool) -> Any:
             obj = decode(stream, [_private(reader.ring.base + block + b, n) for b, n in spans])
         else:
             obj = decode(stream, [whole[b : b + n] for b, n in spans])
-    except CommunicatorError:
-        api().release_block(*release)
+    except KeyboardInterrupt:
+        raise  # the message stays the next one
+    except BaseException:
         api().done(reader.handle)
+        api().release_block(reader.ring.base, reader.index, block)
         raise
     # Ctrl-C until here has left the message where it is. From here on it may lose it, and must not
     # let go of a block that is to be read again: done() comes first.
     api().done(reader.handle)
     if copy or not spans:
-        api().release_block(*release)
+        api().release_block(reader.ring.base, reader.index, block)
     else:
-        # Called when the last array or tensor over the block is gone.
-        weakref.finalize(lease, api().release_block, *release).atexit = False
+        release_with(lease, reader, block)
     return obj
+
+
+def release_with(lease: Any, reader: RingReader, block: int) -> None:
+    """Releases `block` when the last array or tensor over `lease` is gone.
+
+    What releases it holds the mapping itself: in which order the lease, the arrays over it and the
+    queue are taken apart, and whether the release comes before or after that, is then no matter.
+    """
+    held = reader.ring.hold(), reader.ring.base, reader.index, block, os.getpid()
+    weakref.finalize(lease, _release, *held).atexit = False
+
+
+def _release(mapping: memoryview, base: int, index: int, block: int, pid: int) -> None:
+    if os.getpid() == pid:  # in a forked child the parent still holds it
+        api().release_block(base, index, block)
+    mapping.release()
 
 
 def _private(address: int, size: int) -> np.ndarray:

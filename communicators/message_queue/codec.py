@@ -8,6 +8,7 @@ a dtype and a shape here.
 from __future__ import annotations
 
 import copyreg
+import ctypes
 import math
 import pickle
 from collections.abc import Callable, Iterable
@@ -32,9 +33,22 @@ def address_of(buffer: Any) -> int:
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> Any:
-    if not _is_plain(tensor):
-        return tensor.__reduce_ex__(5)
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    """What pickles a tensor of no class that reduces itself: the elements that it shows.
+
+    torch's own way pickles the storage that a view was cut from, whole.
+    """
+    kind, attributes = type(tensor), vars(tensor)
+    if tensor.requires_grad or attributes or kind is not torch.Tensor:
+        torch.utils.hooks.warn_if_has_hooks(tensor)
+        inner = tensor.detach()
+        if kind is not torch.Tensor:
+            inner = inner.as_subclass(torch.Tensor)
+        again = _restore, (inner, kind, tensor.requires_grad)
+        return (*again, attributes, None, None, _set_attributes) if attributes else again
+    if not _is_buffer(tensor):
+        return (_cut_out(tensor) if tensor.layout is torch.strided else tensor).__reduce_ex__(5)
+    shown = tensor.resolve_conj().resolve_neg().contiguous()
+    flat = shown.reshape(-1).view(torch.uint8)
     return _rebuild_tensor, (
         pickle.PickleBuffer(flat.numpy().data),
         tensor.dtype,
@@ -42,34 +56,60 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
     )
 
 
+def _is_buffer(tensor: torch.Tensor) -> bool:
+    """Whether dtype, shape and the elements in memory are all there is to `tensor`."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_nested
+    )
+
+
+def _cut_out(tensor: torch.Tensor) -> torch.Tensor:
+    """The same with a storage of its own, if it is a view of a larger one."""
+    if tensor.is_nested or tensor.device.type == "meta":  # the latter has no storage to pickle
+        return tensor
+    shown = tensor.numel() * tensor.element_size()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > shown else tensor
+
+
+def _restore(inner: torch.Tensor, kind: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    tensor = inner if kind is torch.Tensor else inner.as_subclass(kind)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    vars(tensor).update(attributes)
+
+
+def _reduces_itself(kind: type[torch.Tensor]) -> bool:
+    """Whether a class of tensors has its own way to be pickled, or is more than a tensor."""
+    names = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__torch_dispatch__")
+    own = kind.__mro__[: kind.__mro__.index(torch.Tensor)]
+    return any(name in vars(base) for base in own for name in (*names, "__slots__"))
+
+
 def _rebuild_tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)
     if isinstance(buffer, memoryview) and buffer.readonly:
         # A zero-copy view. torch has no read-only tensors and warns of one made from read-only
-        # memory; the writable array that the view was cut from serves without.
-        block: np.ndarray = buffer.obj  # type: ignore[assignment]
-        begin = address_of(buffer) - address_of(block)
-        return torch.from_numpy(block[begin : begin + buffer.nbytes]).view(dtype).reshape(shape)
+        # memory; the writable lease that the view was cut from serves without.
+        lease: Any = buffer.obj
+        begin = address_of(buffer) - ctypes.addressof(lease)
+        flat = torch.frombuffer(lease, dtype=torch.uint8, count=buffer.nbytes, offset=begin)
+        return flat.view(dtype).reshape(shape)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(shape)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether buffer, dtype and shape are all there is to `tensor`."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and not tensor.requires_grad
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor.is_quantized
-    )
 
 
 class _Reducers(dict[type, Callable[[Any], Any]]):
     """Ours for tensors, and those of copyreg, which may still be added to."""
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        known = copyreg.dispatch_table.get(kind)
+        if known is None and issubclass(kind, torch.Tensor) and not _reduces_itself(kind):
+            return _reduce_tensor
         return copyreg.dispatch_table[kind]
 
 
@@ -118,7 +158,7 @@ def cannot_pickle(obj: Any, error: Exception) -> InvalidArgumentError:
     """What enqueue() raises."""
     return InvalidArgumentError(
         f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be pickled was "
-        f"given: {error}"
+        f"given: {_text(error)}"
     )
 
 
@@ -133,5 +173,14 @@ def decode(stream: Any, buffers: Iterable[Any] = ()) -> Any:
 def cannot_unpickle(error: Exception) -> CommunicatorError:
     """What dequeue() raises."""
     return CommunicatorError(
-        f"dequeue(): a message arrived whole and cannot be unpickled in this process: {error!r}"
+        "dequeue(): a message arrived whole and cannot be unpickled in this process: "
+        f"{_text(error)}"
     )
+
+
+def _text(error: Exception) -> str:
+    """Its class and text, whatever the text's own code does."""
+    try:
+        return repr(error)
+    except Exception:  # noqa: BLE001  # the program's own code: the class alone, then
+        return type(error).__name__

@@ -8,6 +8,11 @@ import time
 from ..errors import InvalidArgumentError
 from ..settings import Settings
 
+#: Whoever waits looks this often, in seconds, whether the other side still runs, and comes back to
+#: Python for signals that another thread of the process took. So long may a death go unnoticed;
+#: more often would make waiting cost something. (In native code: kLivenessNs, kSignalsNs.)
+LOOK_S = 0.5
+
 
 class Deadline:
     """A point in time until which something may wait; `seconds` None: the Settings' deadline.

@@ -17,7 +17,7 @@ from ..errors import (
     QueueClosedError,
 )
 from ..settings import Settings
-from .deadline import Deadline
+from .deadline import LOOK_S, Deadline
 from .native_ring import (
     ABSENT,
     CANCELLED,
@@ -37,12 +37,6 @@ from .native_ring import (
 )
 from .process import Process, start_time
 from .ring import ShmRingBuffer
-
-#: A writer that waits looks this often, in seconds, whether the readers still run: so long may a
-#: death go unnoticed. (A reader looks as often, in native code: kLivenessNs.)
-LIVENESS_S = 0.05
-#: A reader comes back to Python this often, for signals that another thread of the process took.
-SIGNALS_S = 0.5
 
 #: Bytes of large messages that may wait to be read; a single message may be larger.
 UNREAD_LIMIT_BYTES = 64 << 20
@@ -96,7 +90,7 @@ class RingWriter:
         """Waits for the readers, as long as the last has_slot() or allocate_block() asked for."""
         again = False
         while True:
-            result = api().writer_wait(self.handle, deadline.slice_ns(LIVENESS_S), again)
+            result = api().writer_wait(self.handle, deadline.slice_ns(LOOK_S), again)
             if result == READY:
                 return
             if result == CANCELLED:
@@ -117,7 +111,7 @@ class RingWriter:
         return True
 
     def write(self, stream: bytes) -> None:
-        """Sends a pickle of up to max_chunk_bytes. A slot must be free."""
+        """Sends a pickle of up to ring.slot_bytes. A slot must be free."""
         api().try_write(ctypes.c_void_p(self.handle), stream, len(stream))
 
     def _late(self, deadline: Deadline) -> str:
@@ -137,10 +131,14 @@ class RingWriter:
             f"{most} message{'s' if most != 1 else ''}: {', '.join(behind.get(most, []))}"
         )
 
-    def allocate(self, size: int, deadline: Deadline) -> int:
-        """The offset of a block of `size` bytes in the region."""
+    def allocate(self, size: int, deadline: Deadline, in_slot_count: bool = False) -> int:
+        """The offset of a block of `size` bytes in the region.
+
+        `in_slot_count`: a message within max_chunk_bytes, of which as many may be unread as there
+        are slots. UNREAD_LIMIT_BYTES is for the others.
+        """
         while True:
-            block: int = api().allocate_block(self.handle, size)
+            block: int = api().allocate_block(self.handle, size, in_slot_count)
             if block >= 0:
                 if api().backed_bytes(self.handle) > UNREAD_LIMIT_BYTES:
                     self.drop_dead()  # what the dead held as views need not be held any more
@@ -168,7 +166,7 @@ class RingWriter:
                     f"message queue: the writer waited {deadline.seconds:g} s for reader rank "
                     f"{', '.join(map(str, late))} to join"
                 )
-            api().wait_word(self.ring.base, JOINED_COUNT, joined, deadline.slice_ns(LIVENESS_S))
+            api().wait_word(self.ring.base, JOINED_COUNT, joined, deadline.slice_ns(LOOK_S))
 
     def set_ready(self) -> None:
         """Lets the readers' wait_until_ready return."""
@@ -205,7 +203,7 @@ class RingReader:
             ring.base, index, settings.spin_us * 1000, settings.queue_spin_us * 1000
         )
         pid = os.getpid()
-        if not api().join(self.handle, pid, start_time(pid)):
+        if not api().join(self.handle, pid, start_time(pid) or 0):
             other = ring.reader_info(index)[1]
             api().reader_free(self.handle)
             raise InvalidArgumentError(
@@ -253,7 +251,7 @@ class RingReader:
                     f"message queue: reader rank {self.rank} waited {deadline.seconds:g} s for the "
                     "writer and the other readers to be ready"
                 )
-            api().wait_word(self.ring.base, READY_FLAG, 0, deadline.slice_ns(LIVENESS_S))
+            api().wait_word(self.ring.base, READY_FLAG, 0, deadline.slice_ns(LOOK_S))
 
     def cancel(self) -> None:
         """Wakes a thread of this process that waits in here; from then on every wait fails."""

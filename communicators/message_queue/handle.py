@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..errors import RefusedError
 from ..settings import Settings
 from .ends import RingReader
-from .process import Process, pid_space
+from .process import Process, pid_space, proc_problem
 from .ring import ShmRingBuffer
 
 VERSION = 2  # of Handle and of what it leads to
@@ -33,10 +33,13 @@ class Handle:
 
 def join_ring(handle: Handle, rank: int, settings: Settings) -> RingReader:
     """Maps the ring of the writer of this host, and takes the place of `rank` in it."""
-    if handle.pid_space != pid_space():
+    why = proc_problem()
+    if why is None and handle.pid_space != pid_space():
+        why = "the writer runs on another host or in another pid namespace, or without its /proc"
+    if why is not None:
         raise RefusedError(
             f"create_from_handle(handle, rank={rank}): rank {rank} is listed as local to the "
-            "writer, and runs on another host or in another pid namespace; list it as remote"
+            f"writer, and cannot open its memory: {why}; list it as remote"
         )
     assert handle.ring is not None
     writer = Process(handle.writer_pid, handle.writer_started)

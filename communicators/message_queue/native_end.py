@@ -34,11 +34,11 @@ def module() -> ModuleType | None:
 
 def writer_end(writer: RingWriter, is_only: bool) -> Any:
     """The end of `writer`. `is_only`: there are no readers on other hosts, who get pickles."""
-    chunk_bytes = writer.ring.max_chunk_bytes if is_only else 0
+    slot_bytes = writer.ring.slot_bytes if is_only else 0
     found = module()
     if found is None:
-        return PythonWriterEnd(writer, chunk_bytes)
-    return found.WriterEnd(writer.handle, chunk_bytes)
+        return PythonWriterEnd(writer, slot_bytes)
+    return found.WriterEnd(writer.handle, slot_bytes)
 
 
 def reader_end(reader: RingReader, timeout_s: float) -> Any:
@@ -58,11 +58,11 @@ class _Nothing:
 class PythonWriterEnd:
     """native/python/writer_end.cpp, without plain data."""
 
-    def __init__(self, writer: RingWriter, chunk_bytes: int) -> None:
+    def __init__(self, writer: RingWriter, slot_bytes: int) -> None:
         lock = threading.Lock()
         self.acquire, self.release = lock.acquire, lock.release
         self._handle = ctypes.c_void_p(writer.handle)
-        self._chunk_bytes = chunk_bytes
+        self._slot_bytes = slot_bytes
         # A plain look at a word that readers change: a hint, which costs less than a call.
         begin = api().sleepers_offset()
         self._sleepers = writer.ring.view[begin : begin + 8].cast("Q")
@@ -76,7 +76,7 @@ class PythonWriterEnd:
         return OTHERWISE
 
     def put_pickle(self, stream: bytes) -> bool:
-        if not self._handle or len(stream) > self._chunk_bytes:
+        if not self._handle or len(stream) > self._slot_bytes:
             return False
         return bool(api().try_write(self._handle, stream, len(stream)))
 
@@ -139,9 +139,13 @@ class PythonReaderEnd:
             used_up = functools.partial(api().done, handle)
         try:
             decoded = (pickle.loads if message[0] == plain.PICKLE_BEGIN else plain.decode)(message)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise  # the message stays the next one
+        except BaseException as error:
             used_up()
-            raise cannot_unpickle(error) from error
+            if isinstance(error, Exception):
+                raise cannot_unpickle(error) from error
+            raise
         used_up()
         return (decoded,)
 

@@ -10,7 +10,7 @@ from typing import Any
 from .. import native
 
 # The enumerations of native/shm/ring.h.
-INLINE, RAW, BLOCK = 1, 2, 3  # SlotKind
+INLINE, RAW, BLOCK, RAW_BLOCK = 1, 2, 3, 4  # SlotKind
 ABSENT, JOINED, LEFT, DEAD = range(4)  # ReaderState
 READY, TIMED_OUT, CLOSED, INTERRUPTED, CANCELLED, PEER_GONE = range(6)  # WaitResult
 MESSAGE, IN_PLACE, EMPTY = READY, 6, 7  # Look, of native/python/reader_end.cpp
@@ -51,7 +51,8 @@ _QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "writer_open": (_P, (_P, _I, _U64, _I64, _I64)),
     "writer_free": (None, (_P,)),
     "has_slot": (_I, (_P,)),
-    "slot_offset": (_U64, (_P, _U64)),
+    "slot_bytes": (_U64, (_U64,)),
+    "slot_data": (None, (_P, _U64, _P)),
     "slot_payload": (_P, (_P,)),
     "publish": (None, (_P, _U32, _U64, _U64)),
     "free_block": (None, (_P, _U64)),
@@ -75,7 +76,7 @@ _QUICK: dict[str, tuple[Any, tuple[Any, ...]]] = {
 _SLOW: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "wait_word": (None, (_P, _I, _U32, _I64)),
     "copy": (None, (_P, _P, _U64)),
-    "allocate_block": (_I64, (_P, _U64)),
+    "allocate_block": (_I64, (_P, _U64, _I)),
     "writer_wait": (_I, (_P, _I64, _I)),
     "reader_wait": (_I, (_P, _I64, _I, _I)),
 }

@@ -6,24 +6,47 @@ start time from /proc a pid that came over a message is checked before it is tru
 
 from __future__ import annotations
 
+import functools
 import os
+import secrets
 import select
 from pathlib import Path
+
+
+def proc_problem() -> str | None:
+    """Why the processes of this pid namespace cannot be looked up under /proc; None if they can."""
+    try:
+        myself = os.readlink("/proc/self")
+    except OSError as error:
+        return f"this process has no /proc ({error.strerror})"
+    if myself != str(os.getpid()):
+        return "the /proc that this process sees is that of another pid namespace"
+    return None
 
 
 def start_time(pid: int) -> int | None:
     """When `pid` started, in clock ticks since boot (proc_pid_stat(5), field 22); None if gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return None
     return int(stat.rpartition(")")[2].split()[19])  # the name before ")" may hold anything
 
 
 def pid_space() -> str:
-    """Equal in two processes if and only if each can name the other by its pid."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    """Equal in two processes if and only if each can find the other under /proc, by its pid."""
+    if proc_problem() is not None:
+        return f"{_process_token()}/{os.getpid()}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # a /proc of which only a part can be seen
+        return f"{_process_token()}/{os.getpid()}"
+
+
+@functools.cache
+def _process_token() -> str:
+    return secrets.token_hex(16)
 
 
 class Process:

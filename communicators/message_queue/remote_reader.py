@@ -20,7 +20,7 @@ from ..errors import (
     RefusedError,
 )
 from ..settings import Settings
-from .deadline import Deadline
+from .deadline import LOOK_S, Deadline
 from .wire import (
     ACK,
     ACK_FRAME,
@@ -35,6 +35,7 @@ from .wire import (
     READY,
     REFUSED,
     WELCOME,
+    nobody_listens,
     open_socket,
 )
 
@@ -52,11 +53,14 @@ class RemoteReader:
         self._received = 0  # messages that came
         self._taken = self._acked = 0
         self._welcome = self._is_ready = self._closed = self._lost = self._cancelled = False
+        self._gone = False
         self._context = zmq.Context()
         self._socket = open_socket(self._context, zmq.DEALER, address)
         self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.curve_serverkey = key[:KEY_BYTES]
-        self._monitor = self._socket.get_monitor_socket(BROKEN_HANDSHAKE | zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(
+            BROKEN_HANDSHAKE | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+        )
         self._socket.connect(address)
         self._socket.send(HELLO_FRAME.pack(HELLO, rank, key[KEY_BYTES:]))
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
@@ -67,15 +71,17 @@ class RemoteReader:
     def _advance(self, deadline: Deadline, waiting_for: str) -> None:
         """Waits for one frame or event, and handles it."""
         # Closed or lost: what is left in the socket, and then the error, at once.
-        left = 0.0 if self._closed or self._lost else min(deadline.left(), 1e6)
+        left = 0.0 if self._closed or self._lost else min(deadline.left(), LOOK_S)
         ready = dict(self._poller.poll(math.ceil(left * 1e3)))
         if self._cancelled:
             raise QueueClosedError("message queue: this end was closed while it waited")
         if self._socket in ready:
             self._handle(self._socket.recv_multipart(copy=False))
         elif self._monitor in ready:
-            recv_monitor_message(self._monitor)
-            self._lost = True  # but what came before is read first
+            event = recv_monitor_message(self._monitor)["event"]
+            # The handle was made once the writer listened. What came before is read first.
+            self._gone |= not self._welcome and nobody_listens(self._address)
+            self._lost |= self._gone or event != zmq.EVENT_CONNECT_RETRIED
         elif self._closed:
             raise QueueClosedError(
                 f"message queue: the writer has closed it; rank {self.rank} has read everything"
@@ -90,6 +96,11 @@ class RemoteReader:
             )
 
     def _connection_error(self) -> CommunicatorError:
+        if self._gone:
+            return PeerDiedError(
+                f"message queue: nothing listens at {self._address} any more, where reader rank "
+                f"{self.rank} was to join; the writer is gone"
+            )
         if not self._welcome:
             return RefusedError(
                 f"message queue: the writer at {self._address} refused the connection of rank "
@@ -130,19 +141,23 @@ class RemoteReader:
             self._advance(deadline, "the signal that every reader has joined")
 
     def next_kind(self, deadline: Deadline) -> int:
-        """Waits for a message; its kind. take() gives it."""
+        """Waits for a message; its kind. next_message() gives it, used_up() ends it."""
         while not self._inbox:
             self._advance(deadline, "a message")
         return self._inbox[0][0]
 
-    def take(self) -> list[Any]:
+    def next_message(self) -> list[Any]:
         """The stream of the next message, and its buffers, writable and this process's own."""
-        _, (stream, *buffers) = self._inbox.popleft()
+        stream, *buffers = self._inbox[0][1]
+        return [stream.bytes, *(np.array(np.frombuffer(b.buffer, np.uint8)) for b in buffers)]
+
+    def used_up(self) -> None:
+        """The next message is needed no more."""
+        self._inbox.popleft()
         self._taken += 1
         if self._taken - self._acked >= self._ack_every:
             self._acked = self._taken
             self._socket.send(ACK_FRAME.pack(ACK, self._taken))
-        return [stream.bytes, *(np.array(np.frombuffer(b.buffer, np.uint8)) for b in buffers)]
 
     def cancel(self) -> None:
         """Wakes a thread that waits in here; from then on every wait fails."""

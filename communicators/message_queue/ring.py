@@ -27,7 +27,10 @@ _F_ADD_SEALS, _SEAL_SHRINK, _SEAL_GROW = 1033, 2, 4  # <linux/fcntl.h>
 
 
 class ShmRingBuffer:
-    """The memory of a ring: `max_chunks` slots of `max_chunk_bytes`, and an arena behind them.
+    """The memory of a ring: `max_chunks` slots, and an arena behind them.
+
+    A slot holds messages of up to `slot_bytes`: max_chunk_bytes, 64 KiB at most, for a slot keeps
+    the memory of the largest message that it ever held. What is larger lies in the arena.
 
     Args:
         n_reader: readers of this host, 1 to 64.
@@ -50,6 +53,7 @@ class ShmRingBuffer:
         self.n_reader = n_reader
         self.max_chunk_bytes = max_chunk_bytes
         self.max_chunks = max_chunks
+        self.slot_bytes: int = api().slot_bytes(max_chunk_bytes)
         self.is_creator = name is None
         self.name = self._create() if name is None else self._open(name)
         self.view = memoryview(self._map)
@@ -57,13 +61,13 @@ class ShmRingBuffer:
     def _create(self) -> str:
         # Address space only; bounded so that hundreds of queues fit into a process.
         arena = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 1 << 38)
-        size = api().bytes(self.n_reader, self.max_chunks, self.max_chunk_bytes, arena)
+        size = api().bytes(self.n_reader, self.max_chunks, self.slot_bytes, arena)
         self.fd = os.memfd_create("message-queue", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW)
         self._map_file(size)
         unique = secrets.token_bytes(16)
-        sizes = (self.n_reader, self.max_chunks, self.max_chunk_bytes, arena)
+        sizes = (self.n_reader, self.max_chunks, self.slot_bytes, arena)
         api().create(self.base, *sizes, unique, 0)
         return f"{os.getpid()}/{self.fd}/{unique.hex()}"
 
@@ -109,7 +113,8 @@ class ShmRingBuffer:
 
     def _map_file(self, size: int) -> None:
         self._map = mmap.mmap(self.fd, size)
-        self.base: int = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._region_type = ctypes.c_ubyte * size
+        self.base: int = ctypes.addressof(self.lease())
 
     def __reduce__(self) -> tuple[Any, ...]:
         sizes = (self.n_reader, self.max_chunk_bytes, self.max_chunks)
@@ -117,9 +122,14 @@ class ShmRingBuffer:
 
     @contextlib.contextmanager
     def get_data(self, current_idx: int) -> Iterator[memoryview]:
-        """The bytes of slot `current_idx`, for as long as the context lasts."""
-        begin = api().slot_offset(self.base, current_idx % self.max_chunks)
-        with self.view[begin : begin + self.max_chunk_bytes] as chunk:
+        """The bytes of slot `current_idx`, for as long as the context lasts.
+
+        If acquire_write() put a larger chunk there, those of the chunk.
+        """
+        data = (ctypes.c_uint64 * 2)()
+        api().slot_data(self.base, current_idx % self.max_chunks, data)
+        begin, size = data
+        with self.view[begin : begin + size] as chunk:
             yield chunk
 
     @contextlib.contextmanager
@@ -146,6 +156,18 @@ class ShmRingBuffer:
         api().reader_info(self.base, reader, out)
         state, pid, started, consumed = out
         return state, pid, started, consumed
+
+    def lease(self) -> Any:
+        """A new object over the whole region, writable; it keeps the mapping.
+
+        One of ctypes, not of numpy: a class written in Python can export its memory from Python
+        3.12 on only, and what an array does when it is freed is numpy's to change.
+        """
+        return self._region_type.from_buffer(self._map)
+
+    def hold(self) -> memoryview:
+        """Keeps the mapping for as long as it lives, whatever else is freed or closed."""
+        return memoryview(self._map)
 
     def close(self) -> None:
         """Unmaps it, now or when the last view of it is gone. Idempotent."""

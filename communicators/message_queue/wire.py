@@ -19,6 +19,8 @@ arrives, serves readers that join or read while the program does something else.
 
 from __future__ import annotations
 
+import errno
+import socket as sockets
 import struct
 
 import zmq
@@ -62,3 +64,12 @@ def option_of(socket: zmq.Socket, option: int) -> int:
     value = socket.getsockopt(option)
     assert isinstance(value, int)
     return value
+
+
+def nobody_listens(address: str) -> bool:
+    """Whether the host of `address` is there and refuses a connection to that port."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    family = sockets.AF_INET6 if host.startswith("[") else sockets.AF_INET
+    with sockets.socket(family, sockets.SOCK_STREAM) as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex((host.strip("[]"), int(port))) == errno.ECONNREFUSED

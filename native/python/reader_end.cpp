@@ -96,14 +96,14 @@ void raise_wrapped(ReaderEnd* self) {
   Py_XDECREF(traceback);
 }
 
-// The object. Null with an exception set: the message is used up then, unless it is no Exception
-// (Ctrl-C): then it is still the next one. A pickle needs the lock.
+// The object. Null with an exception set: the message is used up then, unless that is Ctrl-C: then
+// it is still the next one. A pickle needs the lock.
 PyObject* open_message(ReaderEnd* self, const Message& message) {
   PyObject* object = is_pickle(message) ? unpickle(self, message)
                                         : self->decoder->decode(message.from, message.bytes);
-  if (object == nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
+  if (object == nullptr && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) return nullptr;
   used_up(self, message);
-  if (object == nullptr) raise_wrapped(self);
+  if (object == nullptr && PyErr_ExceptionMatches(PyExc_Exception)) raise_wrapped(self);
   return object;
 }
 

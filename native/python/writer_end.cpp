@@ -13,7 +13,7 @@ namespace {
 struct WriterEnd {
   End end;
   shm::RingWriter* ring;  // null: closed, or in a forked child
-  size_t chunk_bytes;     // 0: nothing is sent from here (there are readers on other hosts)
+  size_t slot_bytes;      // 0: nothing is sent from here (there are readers on other hosts)
   PlainEncoder* encoder;
 };
 
@@ -28,9 +28,9 @@ Put put(WriterEnd* self, PyObject* object) {
   if (ring == nullptr) return kOtherwise;
   // Before anything else: a sleeper's wake-up takes longer than making the message.
   if (ring->somebody_sleeps()) ring->nudge();
-  if (self->chunk_bytes == 0) return kOtherwise;
+  if (self->slot_bytes == 0) return kOtherwise;
   if (!ring->has_slot_soon()) return kFull;
-  const size_t bytes = self->encoder->encode(object, ring->slot_payload(), self->chunk_bytes);
+  const size_t bytes = self->encoder->encode(object, ring->slot_payload(), self->slot_bytes);
   if (bytes == 0) return kOtherwise;
   ring->publish(shm::SlotKind::kInline, bytes);
   return kSent;
@@ -53,7 +53,7 @@ PyObject* put_pickle(PyObject* self, PyObject* stream) {
   char* from;
   Py_ssize_t bytes;
   if (PyBytes_AsStringAndSize(stream, &from, &bytes) != 0) return nullptr;
-  if (ring == nullptr || static_cast<size_t>(bytes) > of(self)->chunk_bytes ||
+  if (ring == nullptr || static_cast<size_t>(bytes) > of(self)->slot_bytes ||
       !ring->has_slot_soon()) {
     return Py_NewRef(Py_False);
   }
@@ -69,12 +69,12 @@ PyObject* detach(PyObject* self, PyObject*) {
 }
 
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  unsigned long long handle, chunk_bytes;
-  if (!PyArg_ParseTuple(arguments, "KK", &handle, &chunk_bytes)) return nullptr;
+  unsigned long long handle, slot_bytes;
+  if (!PyArg_ParseTuple(arguments, "KK", &handle, &slot_bytes)) return nullptr;
   PyObject* made = PyType_GenericAlloc(type, 0);
   if (made == nullptr) return nullptr;
   of(made)->ring = reinterpret_cast<shm::RingWriter*>(handle);
-  of(made)->chunk_bytes = static_cast<size_t>(chunk_bytes);
+  of(made)->slot_bytes = static_cast<size_t>(slot_bytes);
   try {
     of(made)->encoder = new PlainEncoder();
   } catch (const std::bad_alloc&) {

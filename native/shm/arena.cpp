@@ -10,6 +10,9 @@ namespace {
 
 constexpr uint64_t kAlign = 64;
 constexpr uint64_t kPage = 4096;
+// What was in use within this many calls of reclaim(), and this much in any case, is kept.
+constexpr uint32_t kPeriodCalls = 64;
+constexpr uint64_t kLeastKeptBytes = 4 << 20;
 
 uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -26,6 +29,7 @@ int64_t Arena::allocate(uint64_t bytes, uint64_t message) {
   if (end_ - at < bytes) return kNoRoom;
   if (at + bytes > backed_ && !back(at + bytes)) return kNoMemory;
   blocks_.insert(before, Block{at, bytes, message});
+  peak_ = std::max(peak_, used());
   return static_cast<int64_t>(at);
 }
 
@@ -49,11 +53,22 @@ bool Arena::back(uint64_t end) {
   return true;
 }
 
-// After a burst of large messages: what lies beyond the usual size goes back to the system, once it
-// is more than half of what was taken.
+uint64_t Arena::used() const {
+  return blocks_.empty() ? begin_ : blocks_.back().offset + blocks_.back().bytes;
+}
+
+void Arena::note_use() {
+  if (++calls_ < kPeriodCalls) return;
+  calls_ = 0;
+  last_peak_ = peak_;
+  peak_ = used();
+}
+
+// What lies beyond goes back to the system once it is more than half of what was taken.
 void Arena::give_back() {
-  const uint64_t used = blocks_.empty() ? begin_ : blocks_.back().offset + blocks_.back().bytes;
-  const uint64_t keep = round_up(std::max(used, std::min(begin_ + keep_bytes_, end_)), kPage);
+  const uint64_t usual = std::max({peak_, last_peak_, begin_ + kLeastKeptBytes});
+  const uint64_t most = std::min(begin_ + keep_bytes_, end_);
+  const uint64_t keep = round_up(std::max(used(), std::min(usual, most)), kPage);
   if (backed_ <= keep || backed_ - keep < (backed_ - begin_) / 2) return;
   if (fd_ >= 0 && ::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                               static_cast<off_t>(keep), static_cast<off_t>(backed_ - keep)) != 0) {

@@ -23,23 +23,23 @@ uint32_t cores() {
 
 }  // namespace
 
-RingLayout::RingLayout(uint32_t readers, uint32_t slots, uint64_t chunk_bytes,
+RingLayout::RingLayout(uint32_t readers, uint32_t slots, uint64_t slot_bytes,
                        uint64_t arena_bytes) {
-  slot_stride = round_up(kSlotHeaderBytes + chunk_bytes, prim::kFalseSharingBytes);
+  slot_stride = round_up(kSlotHeaderBytes + slot_bytes, prim::kFalseSharingBytes);
   slots_offset = round_up(sizeof(RingHeader) + readers * sizeof(ReaderLine), kPage);
   arena_offset = round_up(slots_offset + slots * slot_stride, kPage);
   region_bytes = arena_offset + round_up(arena_bytes, kPage);
 }
 
-void ring_create(std::byte* base, uint32_t readers, uint32_t slots, uint64_t chunk_bytes,
+void ring_create(std::byte* base, uint32_t readers, uint32_t slots, uint64_t slot_bytes,
                  uint64_t arena_bytes, const unsigned char id[16], uint32_t first_message) {
-  const RingLayout layout(readers, slots, chunk_bytes, arena_bytes);
+  const RingLayout layout(readers, slots, slot_bytes, arena_bytes);
   auto* header = reinterpret_cast<RingHeader*>(base);
   header->version = kRingVersion;
   header->readers = readers;
   header->slots = slots;
   header->first_message = first_message;
-  header->chunk_bytes = chunk_bytes;
+  header->slot_bytes = slot_bytes;
   header->slot_stride = layout.slot_stride;
   header->slots_offset = layout.slots_offset;
   header->arena_offset = layout.arena_offset;

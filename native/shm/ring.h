@@ -18,7 +18,7 @@
 //   state[r]          reader r     ABSENT -> JOINED -> LEFT                      JOINED
 //                     writer       -> DEAD, once r's process is gone (not if LEFT)
 //   sleepers          reader r     sets bit r before it sleeps on `published`,   0
-//                                  clears it after, not at the looks between;
+//                                  clears it after;
 //                                  the writer only looks, and wakes: after it
 //                                  has published, and before, for a reader to
 //                                  be up by then (nudge)
@@ -52,22 +52,23 @@
 
 namespace shm {
 
-inline constexpr uint32_t kRingVersion = 2;
+inline constexpr uint32_t kRingVersion = 3;
 inline constexpr uint32_t kMaxReaders = 64;
 inline constexpr uint32_t kClosedBit = 1;
 // A sleeping reader looks this often whether the writer lives: so long may its death go unnoticed.
-inline constexpr int64_t kLivenessNs = 50'000'000;
-// And this often whether there is a message. It is woken for that; but what has run a moment ago
-// wakes much faster than what has slept for long (caches, page tables, and on a virtual machine the
-// host's too). Each look costs some 10 us of a core.
-inline constexpr int64_t kLookNs = 3'000'000;
+// A look costs some 10 us of a core, and an idle reader does nothing else.
+inline constexpr int64_t kLivenessNs = 500'000'000;
+// A slot holds no more than this, whatever the caller's limit: each of the slots keeps the memory
+// of the largest message that it ever held, and there are hundreds. What is larger lies in a block.
+inline constexpr uint64_t kMostSlotBytes = 64 << 10;
 // In place of a pidfd: the process had ended before it could be opened; or watch nobody.
 inline constexpr int kGone = -1, kNobody = -2;
 
 enum class SlotKind : uint32_t {
-  kInline = 1,  // a message of enqueue(), whole in the slot
-  kRaw = 2,     // bytes that a caller of acquire_write() put there
-  kBlock = 3,   // the message lies in a block of the arena; the slot says where
+  kInline = 1,    // a message of enqueue(), whole in the slot
+  kRaw = 2,       // bytes that a caller of acquire_write() put there
+  kBlock = 3,     // the message lies in a block of the arena; the slot says where
+  kRawBlock = 4,  // kRaw, in a block
 };
 
 enum class ReaderState : uint32_t { kAbsent, kJoined, kLeft, kDead };
@@ -86,7 +87,7 @@ struct RingHeader {
   uint32_t readers;
   uint32_t slots;
   uint32_t first_message;  // where the counters start; 0 except in tests of wrapping
-  uint64_t chunk_bytes;
+  uint64_t slot_bytes;
   uint64_t slot_stride;
   uint64_t slots_offset;
   uint64_t arena_offset;
@@ -106,7 +107,7 @@ struct SlotHeader {
   SlotKind kind;
   uint32_t reserved;
   uint64_t bytes;  // of the payload in the slot, or of the block
-  uint64_t block;  // offset of the block in the region
+  uint64_t block;  // offset of the block in the region; 0: the payload is in the slot
 };
 inline constexpr size_t kSlotHeaderBytes = prim::kLineBytes;
 
@@ -119,11 +120,11 @@ inline constexpr size_t kBlockHeaderBytes = prim::kLineBytes;
 // Sizes of a region; `region_bytes` is address space, of which only what is written takes memory.
 struct RingLayout {
   uint64_t slot_stride, slots_offset, arena_offset, region_bytes;
-  RingLayout(uint32_t readers, uint32_t slots, uint64_t chunk_bytes, uint64_t arena_bytes);
+  RingLayout(uint32_t readers, uint32_t slots, uint64_t slot_bytes, uint64_t arena_bytes);
 };
 
 // Writes the header into zeroed memory. `id` tells queues apart.
-void ring_create(std::byte* base, uint32_t readers, uint32_t slots, uint64_t chunk_bytes,
+void ring_create(std::byte* base, uint32_t readers, uint32_t slots, uint64_t slot_bytes,
                  uint64_t arena_bytes, const unsigned char id[16], uint32_t first_message);
 
 // Whether `base` holds a ring of this version, and of this id.
@@ -204,9 +205,10 @@ class RingWriter : public RingEnd {
   // sleepers than other cores one of them needs this one: it gets it at once.
   void publish(SlotKind kind, uint64_t bytes, uint64_t block = 0);
 
-  // A block for `bytes` of message, or kMustWait (see wait), or kNoRoom.
+  // A block for `bytes` of message, or kMustWait (see wait), or kNoRoom. `in_slot_count`: only the
+  // number of slots bounds how many such messages may be unread, not unread_limit.
   static constexpr int64_t kMustWait = -1, kNoRoom = -2, kNoMemory = -3;
-  int64_t allocate_block(uint64_t bytes);
+  int64_t allocate_block(uint64_t bytes, bool in_slot_count = false);
   void free_block(uint64_t block) { arena_.free(block); }
 
   // has_slot(), after a spin of some microseconds: for a caller who would rather not wait.
@@ -233,6 +235,7 @@ class RingWriter : public RingEnd {
   void look_at_readers();
   bool has_consumed(uint32_t reader, uint64_t messages) const;
   bool held(const Arena::Block& block) const;
+  void reclaim();
   bool needs_this_core(uint64_t sleepers) const {
     return static_cast<uint32_t>(std::popcount(sleepers)) > other_cores();
   }

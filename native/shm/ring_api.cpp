@@ -4,6 +4,7 @@
 // A call costs 0.2 to 0.4 us so, less than one through torch's dispatcher, and a Python function
 // that must not release the interpreter's lock can say so by the way it loads the library
 // (ctypes.PyDLL). Nothing here throws, takes torch types, or keeps the caller's pointers.
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <new>
@@ -28,15 +29,15 @@ shm::ReaderLine& line_of(void* base, uint32_t index) {
 
 }  // namespace
 
-RING_API uint64_t communicators_ring_bytes(uint32_t readers, uint32_t slots, uint64_t chunk_bytes,
+RING_API uint64_t communicators_ring_bytes(uint32_t readers, uint32_t slots, uint64_t slot_bytes,
                                            uint64_t arena_bytes) {
-  return shm::RingLayout(readers, slots, chunk_bytes, arena_bytes).region_bytes;
+  return shm::RingLayout(readers, slots, slot_bytes, arena_bytes).region_bytes;
 }
 
 RING_API void communicators_ring_create(void* base, uint32_t readers, uint32_t slots,
-                                        uint64_t chunk_bytes, uint64_t arena_bytes,
+                                        uint64_t slot_bytes, uint64_t arena_bytes,
                                         const unsigned char* id, uint32_t first_message) {
-  shm::ring_create(bytes_at(base), readers, slots, chunk_bytes, arena_bytes, id, first_message);
+  shm::ring_create(bytes_at(base), readers, slots, slot_bytes, arena_bytes, id, first_message);
 }
 
 RING_API int communicators_ring_check(const void* base, const unsigned char* id) {
@@ -59,10 +60,19 @@ RING_API uint32_t communicators_ring_word(void* base, int which) {
   return word.load(std::memory_order_acquire);
 }
 
-// Where a slot's payload begins in the region.
-RING_API uint64_t communicators_ring_slot_offset(void* base, uint64_t slot) {
+// Bytes that a slot holds, of a caller's limit.
+RING_API uint64_t communicators_ring_slot_bytes(uint64_t chunk_bytes) {
+  return std::min(chunk_bytes, shm::kMostSlotBytes);
+}
+
+// Where what a slot holds begins in the region, and how many bytes may lie there.
+RING_API void communicators_ring_slot_data(void* base, uint64_t slot, uint64_t out[2]) {
   const auto* header = header_of(base);
-  return header->slots_offset + slot * header->slot_stride + shm::kSlotHeaderBytes;
+  const uint64_t at = header->slots_offset + slot * header->slot_stride;
+  const auto& held = *reinterpret_cast<const shm::SlotHeader*>(bytes_at(base) + at);
+  const bool in_block = held.kind == shm::SlotKind::kRawBlock;
+  out[0] = in_block ? held.block + shm::kBlockHeaderBytes : at + shm::kSlotHeaderBytes;
+  out[1] = in_block ? held.bytes : header->slot_bytes;
 }
 
 RING_API void communicators_ring_set_ready(void* base) {
@@ -112,8 +122,9 @@ RING_API void communicators_ring_publish(void* handle, uint32_t kind, uint64_t b
   writer(handle)->publish(static_cast<shm::SlotKind>(kind), bytes, block);
 }
 
-RING_API int64_t communicators_ring_allocate_block(void* handle, uint64_t bytes) {
-  return writer(handle)->allocate_block(bytes);
+RING_API int64_t communicators_ring_allocate_block(void* handle, uint64_t bytes,
+                                                   int in_slot_count) {
+  return writer(handle)->allocate_block(bytes, in_slot_count != 0);
 }
 
 RING_API void communicators_ring_free_block(void* handle, uint64_t block) {

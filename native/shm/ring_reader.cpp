@@ -99,9 +99,8 @@ bool RingReader::take() {
   const auto& header = *reinterpret_cast<const SlotHeader*>(at);
   taken_.kind = header.kind;
   taken_.size = header.bytes;
-  taken_.offset = header.kind == SlotKind::kBlock
-                      ? header.block
-                      : static_cast<uint64_t>(at + kSlotHeaderBytes - base_);
+  taken_.offset =
+      header.block != 0 ? header.block : static_cast<uint64_t>(at + kSlotHeaderBytes - base_);
   return true;
 }
 
@@ -115,23 +114,13 @@ bool RingReader::take_soon() {
   return soon([this] { return has_message(); }) && take();
 }
 
-// Sleeps until woken, or there is a message or an end, at most `timeout_ns`, with looks in between:
-// the announcement stands all the time, so a look is no more than the end of one sleep and the
-// begin of the next.
+// Sleeps until woken, or there is a message or an end, at most `timeout_ns`.
 prim::FutexResult RingReader::sleep(int64_t timeout_ns) {
-  const auto deadline = prim::Deadline::after_ns(timeout_ns);
   header_->sleepers.fetch_or(bit(index_), std::memory_order_seq_cst);
-  auto woken = prim::FutexResult::kTimedOut;
-  while (woken == prim::FutexResult::kTimedOut && !cancelled()) {
-    const uint32_t seen = header_->published.load(std::memory_order_seq_cst);
-    if (seen != static_cast<uint32_t>(received_ << 1)) {
-      woken = prim::FutexResult::kChanged;
-      break;
-    }
-    const int64_t left_ns = deadline.left_ns();
-    if (left_ns <= 0) break;
-    woken = prim::futex_wait(header_->published, seen, std::min(left_ns, kLookNs));
-  }
+  const uint32_t seen = header_->published.load(std::memory_order_seq_cst);
+  const bool nothing_yet = seen == static_cast<uint32_t>(received_ << 1) && !cancelled();
+  const auto woken = nothing_yet ? prim::futex_wait(header_->published, seen, timeout_ns)
+                                 : prim::FutexResult::kChanged;
   header_->sleepers.fetch_and(~bit(index_), std::memory_order_seq_cst);
   return woken;
 }

@@ -6,8 +6,9 @@
 namespace shm {
 namespace {
 
-// A writer notes its core once in so many messages; it costs some nanoseconds.
-constexpr uint64_t kCpuEvery = 8;
+// What a writer does once in so many messages: notes its core, which costs some nanoseconds, and
+// looks which blocks are needed no more.
+constexpr uint64_t kChoresEvery = 8;
 
 // So many unread blocks are enough to keep both sides busy: more of them may take only a share of
 // the limit, so that a stream of large messages goes through memory that is in the caches.
@@ -63,14 +64,18 @@ bool RingWriter::has_slot() {
 }
 
 void RingWriter::publish(SlotKind kind, uint64_t bytes, uint64_t block) {
-  if (kind == SlotKind::kBlock) {
+  if (block != 0) {
     uint64_t holders = 0;
     for (uint32_t reader = 0; reader < header_->readers; ++reader) {
       if (counts(reader)) holders |= bit(reader);
     }
     prim::store_relaxed(reinterpret_cast<BlockHeader*>(base_ + block)->holders, holders);
   }
-  if (sent_ % kCpuEvery == 0) note_cpu();
+  if (sent_ % kChoresEvery == 0) {
+    note_cpu();
+    // Else the memory of a burst of large messages stays while only small ones follow.
+    if (kind == SlotKind::kInline && arena_.backed_bytes() > 0) reclaim();
+  }
   *reinterpret_cast<SlotHeader*>(slot(sent_)) = SlotHeader{kind, 0, bytes, block};
   ++sent_;
   header_->published.store(word(sent_), std::memory_order_seq_cst);
@@ -93,8 +98,12 @@ bool RingWriter::held(const Arena::Block& block) const {
   return holders != 0;
 }
 
-int64_t RingWriter::allocate_block(uint64_t bytes) {
+void RingWriter::reclaim() {
   arena_.reclaim([this](const Arena::Block& block) { return held(block); });
+}
+
+int64_t RingWriter::allocate_block(uint64_t bytes, bool in_slot_count) {
+  reclaim();
   look_at_readers();
   uint64_t unread = 0, unread_blocks = 0, oldest = sent_;
   for (const Arena::Block& block : arena_.blocks()) {
@@ -106,7 +115,7 @@ int64_t RingWriter::allocate_block(uint64_t bytes) {
   // Only what a reader will still read is waited for. What readers hold is given more room: they
   // may hold it for as long as they like.
   const uint64_t limit = unread_blocks < kManyBlocks ? unread_limit_ : unread_limit_ / kManyShare;
-  if (anybody_ && unread > 0 && unread + bytes > limit) {
+  if (!in_slot_count && anybody_ && unread > 0 && unread + bytes > limit) {
     target_ = oldest + 1;
     return kMustWait;
   }

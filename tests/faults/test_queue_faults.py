@@ -24,7 +24,7 @@ from tests.unit.queue_processes import (
     traces,
 )
 
-#: A death is noticed within ends.LIVENESS_S; the rest is for a busy machine.
+#: A death is noticed within LOOK_S; the rest is for a busy machine.
 SOON_S = 2.0
 
 

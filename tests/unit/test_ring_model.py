@@ -160,7 +160,7 @@ class Model:
         elif s.pc == "sleep":
             yield s._replace(pc="clear awaited" if s.rung else "asleep")
         elif s.pc == "asleep":
-            # The look at the processes, every LIVENESS_S: the only thing that a sleep ends by
+            # The look at the processes, every LOOK_S: the only thing that a sleep ends by
             # itself for, so that a lost wake-up shows.
             for i, r in enumerate(s.readers):
                 if r.pc == "killed" and not b.dead_are_awaited and (counts(r) or r.slowest):
@@ -259,8 +259,8 @@ class Model:
             if r.pc not in ("done", "killed"):
                 for after in self.reader(s, i):
                     yield "reader", after
-                if r.pc == "asleep":  # the look every kLookNs, without a new announcement
-                    looks = (*s.readers[:i], r._replace(pc="look again"), *s.readers[i + 1 :])
+                if r.pc == "asleep":  # the look every kLivenessNs
+                    looks = (*s.readers[:i], r._replace(pc="clear bit"), *s.readers[i + 1 :])
                     yield "timer", s._replace(readers=looks)
                 if s.faults:
                     killed = (*s.readers[:i], r._replace(pc="killed"), *s.readers[i + 1 :])
