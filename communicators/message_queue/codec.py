@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import objects
 from ..errors import CommunicatorError, InvalidArgumentError
 
 #: After a stream of more bytes the pickler is renewed.
@@ -33,61 +34,17 @@ def address_of(buffer: Any) -> int:
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> Any:
-    """What pickles a tensor of no class that reduces itself: the elements that it shows.
-
-    torch's own way pickles the storage that a view was cut from, whole.
-    """
-    kind, attributes = type(tensor), vars(tensor)
-    if tensor.requires_grad or attributes or kind is not torch.Tensor:
-        torch.utils.hooks.warn_if_has_hooks(tensor)
-        inner = tensor.detach()
-        if kind is not torch.Tensor:
-            inner = inner.as_subclass(torch.Tensor)
-        again = _restore, (inner, kind, tensor.requires_grad)
-        return (*again, attributes, None, None, _set_attributes) if attributes else again
-    if not _is_buffer(tensor):
-        return (_cut_out(tensor) if tensor.layout is torch.strided else tensor).__reduce_ex__(5)
-    shown = tensor.resolve_conj().resolve_neg().contiguous()
-    flat = shown.reshape(-1).view(torch.uint8)
+    """What pickles a tensor: a plain one as a buffer of what it shows, others by plain ones."""
+    if not (objects.is_plain(tensor) and tensor.device.type == "cpu"):
+        return objects.reduce_tensor(tensor)
+    objects.check_memory(tensor)
+    shown = tensor.contiguous()
+    flat = shown.as_strided([shown.numel()], [1]).view(torch.uint8)
     return _rebuild_tensor, (
         pickle.PickleBuffer(flat.numpy().data),
         tensor.dtype,
         tuple(tensor.shape),
     )
-
-
-def _is_buffer(tensor: torch.Tensor) -> bool:
-    """Whether dtype, shape and the elements in memory are all there is to `tensor`."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_nested
-    )
-
-
-def _cut_out(tensor: torch.Tensor) -> torch.Tensor:
-    """The same with a storage of its own, if it is a view of a larger one."""
-    if tensor.is_nested or tensor.device.type == "meta":  # the latter has no storage to pickle
-        return tensor
-    shown = tensor.numel() * tensor.element_size()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > shown else tensor
-
-
-def _restore(inner: torch.Tensor, kind: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    tensor = inner if kind is torch.Tensor else inner.as_subclass(kind)
-    return tensor.requires_grad_(requires_grad)
-
-
-def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
-    vars(tensor).update(attributes)
-
-
-def _reduces_itself(kind: type[torch.Tensor]) -> bool:
-    """Whether a class of tensors has its own way to be pickled, or is more than a tensor."""
-    names = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__torch_dispatch__")
-    own = kind.__mro__[: kind.__mro__.index(torch.Tensor)]
-    return any(name in vars(base) for base in own for name in (*names, "__slots__"))
 
 
 def _rebuild_tensor(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -108,7 +65,7 @@ class _Reducers(dict[type, Callable[[Any], Any]]):
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         known = copyreg.dispatch_table.get(kind)
-        if known is None and issubclass(kind, torch.Tensor) and not _reduces_itself(kind):
+        if known is None and issubclass(kind, torch.Tensor):
             return _reduce_tensor
         return copyreg.dispatch_table[kind]
 
