@@ -8,17 +8,20 @@ communicators.
 
 from __future__ import annotations
 
-import datetime
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from .errors import CommMismatchError, CommTimeoutError, InvalidArgumentError, PeerDiedError
-from .settings import Settings
+from . import forks, hosts
+from .calls import Call
+from .errors import CommMismatchError, InvalidArgumentError, RefusedError
+from .meeting import MeetingPlace, wait_for
+from .settings import Settings, check_seconds
+from .waiting import Waiter
 
 
 class Group:
@@ -45,7 +48,7 @@ class Group:
         process_group: dist.ProcessGroup | None = None,
         settings: Settings | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
+        if not isinstance(rank, int) or not 0 <= rank < world_size:
             raise InvalidArgumentError(
                 f"Group({name}): rank {rank} is not in 0..{world_size - 1} (world size "
                 f"{world_size})"
@@ -55,14 +58,33 @@ class Group:
         self.ranks = list(ranks) if ranks is not None else list(range(world_size))
         self.process_group = process_group
         self.settings = settings if settings is not None else Settings.from_environment()
-        # Groups made in the same order on all members get the same generation, so a second group
-        # of the same name does not read the first one's keys.
-        generation = store.add(f"communicators/{name}/generation/{rank}", 1)
-        self.name = f"{name}.{generation}"
-        self.store = PrefixStore(f"communicators/{self.name}", store)
+        self.name = name
+        self._forked = ""
         self._sequence = 0
         self._sent: dict[int, int] = {}
         self._received: dict[int, int] = {}
+        meeting = MeetingPlace(store, f"communicators/{name}")
+        self._waiter = Waiter(f"group {name}", rank, world_size, meeting)
+        forks.tell(self)
+        # Groups made in the same order on all members get the same generation, so a second group
+        # of the same name does not read the first one's keys.
+        generation = self._waiter.attend(
+            lambda store, _: store.add(f"generation/{rank}", 1),
+            "set-up",
+            self.settings.timeout_s,
+            {},
+        )
+        self.name = f"{name}.{generation}"
+        self.store = PrefixStore(f"communicators/{self.name}", store)
+        meeting = meeting.under(f"communicators/{self.name}")
+        self._waiter = Waiter(f"group {self.name}", rank, world_size, meeting)
+        if world_size > 1:
+            self._waiter.attend(
+                lambda store, _: self._waiter.peers.announce(store, meeting),
+                "set-up",
+                self.settings.timeout_s,
+                {},
+            )
 
     @classmethod
     def of(cls, group: Group | dist.ProcessGroup | None, settings: Settings | None = None) -> Group:
@@ -102,21 +124,25 @@ class Group:
             value: any picklable object.
             timeout_s: seconds; default `settings.timeout_s`. CommTimeoutError names the late ranks.
         """
+        self.require_own_process()
         if self.world_size == 1:
             return [value]
         keys = [f"{self._sequence}/{rank}" for rank in range(self.world_size)]
-        self._set(keys[self.rank], pickle.dumps((tag, value)))
-        self._wait(keys, tag, timeout_s)
-        answers = [pickle.loads(payload) for payload in self.store.multi_get(keys)]
+        payloads = self._exchange(
+            tag,
+            {keys[self.rank]: pickle.dumps((tag, value))},
+            dict(enumerate(keys)),
+            timeout_s,
+            # Everybody has written this round, so everybody has read the one before.
+            drop=[f"{self._sequence - 1}/{self.rank}"] if self._sequence > 0 else [],
+        )
+        answers = [pickle.loads(payload) for payload in payloads]
         for rank, (their_tag, _) in enumerate(answers):
             if their_tag != tag:
                 raise CommMismatchError(
                     f"group {self.name}: rank {self.rank} is at {tag!r} and rank {rank} at "
                     f"{their_tag!r}; all ranks must make the same calls in the same order"
                 )
-        if self._sequence > 0:
-            # Everybody has written this round, so everybody has read the one before.
-            self.store.delete_key(f"{self._sequence - 1}/{self.rank}")
         self._sequence += 1
         return [value for _, value in answers]
 
@@ -133,59 +159,74 @@ class Group:
         """Sends a picklable object to rank `dst`; returns at once."""
         self._check_peer("send_object", "dst", dst)
         number = self._sent[dst] = self._sent.get(dst, 0) + 1
-        self._set(f"p2p/{self.rank}-{dst}/{number}", pickle.dumps(value))
+        key = f"p2p/{self.rank}-{dst}/{number}"
+        self._exchange(f"send_object to rank {dst}", {key: pickle.dumps(value)}, {})
 
     def recv_object(self, src: int, timeout_s: float | None = None) -> Any:
         """The next object that rank `src` sent to this rank, in order."""
         self._check_peer("recv_object", "src", src)
         number = self._received.get(src, 0) + 1
         key = f"p2p/{src}-{self.rank}/{number}"
-        self._wait([key], f"recv_object from rank {src}", timeout_s, owners=[src])
-        value = pickle.loads(self.store.get(key))
-        self.store.delete_key(key)
+        (payload,) = self._exchange(f"recv_object from rank {src}", {}, {src: key}, timeout_s)
+        value = pickle.loads(payload)
+        self._exchange(f"recv_object from rank {src}", {}, {}, drop=[key])
         self._received[src] = number
         return value
 
+    def explain(self) -> list[str]:
+        """Sentences on what of the peers cannot be seen from this process; none when all can."""
+        return [*self._waiter.peers.explain(), *filter(None, [hosts.missing()])]
+
+    def require_own_process(self) -> None:
+        """RefusedError in a forked child, which is no rank of the group."""
+        if self._forked:
+            raise RefusedError(self._forked)
+
+    def after_fork(self) -> None:
+        self._forked = forks.sentence(f"group {self.name}", self.rank)
+
     def _check_peer(self, call: str, argument: str, peer: int) -> None:
-        if not 0 <= peer < self.world_size or peer == self.rank:
+        if not isinstance(peer, int) or not 0 <= peer < self.world_size or peer == self.rank:
             raise InvalidArgumentError(
-                f"{call}({argument}={peer}): another rank of the group of {self.world_size} is "
+                f"{call}({argument}={peer!r}): another rank of the group of {self.world_size} is "
                 f"expected; this is rank {self.rank}"
             )
 
-    def _set(self, key: str, payload: bytes) -> None:
-        try:
-            self.store.set(key, payload)  # type: ignore[arg-type]  # bytes are stored as they are
-        except dist.DistError as error:
-            raise self._store_gone(error) from error
-
-    def _wait(
+    def _exchange(
         self,
-        keys: list[str],
         tag: str,
-        timeout_s: float | None,
-        owners: Sequence[int] | None = None,
-    ) -> None:
-        deadline = self.settings.timeout_s if timeout_s is None else timeout_s
-        started = time.monotonic()
-        try:
-            self.store.wait(keys, datetime.timedelta(seconds=deadline))
-            return
-        except RuntimeError as error:  # DistStoreError of a TCPStore, plain of a FileStore
-            if time.monotonic() - started < 0.9 * deadline:
-                raise self._store_gone(error) from error
-        owners = range(self.world_size) if owners is None else owners
-        late = [rank for key, rank in zip(keys, owners, strict=True) if not self.store.check([key])]
-        raise CommTimeoutError(
-            f"group {self.name}: rank {self.rank} waited {deadline:g} s at {tag!r} for "
-            f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} of {self.world_size}"
-        )
+        put: Mapping[str, bytes],
+        want: Mapping[int, str],
+        timeout_s: float | None = None,
+        drop: Sequence[str] = (),
+    ) -> list[bytes]:
+        """Sets the keys `put`, waits for those of `want` (by rank), then deletes those of `drop`.
 
-    def _store_gone(self, error: Exception) -> PeerDiedError:
-        return PeerDiedError(
-            f"group {self.name}: rank {self.rank} lost the store that the ranks meet at; the "
-            f"process that hosts it (usually rank 0 or the launcher) is gone: {error}"
-        )
+        Returns what the wanted keys hold, in order. One call of the store's thread for all that.
+        """
+        self.require_own_process()
+        seconds = check_seconds("timeout_s", timeout_s, self.settings)
+        until = time.monotonic() + seconds
+        keys = list(want.values())
+
+        def work(store: Any, call: Call) -> list[bytes]:
+            for key, payload in put.items():
+                store.set(key, payload)
+            found = []
+            if keys:
+                if not wait_for(store, call, keys, until) and not call.left:
+                    late = [rank for rank, key in want.items() if not store.check([key])]
+                    if late:
+                        raise self._waiter.late(late, tag, seconds)
+                if call.left:
+                    return []
+                found = store.multi_get(keys)
+                self._waiter.peers.learn(store, want)  # who has come has told its process before
+            for key in drop:
+                store.delete_key(key)
+            return found
+
+        return self._waiter.attend(work, tag, seconds, want)
 
 
 def rank_span(ranks: Sequence[int]) -> str:
