@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import forks
 from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
@@ -51,6 +52,7 @@ class Dispatcher:
         self._plans: dict[tuple[str, torch.dtype, int, bool, bool], Communicator] = {}
         self._on_cuda = device.type == "cuda"
         self._debug = group.settings.debug
+        forks.tell(self)
         facts = (table.digest, [c.name for c in self.live])
         for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
             if theirs != facts:
@@ -175,6 +177,11 @@ class Dispatcher:
             else:
                 found.append((low, high, choice))
         return found
+
+    def after_fork(self) -> None:
+        """In a forked child: nothing is live, so the next call is planned anew, and refused."""
+        self.live = []
+        self._plans.clear()
 
     def close(self) -> None:
         """Closes every communicator; idempotent, no communication."""

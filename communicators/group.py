@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -172,6 +172,18 @@ class Group:
         self._exchange(f"recv_object from rank {src}", {}, {}, drop=[key])
         self._received[src] = number
         return value
+
+    def attend(self, function: Callable[[], Any], tag: str, *, on_thread: bool = True) -> Any:
+        """function(), in which torch meets the other ranks and has the settings' deadline itself.
+
+        Raises PeerDiedError when one of them ends meanwhile, CommTimeoutError when it takes longer.
+
+        Args:
+            on_thread: False where it must run on this thread (its device is the thread's): then
+                the function's own deadline is all there is.
+        """
+        self.require_own_process()
+        return self._waiter.attend_torch(function, tag, self.settings.timeout_s, on_thread)
 
     def explain(self) -> list[str]:
         """Sentences on what of the peers cannot be seen from this process; none when all can."""

@@ -121,6 +121,37 @@ class Waiter:
             except RuntimeError as error:  # a DistError of a TCPStore, plain of a FileStore
                 raise self._store_gone(error, tag, watched) from error
 
+    def attend_torch(
+        self, function: Callable[[], Any], tag: str, seconds: float, on_thread: bool
+    ) -> Any:
+        """function(), in which torch meets the other ranks; see Group.attend."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        until = time.monotonic() + seconds + _STORE_S
+        try:
+            if not on_thread:
+                return function()
+            with Call(lambda _: function()) as call:
+                while not call.done and (now := time.monotonic()) < until:
+                    call.poll(until - now, self.peers.descriptors(others))
+                    # A peer that is done may end before this rank is.
+                    if not call.done and (gone := self.peers.gone(others)):
+                        call.poll(_DOUBT_S)
+                        if not call.done:
+                            raise self._died(gone, tag)
+                if not call.done:
+                    raise self.late(others, tag, seconds)
+                return call.result()
+        except CommunicatorError:
+            raise
+        except RuntimeError as error:  # of gloo and of the store; it does not say whom it is about
+            if gone := self._ended_soon(others):
+                raise self._died(gone, tag) from error
+            first = (str(error).splitlines() or [""])[0]
+            raise CommTimeoutError(
+                f"{self.group}: rank {self.rank} did not meet the other ranks at {tag!r} within "
+                f"{seconds:g} s: {first}"
+            ) from error
+
     def late(self, ranks: Collection[int], tag: str, seconds: float) -> CommTimeoutError:
         return CommTimeoutError(
             f"{self.group}: rank {self.rank} waited {seconds:g} s at {tag!r} for "
@@ -159,11 +190,8 @@ class Waiter:
             f"at {tag!r}"
         )
 
-    def _store_gone(self, error: Exception, tag: str, watched: Iterable[int]) -> PeerDiedError:
-        until = time.monotonic() + _DOUBT_S  # the ends of its sockets come one after another
-        while not (gone := self.peers.gone(watched)) and time.monotonic() < until:
-            time.sleep(0.02)
-        if gone:
+    def _store_gone(self, error: Exception, tag: str, watched: Collection[int]) -> PeerDiedError:
+        if gone := self._ended_soon(watched):
             return self._died(gone, tag)
         first = (str(error).splitlines() or [""])[0]
         return PeerDiedError(
@@ -171,3 +199,10 @@ class Waiter:
             f"at {tag!r}; the process that hosts it (usually rank 0 or the launcher) is gone: "
             f"{first}"
         )
+
+    def _ended_soon(self, ranks: Collection[int]) -> list[int]:
+        """Who of them has ended: the ends of a process's sockets come one after another."""
+        until = time.monotonic() + _DOUBT_S
+        while not (gone := self.peers.gone(ranks)) and time.monotonic() < until:
+            time.sleep(0.02)
+        return gone

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from ..errors import (
     RefusedError,
 )
 from ..group import Group
+from ..hosts import Home
 from ..settings import Settings
 from ..tensor_dict import join_tensors, split_tensors
 
@@ -39,23 +37,6 @@ _SUMMED = frozenset(
         torch.uint8,
     }
 )
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where a rank runs: ranks reach each other's memory if these are equal."""
-
-    boot_id: str  # of the host's kernel
-    network: int  # inode of the network namespace, in which the descriptors are sent
-    user: int
-
-    @classmethod
-    def mine(cls) -> _Home:
-        return cls(
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.stat("/proc/self/ns/net").st_ino,
-            os.getuid(),
-        )
 
 
 class CpuCommunicator(Communicator):
@@ -96,7 +77,7 @@ class CpuCommunicator(Communicator):
         self._handle = shm.init_shm_manager(
             self.group.name, self.group.world_size, self.group.rank, self.settings
         )
-        return _Home.mine(), uuid.uuid4().hex[:12]
+        return Home.mine(), uuid.uuid4().hex[:12]
 
     def rendezvous(self, handles: Sequence[Any]) -> None:
         homes = [home for home, _ in handles]
@@ -127,6 +108,10 @@ class CpuCommunicator(Communicator):
         handle, self._handle, self._ops = self._handle, -1, {}
         if handle >= 0:
             shm.close_shm_manager(handle)
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._handle, self._ops = -1, {}
 
     def run(
         self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0

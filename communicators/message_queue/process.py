@@ -10,6 +10,8 @@ import os
 import select
 from pathlib import Path
 
+from ..hosts import boot_id, namespace
+
 
 def start_time(pid: int) -> int | None:
     """When `pid` started, in clock ticks since boot (proc_pid_stat(5), field 22); None if gone."""
@@ -22,8 +24,7 @@ def start_time(pid: int) -> int | None:
 
 def pid_space() -> str:
     """Equal in two processes if and only if each can name the other by its pid."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{boot_id()}/{namespace('pid')}"
 
 
 class Process:
