@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import _unregister_all_process_groups
 
 from . import forks
 
@@ -34,7 +35,7 @@ def forget_torch_groups() -> None:
     ):
         table.clear()
     world.group_count = 0
-    c10d._unregister_all_process_groups()
+    _unregister_all_process_groups()
 
 
 def _after_fork() -> None:

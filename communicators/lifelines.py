@@ -167,7 +167,7 @@ def _listen(key: str, family: int, where: Any) -> socket.socket:
 
 
 def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("::1", "localhost") or host.startswith("::ffff:127.")
+    return host.startswith(("127.", "::ffff:127.")) or host in ("::1", "localhost")
 
 
 def lifeline_to(address: Address) -> Lifeline | None:
@@ -187,8 +187,10 @@ def _after_fork() -> None:
     """In the child: it is another process, and must not keep its parent's sockets open."""
     global _lock, _process
     _lock = threading.Lock()
-    for opened in (*_listeners.values(), *_lifelines.values()):
-        opened.close()
+    for listener in _listeners.values():
+        listener.close()
+    for lifeline in _lifelines.values():
+        lifeline.close()
     _listeners.clear()
     _lifelines.clear()
     _process = ""

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from . import forks
@@ -41,7 +41,7 @@ class MeetingPlace:
         self._store, self._root, self._prefix = store, root, prefix
         self._space = ""
         self._key: tuple[str, int] | None = None
-        if isinstance(root, dist.TCPStore):
+        if isinstance(root, TCPStore):
             self._key = (root.host, root.port)
         self.where = type(root).__name__ + (f" at {root.host}:{root.port}" if self._key else "")
 

@@ -174,7 +174,7 @@ class Settings:
 
 
 def check_seconds(argument: str, given: float | None, settings: Settings) -> float:
-    """`given` seconds, or the settings' deadline for None; InvalidArgumentError for what is none."""
+    """`given` seconds, or the settings' deadline for None; InvalidArgumentError if it is none."""
     if given is None:
         return settings.timeout_s
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < 1e9:

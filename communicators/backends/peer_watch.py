@@ -42,7 +42,9 @@ def watchable(processes: Mapping[int, ProcessId]) -> dict[int, int]:
     return {
         rank: one.pid
         for rank, one in processes.items()
-        if (one.boot_id, one.namespace) == (own.boot_id, own.namespace) and one.pid != own.pid
+        if own.namespace  # else pids may mean something else to the peer
+        and (one.boot_id, one.namespace) == (own.boot_id, own.namespace)
+        and one.pid != own.pid
     }
 
 

@@ -7,6 +7,7 @@ start time from /proc a pid that came over a message is checked before it is tru
 from __future__ import annotations
 
 import os
+import secrets
 import select
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def start_time(pid: int) -> int | None:
 
 def pid_space() -> str:
     """Equal in two processes if and only if each can name the other by its pid."""
-    return f"{boot_id()}/{namespace('pid')}"
+    where = namespace("pid")
+    if not where:  # nothing can be named by its pid without /proc
+        return f"{boot_id()}/{secrets.token_hex(8)}"
+    return f"{boot_id()}/{where}"
 
 
 class Process:
