@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from . import forks
 from .errors import CommunicatorError, RefusedError
 from .settings import Settings
 
@@ -142,6 +143,7 @@ class Communicator(abc.ABC):
         self.capabilities: Capability | None = None
         self.refusal: Refusal | None = None
         self._closed = False
+        forks.tell(self)
         self._open()
 
     @property
@@ -186,6 +188,13 @@ class Communicator(abc.ABC):
         if not self._closed:
             self._closed = True
             self.release()
+
+    def after_fork(self) -> None:
+        """In a forked child: it is refused, and close() does nothing."""
+        self._closed = True
+        self.refusal = Refusal(
+            forks.sentence(f"{self.name} of group {self.group.name}", self.group.rank)
+        )
 
     def require_live(self) -> None:
         """RefusedError unless it is live."""

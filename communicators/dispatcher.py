@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import forks
 from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name, size_name
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
@@ -56,6 +57,7 @@ class Dispatcher:
         self._debug = group.settings.debug
         #: (how many in a row, call) that CUDA graphs have recorded since they were last compared.
         self._recorded: deque[tuple[int, str]] = deque(maxlen=_MAX_RECORDED)
+        forks.tell(self)
         facts = (table.digest, [c.name for c in self.live])
         for rank, theirs in enumerate(group.gather_objects("dispatcher", facts)):
             if theirs != facts:
@@ -215,6 +217,11 @@ class Dispatcher:
             else:
                 found.append((low, high, choice, choice))
         return found
+
+    def after_fork(self) -> None:
+        """In a forked child: nothing is live, so the next call is planned anew, and refused."""
+        self.live = []
+        self._plans.clear()
 
     def close(self) -> None:
         """Closes every communicator; idempotent, no communication."""

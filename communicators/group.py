@@ -9,24 +9,27 @@ communicators.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from . import objects
+from . import forks, hosts, objects
+from .calls import Call
 from .errors import (
     CommMismatchError,
-    CommTimeoutError,
     CommunicatorError,
     InvalidArgumentError,
-    PeerDiedError,
+    RefusedError,
 )
-from .settings import Settings
+from .meeting import MeetingPlace, wait_for
+from .settings import Settings, check_seconds
+from .waiting import Waiter
+
+_SETTLE_S = 1.0  # for the store to tell what became of a send that was cut short
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Group:
         process_group: dist.ProcessGroup | None = None,
         settings: Settings | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
+        if not isinstance(rank, int) or not 0 <= rank < world_size:
             raise InvalidArgumentError(
                 f"Group({name}): rank {rank} is not in 0..{world_size - 1} (world size "
                 f"{world_size})"
@@ -70,14 +73,33 @@ class Group:
         self.ranks = list(ranks) if ranks is not None else list(range(world_size))
         self.process_group = process_group
         self.settings = settings if settings is not None else Settings.from_environment()
-        # Groups made in the same order on all members get the same generation, so a second group
-        # of the same name does not read the first one's keys.
-        generation = store.add(f"communicators/{name}/generation/{rank}", 1)
-        self.name = f"{name}.{generation}"
-        self.store = PrefixStore(f"communicators/{self.name}", store)
+        self.name = name
+        self._forked = ""
         self._sequence = 0
         self._sent: dict[int, int] = {}
         self._received: dict[int, int] = {}
+        meeting = MeetingPlace(store, f"communicators/{name}")
+        self._waiter = Waiter(f"group {name}", rank, world_size, meeting)
+        forks.tell(self)
+        # Groups made in the same order on all members get the same generation, so a second group
+        # of the same name does not read the first one's keys.
+        generation = self._waiter.attend(
+            lambda store, _: store.add(f"generation/{rank}", 1),
+            "set-up",
+            self.settings.timeout_s,
+            {},
+        )
+        self.name = f"{name}.{generation}"
+        self.store = PrefixStore(f"communicators/{self.name}", store)
+        meeting = meeting.under(f"communicators/{self.name}")
+        self._waiter = Waiter(f"group {self.name}", rank, world_size, meeting)
+        if world_size > 1:
+            self._waiter.attend(
+                lambda store, _: self._waiter.peers.announce(store, meeting),
+                "set-up",
+                self.settings.timeout_s,
+                {},
+            )
 
     @classmethod
     def of(cls, group: Group | dist.ProcessGroup | None, settings: Settings | None = None) -> Group:
@@ -121,30 +143,39 @@ class Group:
         rank that cannot unpickle another's raises CommunicatorError, by itself. The ranks are in
         step after either, and after CommMismatchError.
         """
+        self.require_own_process()
         if self.world_size == 1:
             return [value]
         keys = [f"{self._sequence}/{rank}" for rank in range(self.world_size)]
         refusal = None
         try:
             payload = objects.dumps(f"gather_objects({tag!r}, value)", value, self.rank)
-            mine = objects.write(self._set, self.store, keys[self.rank], tag, payload)
-            del payload
+            mine = objects.Message.of(tag, payload)
         except InvalidArgumentError as error:  # the others wait for this rank: they are told
             refusal = error
-            mine = objects.Message(tag, 0, refusal=str(error))
-            self._set(keys[self.rank], mine.packed())
-        self._wait(keys, tag, timeout_s)
-        with self._errors_of_store():
-            messages = [objects.Message.unpacked(raw) for raw in self.store.multi_get(keys)]
-            problem = self._disagreement(tag, messages)
-            values: list[Any] = []
-            if problem is None:
-                values = self._unpickled(tag, keys, messages, value)
+            payload, mine = memoryview(b""), objects.Message(tag, 0, refusal=str(error))
+
+        def read(store: Store, found: list[bytes]) -> tuple[list[objects.Message], list[Any]]:
+            messages = [objects.Message.unpacked(raw) for raw in found]
+            payloads: list[Any] = []
+            if any(message.pieces for message in messages):
+                if self._disagreement(tag, messages) is None:
+                    payloads = self._read_round(store, keys, messages)
+                else:
+                    objects.erase(store, keys[self.rank], mine)  # nobody reads them
             else:
-                objects.erase(self.store, keys[self.rank], mine)  # nobody reads them
+                payloads = [message.inline for message in messages]
             if self._sequence > 0:
                 # Everybody has written this round, so everybody has read the one before.
-                self.store.delete_key(f"{self._sequence - 1}/{self.rank}")
+                store.delete_key(f"{self._sequence - 1}/{self.rank}")
+            return messages, payloads
+
+        put = objects.stored(keys[self.rank], mine, payload)
+        messages, payloads = self._exchange(tag, put, dict(enumerate(keys)), timeout_s, read)
+        problem = self._disagreement(tag, messages)
+        values: list[Any] = []
+        if problem is None:
+            values = self._unpickled(tag, payloads, value)
         self._sequence += 1
         if problem is not None:
             raise problem from refusal
@@ -164,26 +195,31 @@ class Group:
         refusals = [message.refusal for message in messages if message.refusal is not None]
         return InvalidArgumentError(refusals[0]) if refusals else None
 
-    def _unpickled(
-        self, tag: str, keys: list[str], messages: list[objects.Message], mine: Any
+    def _read_round(
+        self, store: Store, keys: list[str], messages: list[objects.Message]
     ) -> list[Any]:
-        """The values of a round; whoever is the last to have read them erases the long ones."""
+        """The payloads of a round; whoever is the last to have read them erases the long ones."""
+        payloads = [
+            None if rank == self.rank else objects.read(store, keys[rank], message)
+            for rank, message in enumerate(messages)
+        ]
+        readers = f"{self._sequence}/readers"
+        if store.add(readers, 1) == self.world_size:
+            for key, message in zip(keys, messages, strict=True):
+                objects.erase(store, key, message)
+            store.delete_key(readers)
+        return payloads
+
+    def _unpickled(self, tag: str, payloads: list[Any], mine: Any) -> list[Any]:
         values: list[Any] = []
-        for rank, message in enumerate(messages):
+        for rank, payload in enumerate(payloads):
             if rank == self.rank:
                 values.append(mine)
                 continue
-            payload = objects.read(self.store, keys[rank], message)
             try:
                 values.append(objects.loads(f"gather_objects({tag!r})", payload, f"rank {rank}"))
             except CommunicatorError as error:
                 values.append(_NotUnpickled(error))
-        if any(message.pieces for message in messages):
-            readers = f"{self._sequence}/readers"
-            if self.store.add(readers, 1) == self.world_size:
-                for key, message in zip(keys, messages, strict=True):
-                    objects.erase(self.store, key, message)
-                self.store.delete_key(readers)
         return values
 
     def barrier(self, timeout_s: float | None = None) -> None:
@@ -208,7 +244,23 @@ class Group:
         self._check_peer("send_object", "dst", dst)
         payload = objects.dumps("send_object(value)", value, self.rank)
         number = self._sent.get(dst, 0) + 1
-        objects.write(self._set, self.store, f"p2p/{self.rank}-{dst}/{number}", "", payload)
+        key = f"p2p/{self.rank}-{dst}/{number}"
+        message = objects.Message.of("", payload)
+        tag = f"send_object to rank {dst}"
+        try:
+            self._exchange(tag, objects.stored(key, message, payload), {})
+        except BaseException:
+            # Cut short: either it is there, whole, and counts, or nothing of it stays.
+            def settle(store: Store, _: list[bytes]) -> bool:
+                there = store.check([key])
+                if not there:
+                    objects.erase(store, key, message)
+                return there
+
+            with contextlib.suppress(CommunicatorError):  # the store may be what failed
+                if self._exchange(tag, (), {}, _SETTLE_S, settle):
+                    self._sent[dst] = number
+            raise
         self._sent[dst] = number
 
     def recv_object(self, src: int, timeout_s: float | None = None) -> Any:
@@ -220,69 +272,91 @@ class Group:
         self._check_peer("recv_object", "src", src)
         number = self._received.get(src, 0) + 1
         key = f"p2p/{src}-{self.rank}/{number}"
-        self._wait([key], f"recv_object from rank {src}", timeout_s, owners=[src])
-        with self._errors_of_store():
-            message = objects.Message.unpacked(self.store.get(key))
-            payload = objects.read(self.store, key, message)
+        tag = f"recv_object from rank {src}"
+
+        def read(store: Store, found: list[bytes]) -> tuple[objects.Message, Any]:
+            message = objects.Message.unpacked(found[0])
+            return message, objects.read(store, key, message)
+
+        message, payload = self._exchange(tag, (), {src: key}, timeout_s, read)
         try:
             value = objects.loads(f"recv_object(src={src})", payload, f"rank {src}")
         except CommunicatorError as error:
             value = _NotUnpickled(error)
+
+        def erase(store: Store, _: list[bytes]) -> None:
+            objects.erase(store, key, message)
+            store.delete_key(key)
+
         self._received[src] = number
-        with self._errors_of_store():
-            objects.erase(self.store, key, message)
-            self.store.delete_key(key)
+        self._exchange(tag, (), {}, after=erase)
         if isinstance(value, _NotUnpickled):
             raise value.error
         return value
 
+    def attend(self, function: Callable[[], Any], tag: str, *, on_thread: bool = True) -> Any:
+        """function(), in which torch meets the other ranks and has the settings' deadline itself.
+
+        Raises PeerDiedError when one of them ends meanwhile, CommTimeoutError when it takes longer.
+
+        Args:
+            on_thread: False where it must run on this thread (its device is the thread's): then
+                the function's own deadline is all there is.
+        """
+        self.require_own_process()
+        return self._waiter.attend_torch(function, tag, self.settings.timeout_s, on_thread)
+
+    def explain(self) -> list[str]:
+        """Sentences on what of the peers cannot be seen from this process; none when all can."""
+        return [*self._waiter.peers.explain(), *filter(None, [hosts.missing()])]
+
+    def require_own_process(self) -> None:
+        """RefusedError in a forked child, which is no rank of the group."""
+        if self._forked:
+            raise RefusedError(self._forked)
+
+    def after_fork(self) -> None:
+        self._forked = forks.sentence(f"group {self.name}", self.rank)
+
     def _check_peer(self, call: str, argument: str, peer: int) -> None:
-        if not 0 <= peer < self.world_size or peer == self.rank:
+        if not isinstance(peer, int) or not 0 <= peer < self.world_size or peer == self.rank:
             raise InvalidArgumentError(
-                f"{call}({argument}={peer}): another rank of the group of {self.world_size} is "
+                f"{call}({argument}={peer!r}): another rank of the group of {self.world_size} is "
                 f"expected; this is rank {self.rank}"
             )
 
-    def _set(self, key: str, payload: bytes) -> None:
-        try:
-            self.store.set(key, payload)  # type: ignore[arg-type]  # bytes are stored as they are
-        except dist.DistError as error:
-            raise self._store_gone(error) from error
-
-    def _wait(
+    def _exchange(
         self,
-        keys: list[str],
         tag: str,
-        timeout_s: float | None,
-        owners: Sequence[int] | None = None,
-    ) -> None:
-        deadline = self.settings.timeout_s if timeout_s is None else timeout_s
-        started = time.monotonic()
-        try:
-            self.store.wait(keys, datetime.timedelta(seconds=deadline))
-            return
-        except RuntimeError as error:  # DistStoreError of a TCPStore, plain of a FileStore
-            if time.monotonic() - started < 0.9 * deadline:
-                raise self._store_gone(error) from error
-        owners = range(self.world_size) if owners is None else owners
-        late = [rank for key, rank in zip(keys, owners, strict=True) if not self.store.check([key])]
-        raise CommTimeoutError(
-            f"group {self.name}: rank {self.rank} waited {deadline:g} s at {tag!r} for "
-            f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} of {self.world_size}"
-        )
+        put: Iterable[tuple[str, bytes]],
+        want: Mapping[int, str],
+        timeout_s: float | None = None,
+        after: Callable[[Store, list[bytes]], Any] | None = None,
+    ) -> Any:
+        """Sets the keys `put`, waits for those of `want` (by rank), and hands what they hold, in
+        order, to `after`, whose value is returned. One call of the store's thread for all that.
+        """
+        self.require_own_process()
+        seconds = check_seconds("timeout_s", timeout_s, self.settings)
+        until = time.monotonic() + seconds
+        keys = list(want.values())
 
-    @contextlib.contextmanager
-    def _errors_of_store(self) -> Iterator[None]:
-        try:
-            yield
-        except dist.DistError as error:
-            raise self._store_gone(error) from error
+        def work(store: Any, call: Call) -> Any:
+            for key, payload in put:
+                store.set(key, payload)
+            found: list[bytes] = []
+            if keys:
+                if not wait_for(store, call, keys, until) and not call.left:
+                    late = [rank for rank, key in want.items() if not store.check([key])]
+                    if late:
+                        raise self._waiter.late(late, tag, seconds)
+                if call.left:
+                    return None
+                found = store.multi_get(keys)
+                self._waiter.peers.learn(store, want)  # who has come has told its process before
+            return None if after is None else after(store, found)
 
-    def _store_gone(self, error: Exception) -> PeerDiedError:
-        return PeerDiedError(
-            f"group {self.name}: rank {self.rank} lost the store that the ranks meet at; the "
-            f"process that hosts it (usually rank 0 or the launcher) is gone: {error}"
-        )
+        return self._waiter.attend(work, tag, seconds, want)
 
 
 def rank_span(ranks: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from . import backends
+from . import backends, forks
 from .arguments import check_dim, check_peer, check_root, check_sizes
 from .backends.pynccl import PyNcclCommunicator
 from .dispatcher import Dispatcher
@@ -84,11 +84,16 @@ class GroupCoordinator(GroupObjects):
             for at, process_group in self._devices():
                 self._dispatchers[at.type] = backends.open_dispatcher(self.group, at, process_group)
         self._closed = False
+        forks.tell(self)
         OPEN_GROUPS[name] = self
 
     def _process_group(self, backend: str) -> dist.ProcessGroup:
         name = f"{self.group.name}/{backend}"
-        return backends.new_process_group(backend, self.ranks, name, self.settings)
+        return self.group.attend(
+            lambda: backends.new_process_group(backend, self.ranks, name, self.settings),
+            f"new_process_group({backend})",
+            on_thread=backend == "gloo",
+        )
 
     def _devices(self) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
         """The device itself, and host memory, where metadata and offloaded tensors live."""
@@ -307,7 +312,14 @@ class GroupCoordinator(GroupObjects):
         if self.world_size == 1:
             return f"group {self.name}: one rank, nothing to communicate"
         parts = [dispatcher.explain() for dispatcher in self._dispatchers.values()]
-        return "\n".join([*parts, self._objects.explain()])
+        waits = [f"  waits: {sentence}" for sentence in self.group.explain()]
+        return "\n".join([*parts, self._objects.explain(), *waits])
+
+    def after_fork(self) -> None:
+        """In a forked child: it is refused, is not among the open groups, close() does nothing."""
+        self._closed = True
+        OPEN_GROUPS.pop(self.name, None)
+        self._dispatcher_at.clear()
 
     def close(self) -> None:
         """Closes the communicators, then their process groups. Idempotent."""
@@ -324,6 +336,7 @@ class GroupCoordinator(GroupObjects):
     def _dispatcher(self, x: torch.Tensor) -> Dispatcher:
         found = self._dispatcher_at.get(x.device)  # its type takes four times as long
         if found is None:
+            self.group.require_own_process()
             found = self._dispatchers.get(x.device.type)
             if found is None:
                 raise InvalidArgumentError(

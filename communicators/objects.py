@@ -11,10 +11,9 @@ Who unpickles runs what the sender wrote, so a channel is as trusted as its rank
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +210,12 @@ class Message:
     pieces: int = 0
     refusal: str | None = None  # of a sender that has no payload
 
+    @classmethod
+    def of(cls, tag: str, payload: memoryview) -> Message:
+        if len(payload) <= INLINE_BYTES:
+            return cls(tag, len(payload), inline=bytes(payload))
+        return cls(tag, len(payload), pieces=-(-len(payload) // PIECE_BYTES))
+
     def packed(self) -> bytes:
         return pickle.dumps((self.tag, self.nbytes, self.inline, self.pieces, self.refusal))
 
@@ -219,28 +224,12 @@ class Message:
         return cls(*pickle.loads(raw))
 
 
-def write(
-    put: Callable[[str, bytes], None], store: Store, key: str, tag: str, payload: memoryview
-) -> Message:
-    """Writes a message by put(key, bytes), its own key last.
-
-    A write that fails, or is interrupted, takes back what it has written.
-    """
-    if len(payload) <= INLINE_BYTES:
-        message = Message(tag, len(payload), inline=bytes(payload))
-        put(key, message.packed())
-        return message
-    starts = range(0, len(payload), PIECE_BYTES)
-    message = Message(tag, len(payload), pieces=len(starts))
-    try:
-        for piece, start in enumerate(starts):
-            put(f"{key}/{piece}", bytes(payload[start : start + PIECE_BYTES]))
-        put(key, message.packed())
-    except BaseException:
-        with contextlib.suppress(RuntimeError):  # the store may be what failed
-            erase(store, key, message)
-        raise
-    return message
+def stored(key: str, message: Message, payload: memoryview) -> Iterator[tuple[str, bytes]]:
+    """What to set in a store, in this order: the message's own key comes last."""
+    for piece in range(message.pieces):
+        start = piece * PIECE_BYTES
+        yield f"{key}/{piece}", bytes(payload[start : start + PIECE_BYTES])
+    yield key, message.packed()
 
 
 def read(store: Store, key: str, message: Message) -> Any:

@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
+from . import inherited
 from .backends.quick_codecs import bits_of
-from .errors import CommTimeoutError, TopologyError
+from .errors import TopologyError
 from .group import Group
 from .group_coordinator import GroupCoordinator
 from .open_groups import OPEN_GROUPS, open_group
+from .rendezvous import checked_integer, integer_of_environment, meet
 from .settings import Settings
 
 
@@ -47,33 +48,36 @@ def init_distributed_environment(
         device: default: cuda:local_rank where torch has CUDA and a GPU is there, else cpu.
     Raises:
         TopologyError: world size or rank contradict the environment, or no such GPU.
+            An environment variable that is no such number is named.
+        InvalidArgumentError: nobody can meet at distributed_init_method: a port in use, a wrong
+            address, no such directory.
         CommTimeoutError: not all ranks arrived within COMMUNICATORS_TIMEOUT_S; it names them.
+        PeerDiedError: one arrived and ended before all were there.
     """
     if "world" in OPEN_GROUPS:
         return OPEN_GROUPS["world"]
     settings = Settings.from_environment()
-    world_size = _from_environment("world_size", world_size, "WORLD_SIZE")
-    rank = _from_environment("rank", rank, "RANK")
+    world_size = _from_environment("world_size", world_size, "WORLD_SIZE", 1)
+    rank = _from_environment("rank", rank, "RANK", 0)
     if not 0 <= rank < world_size:
         raise TopologyError(f"rank {rank} is not in 0..{world_size - 1} (world size {world_size})")
     if local_rank < 0:
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        known = "LOCAL_RANK" in os.environ
+        local_rank = integer_of_environment("LOCAL_RANK", 0) if known else rank
     where = torch.device(device) if device is not None else _local_device(local_rank)
+    inherited.forget_torch_groups()
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=settings.timeout_s)
-        try:
-            store, _, _ = next(
-                iter(rendezvous(distributed_init_method, rank, world_size, timeout=timeout))
-            )
-        except dist.DistError as error:
-            raise CommTimeoutError(
-                f"rank {rank}: the {world_size} ranks did not all come to "
-                f"{distributed_init_method} within {settings.timeout_s:g} s: {error}"
-            ) from error
+        store = meet(distributed_init_method, rank, world_size, settings.timeout_s)
         # Before the process group's own rendezvous, whose time-out does not say who is missing.
-        Group(store, rank, world_size, name="world-init", settings=settings).barrier()
-        dist.init_process_group(
-            backend or "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        world = Group(store, rank, world_size, name="world-init", settings=settings)
+        world.barrier()
+        timeout = datetime.timedelta(seconds=settings.timeout_s)
+        world.attend(
+            lambda: dist.init_process_group(
+                backend or "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+            ),
+            "init_process_group",
+            on_thread=(backend or "gloo") == "gloo",
         )
     if dist.get_world_size() != world_size or dist.get_rank() != rank:
         raise TopologyError(
@@ -85,17 +89,20 @@ def init_distributed_environment(
     return GroupCoordinator(range(world_size), where, "world", settings)
 
 
-def _from_environment(argument: str, given: int, variable: str) -> int:
-    text = os.environ.get(variable)
-    if given < 0:
-        if text is None:
+def _from_environment(argument: str, given: int, variable: str, least: int) -> int:
+    known = variable in os.environ
+    if given == -1:
+        if not known:
             raise TopologyError(
                 f"{argument} was not given and {variable} is not set; start the job with torchrun "
                 "or pass it"
             )
-        return int(text)
-    if text is not None and int(text) != given:
-        raise TopologyError(f"{argument}={given} contradicts {variable}={text} of the environment")
+        return integer_of_environment(variable, least)
+    given = checked_integer(argument, given, least)
+    if known and integer_of_environment(variable, least) != given:
+        raise TopologyError(
+            f"{argument}={given} contradicts {variable}={os.environ[variable]} of the environment"
+        )
     return given
 
 
@@ -272,7 +279,7 @@ def destroy_distributed_environment() -> None:
     destroy_model_parallel()
     if "world" in OPEN_GROUPS:
         OPEN_GROUPS["world"].close()
-    if dist.is_initialized():
+    if dist.is_initialized() and not inherited.torch_groups:
         dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import SettingsError
+from .errors import InvalidArgumentError, SettingsError
 
 
 def _seconds(text: str) -> float:
@@ -175,3 +175,15 @@ class Settings:
             )
             for item in fields(self)
         ]
+
+
+def check_seconds(argument: str, given: float | None, settings: Settings) -> float:
+    """`given` seconds, or the settings' deadline for None; InvalidArgumentError if it is none."""
+    if given is None:
+        return settings.timeout_s
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < 1e9:
+        raise InvalidArgumentError(
+            f"{argument}={given!r}: a number of seconds from 0 to below 1e9 is expected, or None "
+            f"for COMMUNICATORS_TIMEOUT_S ({settings.timeout_s:g})"
+        )
+    return float(given)

@@ -86,12 +86,15 @@ class StatelessProcessGroup(Group):
         Needed where rank 0 may end first: without it the others' last call could find no store.
         Raises CommTimeoutError on rank 0 naming the ranks that have not closed.
         """
+        if self._forked:
+            return  # a child gives nothing back
         if self.rank == 0:
             others = list(range(1, self.world_size))
             if others:
-                self._wait([f"closed/{rank}" for rank in others], "close", timeout_s, others)
+                keys = {rank: f"closed/{rank}" for rank in others}
+                self._exchange("close", (), keys, timeout_s)
         else:
-            self._set(f"closed/{self.rank}", b"")
+            self._exchange("close", [(f"closed/{self.rank}", b"")], {})
 
     def all_gather_obj(self, obj: Any) -> list[Any]:
         """Every rank's object, in rank order."""

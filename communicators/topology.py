@@ -11,7 +11,6 @@ import socket
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import torch
 
@@ -24,6 +23,7 @@ from .bindings.nvml import (
     read_gpus,
     with_nvml_context,
 )
+from .hosts import boot_id
 from .settings import Settings
 
 __all__ = [
@@ -45,8 +45,6 @@ __all__ = [
 
 #: Of an ordered pair (accessor's UUID, owner's UUID): None when a real copy worked, else why not.
 Proofs = Mapping[tuple[str, str], "Refusal | None"]
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,7 @@ class Verdict:
 
 def probe_host() -> HostFacts:
     """This host's name and boot id."""
-    boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-    return HostFacts(socket.gethostname(), boot_id or socket.gethostname())
+    return HostFacts(socket.gethostname(), boot_id())
 
 
 def probe_gpus() -> list[GpuFacts] | Unknown:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from ..arguments import check_dim, check_mapping, check_peer, check_root
 from ..base import OPS, Capability, Communicator, Refusal
 from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..group import Group
+from ..hosts import Home
 from ..settings import Settings
-from ..topology import probe_host
 
 _SUMMED = frozenset(
     {
@@ -33,23 +31,6 @@ _SUMMED = frozenset(
         torch.uint8,
     }
 )
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where a rank runs: ranks reach each other's memory if these are equal."""
-
-    boot_id: str  # of the host's kernel
-    network: int  # inode of the network namespace, in which the descriptors are sent; 0: no /proc
-    user: int
-
-    @classmethod
-    def mine(cls) -> _Home:
-        try:
-            network = os.stat("/proc/self/ns/net").st_ino
-        except OSError:
-            network = 0  # then the peers' sockets are found, or they are not
-        return cls(probe_host().boot_id, network, os.geteuid())
 
 
 class CpuCommunicator(Communicator):
@@ -90,7 +71,7 @@ class CpuCommunicator(Communicator):
         self._handle = shm.init_shm_manager(
             self.group.name, self.group.world_size, self.group.rank, settings=self.settings
         )
-        return _Home.mine(), uuid.uuid4().hex[:12], shm.shm_address(self._handle)
+        return Home.mine(), uuid.uuid4().hex[:12], shm.shm_address(self._handle)
 
     def rendezvous(self, handles: Sequence[Any]) -> None:
         homes = [home for home, _, _ in handles]
@@ -122,6 +103,10 @@ class CpuCommunicator(Communicator):
         handle, self._handle, self._ops = self._handle, -1, {}
         if handle >= 0:
             shm.close_shm_manager(handle)
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._handle, self._ops = -1, {}
 
     def run(
         self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0

@@ -15,9 +15,8 @@ import select
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..topology import probe_host
+from ..hosts import boot_id, namespace
 
 _log = logging.getLogger(__name__)
 _PERIOD_S = 0.5  # between two questions to NCCL
@@ -34,9 +33,7 @@ class ProcessId:
 
 def own_process() -> ProcessId:
     """This process, to be told to the peers."""
-    namespace = Path("/proc/self/ns/pid")
-    where = os.readlink(namespace) if namespace.is_symlink() else ""
-    return ProcessId(probe_host().boot_id, where, os.getpid())
+    return ProcessId(boot_id(), namespace("pid"), os.getpid())
 
 
 def watchable(processes: Mapping[int, ProcessId]) -> dict[int, int]:
@@ -45,7 +42,9 @@ def watchable(processes: Mapping[int, ProcessId]) -> dict[int, int]:
     return {
         rank: one.pid
         for rank, one in processes.items()
-        if (one.boot_id, one.namespace) == (own.boot_id, own.namespace) and one.pid != own.pid
+        if own.namespace  # else pids may mean something else to the peer
+        and (one.boot_id, one.namespace) == (own.boot_id, own.namespace)
+        and one.pid != own.pid
     }
 
 

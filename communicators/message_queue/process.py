@@ -12,6 +12,8 @@ import secrets
 import select
 from pathlib import Path
 
+from ..hosts import boot_id, namespace
+
 
 def proc_problem() -> str | None:
     """Why the processes of this pid namespace cannot be looked up under /proc; None if they can."""
@@ -35,13 +37,10 @@ def start_time(pid: int) -> int | None:
 
 def pid_space() -> str:
     """Equal in two processes if and only if each can find the other under /proc, by its pid."""
-    if proc_problem() is not None:
+    where = namespace("pid")
+    if proc_problem() is not None or not where:
         return f"{_process_token()}/{os.getpid()}"
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # a /proc of which only a part can be seen
-        return f"{_process_token()}/{os.getpid()}"
+    return f"{boot_id()}/{where}"
 
 
 @functools.cache
