@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 #:   broadcast        inp is out [n]                         root's content everywhere
 #:   send, recv       inp [n] / out [n]                      root is the peer
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "send", "recv")
+#: Those that add; the others move bytes, of any dtype.
+SUMS = frozenset({"all_reduce", "reduce_scatter"})
 
 #: How a request is issued: by the host now, or recorded in a CUDA graph.
 MODES = ("eager", "capture")
@@ -93,8 +95,7 @@ class Capability:
             return Refusal(f"it does only {', '.join(sorted(self.ops))}")
         if request.mode not in self.modes:
             return Refusal(f"it does not run in mode {request.mode!r}")
-        reduces = request.op in ("all_reduce", "reduce_scatter")
-        if reduces and self.dtypes is not None and request.dtype not in self.dtypes:
+        if request.op in SUMS and self.dtypes is not None and request.dtype not in self.dtypes:
             names = ", ".join(sorted(dtype_name(dtype) for dtype in self.dtypes))
             return Refusal(f"it sums {names}, not {dtype_name(request.dtype)}")
         if request.exact and self.rounds:

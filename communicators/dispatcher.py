@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name
+from .base import OPS, SUMS, Capability, Communicator, Refusal, Request, dtype_name
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
 from .policy import Choice, choose
@@ -110,6 +110,7 @@ class Dispatcher:
             )
         op, dtype, nbytes, capturing, exact = key
         request = Request(op, dtype, nbytes, "capture" if capturing else "eager", exact)
+        self.require_dtype(op, dtype)
         choice = self.select(request)
         if choice.communicator is None:
             why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())
@@ -121,6 +122,20 @@ class Dispatcher:
         communicator = next(c for c in self.live if c.name == choice.communicator)
         self._plans[key] = communicator
         return communicator
+
+    def require_dtype(self, op: str, dtype: torch.dtype) -> None:
+        """InvalidArgumentError for a sum of a dtype that no live communicator adds."""
+        if op not in SUMS:
+            return
+        live = [c.capabilities for c in self.live if c.capabilities is not None]
+        if any(one.dtypes is None or dtype in one.dtypes for one in live if op in one.ops):
+            return
+        summed = {dtype_name(d) for one in live if op in one.ops for d in one.dtypes or ()}
+        raise InvalidArgumentError(
+            f"{op}(x) on rank {self.group.rank} of group {self.group.name}: x is "
+            f"{dtype_name(dtype)}, which no communicator sums; {', '.join(sorted(summed))} are "
+            "accepted"
+        )
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:

@@ -33,12 +33,12 @@ class XpuCommunicator(VendorCommunicator):
             rank_in_group: this process's rank in the group.
             dst: rank in the group. It travels as an all-gather, which every backend has.
         """
-        check_root("gather", "dst", dst, self.group.world_size)
+        check_root("gather", "dst", dst, self.group.world_size, self.group.rank)
         if rank_in_group != self.group.rank:
             raise InvalidArgumentError(
                 f"gather(rank_in_group={rank_in_group}): this is rank {self.group.rank} of the "
                 "group"
             )
-        dim = check_dim("gather", input_, dim)
+        dim = check_dim("gather", input_, dim, self.group.rank)
         gathered = self.all_gather(input_, dim)
         return gathered if rank_in_group == dst else None
