@@ -7,7 +7,7 @@ wrong thing is still in step afterwards.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,15 @@ def check_tensor(call: str, x: Any, rank: int, argument: str = "x") -> torch.Ten
         raise InvalidArgumentError(
             f"{given}quantized, {_name(x.dtype)}; {_WANTED}: send its int_repr() and its scales"
         )
-    if x.numel() and not _has_memory(x):
+    if x.device.type in _ADDRESSED and x.numel() and not _has_memory(x):
         raise InvalidArgumentError(
             f"{given}on {x.device}, a {type(x).__name__} without memory; {_WANTED}"
         )
     return x.resolve_conj().resolve_neg()
+
+
+#: Devices whose tensors have an address; vendors' tensors may come without.
+_ADDRESSED = frozenset({"cpu", "cuda", "meta"})
 
 
 def _has_memory(x: torch.Tensor) -> bool:
@@ -57,18 +61,25 @@ def check_plain(call: str, x: Any, rank: int, argument: str = "x") -> None:
         )
 
 
-def check_in_place(call: str, x: Any, rank: int) -> torch.Tensor:
+def check_in_place(call: str, x: Any, rank: int, argument: str = "x") -> torch.Tensor:
     """check_tensor of an `x` that receives the result; returns it in contiguous form.
 
     InvalidArgumentError where torch would not write: elements that share memory, an inference
     tensor outside of inference mode, a leaf, or a view, that requires grad.
     """
-    staged = check_tensor(call, x, rank)
-    given = f"{call}(x) on rank {rank} writes into x, "
+    if (
+        type(x) is torch.Tensor
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not (x.requires_grad or x.is_inference() or x.is_neg() or x.is_conj() or x.is_nested)
+    ):
+        return x
+    staged = check_tensor(call, x, rank, argument)
+    given = f"{call}({argument}) on rank {rank} writes into {argument}, "
     if _overlaps(x):
         raise InvalidArgumentError(
-            f"{given}and elements of x {list(x.shape)}, strides {list(x.stride())}, share memory "
-            "(it is expanded, or a window); a tensor with memory for each element is accepted"
+            f"{given}of shape {list(x.shape)} and strides {list(x.stride())}, whose elements share "
+            "memory (it is expanded, or a window); memory for each element is accepted"
         )
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise InvalidArgumentError(
@@ -80,7 +91,9 @@ def check_in_place(call: str, x: Any, rank: int) -> torch.Tensor:
             f"{given}a {'leaf' if x.is_leaf else 'view'} that requires grad; a tensor that does "
             "not, or the call under torch.no_grad(), is accepted"
         )
-    return staged.contiguous()
+    # Unlike contiguous(), clone() works on fake tensors of a device that torch lacks.
+    contiguous = staged.is_contiguous()
+    return staged if contiguous else staged.clone(memory_format=torch.contiguous_format)
 
 
 def _overlaps(x: torch.Tensor) -> bool:
@@ -101,6 +114,27 @@ def _overlaps(x: torch.Tensor) -> bool:
     for stride, size in dims:
         offsets = (offsets[:, None] + torch.arange(size) * stride).flatten()
     return offsets.unique().numel() < offsets.numel()
+
+
+def check_written(call: str, x: Any, rank: int, argument: str = "x") -> None:
+    """check_in_place for callers that write the memory as it is: it must be contiguous, too."""
+    if check_in_place(call, x, rank, argument) is not x:
+        raise InvalidArgumentError(
+            f"{call}({argument}) on rank {rank} writes into {argument}, which is not contiguous or "
+            "is a conj or neg view; a contiguous tensor is accepted"
+        )
+
+
+def check_summed(
+    call: str, dtype: torch.dtype, summed: Collection[torch.dtype], rank: int, argument: str = "x"
+) -> None:
+    """A dtype that is added."""
+    if dtype not in summed:
+        names = ", ".join(sorted(_name(dtype) for dtype in summed))
+        raise InvalidArgumentError(
+            f"{call}({argument}) on rank {rank}: {argument} is {_name(dtype)}, which is not "
+            f"summed; {names} are accepted"
+        )
 
 
 def check_dim(call: str, x: torch.Tensor, dim: int, rank: int) -> int:

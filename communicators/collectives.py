@@ -71,16 +71,7 @@ class Collectives:
             if self.world_size > 1:
                 _ops.group_all_reduce_(x, self.name, exact, order=self._order)
             return x
-        if (
-            type(x) is not Tensor
-            or not x.is_contiguous()
-            or x.requires_grad
-            or x.is_inference()
-            or x.is_neg()
-        ):
-            staged = check_in_place("all_reduce_", x, self.rank_in_group)
-        else:
-            staged = x
+        staged = check_in_place("all_reduce_", x, self.rank_in_group)
         if self.world_size > 1:
             self._run("all_reduce", staged, staged, exact=exact)
         return x if staged is x else x.copy_(staged)
@@ -90,9 +81,7 @@ class Collectives:
         x = self._tensor("reduce_scatter", x)
         dim = check_dim("reduce_scatter", x, dim, self.rank_in_group)
         if is_compiling() and self.world_size > 1:
-            return _ops.group_reduce_scatter(
-                x, dim, self.world_size, self.name, order=self._order
-            )
+            return _ops.group_reduce_scatter(x, dim, self.world_size, self.name, order=self._order)
         size = x.size(dim) if x.dim() else 1
         if size % self.world_size:
             raise InvalidArgumentError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import check_summed
 from .base import OPS, SUMS, Capability, Communicator, Refusal, Request, dtype_name
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
@@ -127,15 +128,11 @@ class Dispatcher:
         """InvalidArgumentError for a sum of a dtype that no live communicator adds."""
         if op not in SUMS:
             return
-        live = [c.capabilities for c in self.live if c.capabilities is not None]
-        if any(one.dtypes is None or dtype in one.dtypes for one in live if op in one.ops):
-            return
-        summed = {dtype_name(d) for one in live if op in one.ops for d in one.dtypes or ()}
-        raise InvalidArgumentError(
-            f"{op}(x) on rank {self.group.rank} of group {self.group.name}: x is "
-            f"{dtype_name(dtype)}, which no communicator sums; {', '.join(sorted(summed))} are "
-            "accepted"
-        )
+        known = [c.capabilities for c in self.live if c.capabilities is not None]
+        sums = [one.dtypes for one in known if op in one.ops]
+        if sums and None not in sums:
+            summed = frozenset().union(*(dtypes for dtypes in sums if dtypes is not None))
+            check_summed(f"{self.group.name}.{op}", dtype, summed, self.group.rank)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:

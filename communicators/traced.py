@@ -27,7 +27,6 @@ from torch.fx.node import has_side_effect
 
 from .open_groups import open_group
 
-
 #: Once a group or a communicator is open: the tensor of order_tensor().
 _order: list[Tensor] = []
 
@@ -137,9 +136,7 @@ def send(x: Tensor, dst: int, group: str) -> None:
 
 
 @_collective("SymInt[] size, ScalarType dtype, int src, Device device, str group")
-def recv(
-    size: list[int], dtype: torch.dtype, src: int, device: torch.device, group: str
-) -> Tensor:
+def recv(size: list[int], dtype: torch.dtype, src: int, device: torch.device, group: str) -> Tensor:
     return torch.empty(size, dtype=dtype, device=device)
 
 
