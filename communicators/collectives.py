@@ -224,7 +224,7 @@ class Collectives:
         size, where = check_new("recv", size, dtype, where, self.rank_in_group)
         if is_compiling():
             return _ops.group_recv(size, dtype, src, where, self.name, order=self._order)
-        self._dispatcher_of(where)
+        self._dispatcher_of("recv", where)
         out = torch.empty(size, dtype=dtype, device=where)
         self._run("recv", out, None, src)
         return out
@@ -256,13 +256,13 @@ class Collectives:
         assert x is not None
         dispatcher = self._host if x.is_cpu else self._dispatcher_at.get(x.device)
         if dispatcher is None:
-            dispatcher = self._dispatcher_at[x.device] = self._dispatcher_of(x.device)
+            dispatcher = self._dispatcher_at[x.device] = self._dispatcher_of(op, x.device)
         if x.numel():
             dispatcher.run(op, out, inp, root, exact)
         else:
             dispatcher.require_dtype(op, x.dtype)
 
-    def _dispatcher_of(self, device: torch.device) -> Dispatcher:
+    def _dispatcher_of(self, op: str, device: torch.device) -> Dispatcher:
         found = self._dispatchers.get(device.type)
         elsewhere = device.type == self.device.type and None not in (
             device.index,
@@ -270,7 +270,7 @@ class Collectives:
         )
         if found is None or (elsewhere and device.index != self.device.index):
             raise InvalidArgumentError(
-                f"group {self.name}: x is on {device}; rank {self.rank_in_group} communicates from "
-                f"{' and '.join(self._dispatchers) or 'nowhere: it is alone'}"
+                f"{op}(x): x is on {device}; rank {self.rank_in_group} of group {self.name} "
+                f"communicates from {' and '.join(self._dispatchers) or 'nowhere: it is alone'}"
             )
         return found

@@ -186,7 +186,10 @@ class CpuCommunicator(Communicator):
 
     def _in_place(self, call: str, x: torch.Tensor) -> torch.Tensor:
         """`x` in the form that can be written as it lies: `x` itself, or a copy."""
-        return x.contiguous() if is_compiling() else check_in_place(call, x, self.group.rank)
+        if is_compiling():
+            return x.contiguous()
+        staged = check_in_place(call, x, self.group.rank)
+        return staged if x.is_cpu else self._require(call, x)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, as a new contiguous tensor."""
