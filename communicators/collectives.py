@@ -71,7 +71,17 @@ class Collectives:
             if self.world_size > 1:
                 _ops.group_all_reduce_(x, self.name, exact, order=self._order)
             return x
-        staged = check_in_place("all_reduce_", x, self.rank_in_group)
+        if (
+            type(x) is not Tensor
+            or x.layout is not torch.strided
+            or not x.is_contiguous()
+            or x.requires_grad
+            or x.is_inference()
+            or x.is_neg()
+        ):
+            staged = check_in_place("all_reduce_", x, self.rank_in_group)
+        else:  # what check_in_place lets through, as nearly all are
+            staged = x
         if self.world_size > 1:
             self._run("all_reduce", staged, staged, exact=exact)
         return x if staged is x else x.copy_(staged)
@@ -257,10 +267,7 @@ class Collectives:
         dispatcher = self._host if x.is_cpu else self._dispatcher_at.get(x.device)
         if dispatcher is None:
             dispatcher = self._dispatcher_at[x.device] = self._dispatcher_of(op, x.device)
-        if x.numel():
-            dispatcher.run(op, out, inp, root, exact)
-        else:
-            dispatcher.require_dtype(op, x.dtype)
+        dispatcher.run(op, out, inp, root, exact)
 
     def _dispatcher_of(self, op: str, device: torch.device) -> Dispatcher:
         found = self._dispatchers.get(device.type)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,7 +112,10 @@ class Dispatcher:
             )
         op, dtype, nbytes, capturing, exact = key
         request = Request(op, dtype, nbytes, "capture" if capturing else "eager", exact)
-        self.require_dtype(op, dtype)
+        self._require_dtype(op, dtype)
+        if nbytes == 0:
+            self._plans[key] = _NOTHING
+            return _NOTHING
         choice = self.select(request)
         if choice.communicator is None:
             why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())
@@ -124,7 +128,7 @@ class Dispatcher:
         self._plans[key] = communicator
         return communicator
 
-    def require_dtype(self, op: str, dtype: torch.dtype) -> None:
+    def _require_dtype(self, op: str, dtype: torch.dtype) -> None:
         """InvalidArgumentError for a sum of a dtype that no live communicator adds."""
         if op not in SUMS:
             return
@@ -193,6 +197,16 @@ class Dispatcher:
         self._plans.clear()
         for communicator in self.live:
             communicator.close()
+
+
+class _Nothing:
+    """Takes what has no elements: nothing moves, on any rank."""
+
+    def run(self, *_: Any) -> None:
+        return
+
+
+_NOTHING: Any = _Nothing()
 
 
 def _same(a: Choice, b: Choice) -> bool:

@@ -83,7 +83,7 @@ class TorchDistributedCommunicator(Communicator):
     def _run(self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int) -> None:
         group, global_root = self.process_group, self.group.ranks[root]
         if op not in SUMS and self.capabilities is not None and self.capabilities.dtypes:
-            out, inp = (_movable(x, self.capabilities.dtypes) for x in (out, inp))
+            out, inp = (_movable(x) for x in (out, inp))
         if op == "gather":
             assert inp is not None
             parts = None if out is None else list(out.view(self.group.world_size, -1).unbind(0))
@@ -102,7 +102,10 @@ class TorchDistributedCommunicator(Communicator):
             if op == "all_reduce":
                 if out is not inp:
                     out.copy_(inp)
-                dist.all_reduce(out, group=group)
+                staged = out.resolve_conj()
+                dist.all_reduce(staged, group=group)
+                if staged is not out:
+                    out.copy_(staged)
             elif op == "all_gather":
                 _all_gather(out.view(-1), inp.view(-1), group=group)
             elif op == "reduce_scatter":
@@ -111,6 +114,6 @@ class TorchDistributedCommunicator(Communicator):
                 raise CommunicatorError(f"{op!r} is not one of {OPS}")
 
 
-def _movable(x: torch.Tensor | None, known: frozenset[torch.dtype]) -> torch.Tensor | None:
-    """`x` as bytes where the backend has no word for its dtype (fp8, int16, unsigned ones)."""
-    return x if x is None or x.dtype in known else x.view(-1).view(torch.uint8)
+def _movable(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` as bytes where gloo or NCCL may not know its dtype (fp8, int16, unsigned, complex)."""
+    return x if x is None or x.dtype in _BOTH else x.view(-1).view(torch.uint8)

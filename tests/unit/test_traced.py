@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -216,5 +215,3 @@ def shared_memory(rank: Rank, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_native_operators_are_kept(backend):
     pool(2).run(shared_memory, backend, deadline_s=120)
-
-
