@@ -48,7 +48,7 @@ def check_tensor(call: str, x: Any, rank: int, argument: str = "x") -> torch.Ten
 
 
 #: Devices whose tensors have an address; vendors' tensors may come without.
-_ADDRESSED = frozenset({"cpu", "cuda", "meta"})
+_ADDRESSED = frozenset({"cpu", "cuda"})
 
 
 def _has_memory(x: torch.Tensor) -> bool:

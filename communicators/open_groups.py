@@ -9,7 +9,8 @@ from .errors import CommunicatorError
 if TYPE_CHECKING:
     from .group_coordinator import GroupCoordinator
 
-#: By name, "world", "tp", "pp" and the user's own: with traced.py's `order` the only module-level state.
+#: By name, "world", "tp", "pp" and the user's own: with traced.py's `order`, the library's only
+#: module-level state.
 OPEN_GROUPS: dict[str, GroupCoordinator] = {}
 
 
