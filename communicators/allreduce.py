@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .arguments import check_plain
 from .backends.mscclpp_functions import (
     mscclpp_allreduce,
     mscclpp_generate_unique_id,
@@ -31,6 +32,7 @@ from .backends.quick_functions import (
 )
 from .bindings import custom_ar
 from .errors import InvalidArgumentError
+from .traced import order_tensor
 from .workspace import LAYOUT, SharedBuffer
 
 __all__ = [
@@ -121,7 +123,16 @@ def all_reduce(
 
     The last two arguments are not used: any size is reduced, without a registered buffer.
     """
-    torch.ops.communicators.custom_ar_all_reduce(fa, inp, out)
+    order = None
+    if torch.compiler.is_compiling():
+        order = order_tensor(inp.device)
+    else:
+        for argument, x in (("inp", inp), ("out", out)):
+            if type(x) is not torch.Tensor or x.is_neg():
+                check_plain(
+                    f"all_reduce of handle {fa:#x}", x, torch.cuda.current_device(), argument
+                )
+    torch.ops.communicators.custom_ar_all_reduce(fa, inp, out, order)
 
 
 def all_reduce_reg(fa: int, inp: torch.Tensor, out: torch.Tensor) -> None:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 #:   broadcast        inp is out [n]                         root's content everywhere
 #:   send, recv       inp [n] / out [n]                      root is the peer
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "send", "recv")
-
 #: Those that add; the others move bytes, and what the bytes are makes no difference to them.
 REDUCTIONS = ("all_reduce", "reduce_scatter")
 
@@ -97,8 +96,11 @@ class Capability:
             return Refusal(f"it does only {', '.join(sorted(self.ops))}")
         if request.mode not in self.modes:
             return Refusal(f"it does not run in mode {request.mode!r}")
-        reduces = request.op in REDUCTIONS
-        if reduces and self.dtypes is not None and request.dtype not in self.dtypes:
+        if (
+            request.op in REDUCTIONS
+            and self.dtypes is not None
+            and request.dtype not in self.dtypes
+        ):
             names = ", ".join(sorted(dtype_name(dtype) for dtype in self.dtypes))
             return Refusal(f"it sums {names}, not {dtype_name(request.dtype)}")
         if request.exact and self.rounds:

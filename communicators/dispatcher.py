@@ -11,11 +11,22 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import forks
-from .base import OPS, Capability, Communicator, Refusal, Request, dtype_name, size_name
+from .arguments import check_summed
+from .base import (
+    OPS,
+    REDUCTIONS,
+    Capability,
+    Communicator,
+    Refusal,
+    Request,
+    dtype_name,
+    size_name,
+)
 from .errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from .group import Group
 from .policy import MARGIN, Choice, choose
@@ -139,6 +150,10 @@ class Dispatcher:
             )
         op, dtype, nbytes, capturing, exact = key
         request = Request(op, dtype, nbytes, "capture" if capturing else "eager", exact)
+        self._require_dtype(op, dtype)
+        if nbytes == 0:
+            self._plans[key] = _NOTHING
+            return _NOTHING
         choice = self.select(request)
         if choice.communicator is None:
             why = "; ".join(f"{name}: {refusal}" for name, refusal in choice.refused.items())
@@ -150,6 +165,16 @@ class Dispatcher:
         communicator = next(c for c in self.live if c.name == choice.communicator)
         self._plans[key] = communicator
         return communicator
+
+    def _require_dtype(self, op: str, dtype: torch.dtype) -> None:
+        """InvalidArgumentError for a sum of a dtype that no live communicator adds."""
+        if op not in REDUCTIONS:
+            return
+        known = [c.capabilities for c in self.live if c.capabilities is not None]
+        sums = [one.dtypes for one in known if op in one.ops]
+        if sums and None not in sums:
+            summed = frozenset().union(*(dtypes for dtypes in sums if dtypes is not None))
+            check_summed(f"{self.group.name}.{op}", dtype, summed, self.group.rank)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -228,6 +253,16 @@ class Dispatcher:
         self._plans.clear()
         for communicator in self.live:
             communicator.close()
+
+
+class _Nothing:
+    """Takes what has no elements: nothing moves, on any rank."""
+
+    def run(self, *_: Any) -> None:
+        return
+
+
+_NOTHING: Any = _Nothing()
 
 
 def _same(a: Choice, b: Choice) -> bool:

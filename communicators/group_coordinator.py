@@ -1,7 +1,6 @@
 """GroupCoordinator: what a tensor-parallel job talks to. One object a group of ranks.
 
-It checks arguments, allocates results, brings tensors into the contiguous form that communicators
-take, and hands each call to the dispatcher of the tensor's device. Objects travel on the host side.
+Tensors travel as collectives.py says, by the dispatcher of their device; objects on the host side.
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ import torch
 import torch.distributed as dist
 
 from . import backends, forks
-from .arguments import check_dim, check_peer, check_root, check_sizes
 from .backends.pynccl import PyNcclCommunicator
+from .collectives import Collectives
 from .dispatcher import Dispatcher
-from .errors import CommunicatorError, InvalidArgumentError, TopologyError
+from .errors import CommunicatorError, TopologyError
 from .group import Group, rank_span
 from .group_objects import GroupObjects
 from .object_broadcast import ObjectBroadcaster
 from .open_groups import OPEN_GROUPS
 from .settings import Settings
+from .traced import order_tensor
 
 
-class GroupCoordinator(GroupObjects):
+class GroupCoordinator(Collectives, GroupObjects):
     """The collectives of one group of ranks, on one device a rank. Construction is collective.
 
     Args:
@@ -79,10 +79,12 @@ class GroupCoordinator(GroupObjects):
             self.device_group = self._process_group(backends.torch_backend(self.device.type))
         self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
-        self._dispatcher_at: dict[torch.device, Dispatcher] = {}  # where tensors have been seen
+        self._dispatcher_at = {}
+        self._order = order_tensor(self.device)
         if self.world_size > 1:
             for at, process_group in self._devices():
                 self._dispatchers[at.type] = backends.open_dispatcher(self.group, at, process_group)
+        self._host = self._dispatchers.get("cpu")
         self._closed = False
         forks.tell(self)
         OPEN_GROUPS[name] = self
@@ -137,160 +139,6 @@ class GroupCoordinator(GroupObjects):
         """Global rank of the previous member, cyclic."""
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
 
-    # -- reductions ---------------------------------------------------------------------------
-
-    def all_reduce(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """The sum of every rank's `x`, as a new tensor; never aliases `x`.
-
-        Our own paths add in rank order in fp32 and round once: equal bits on all ranks. `exact`
-        leaves out the quantized all-reduce, where the group's settings allow that one.
-        """
-        if torch.compiler.is_compiling():
-            return torch.ops.communicators.group_all_reduce(x, self.name, exact)
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        if self.world_size == 1:
-            return out.copy_(x)
-        if out.numel():
-            self._dispatcher(x).run("all_reduce", out, x, exact=exact)
-        return out
-
-    def all_reduce_(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """The same in place; returns `x`."""
-        if self.world_size == 1 or x.numel() == 0:
-            return x
-        if torch.compiler.is_compiling():
-            return x.copy_(torch.ops.communicators.group_all_reduce(x, self.name, exact))
-        staged = x.contiguous()
-        self._dispatcher(x).run("all_reduce", staged, staged, exact=exact)
-        return x if staged is x else x.copy_(staged)
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Part `rank_in_group` of the sum, split evenly along `dim`; a new tensor."""
-        dim = check_dim("reduce_scatter", x, dim)
-        if x.size(dim) % self.world_size:
-            raise InvalidArgumentError(
-                f"reduce_scatter(x, dim={dim}): size {x.size(dim)} of x {list(x.shape)} is not a "
-                f"multiple of the {self.world_size} ranks; use reduce_scatterv"
-            )
-        return self.reduce_scatterv(x, [x.size(dim) // self.world_size] * self.world_size, dim)
-
-    def reduce_scatterv(self, x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> torch.Tensor:
-        """reduce_scatter with parts of given sizes: rank r gets sizes[r] along `dim`."""
-        dim = check_dim("reduce_scatterv", x, dim)
-        check_sizes("reduce_scatterv", x, sizes, self.world_size, x.size(dim))
-        if self.world_size == 1:
-            return x.clone(memory_format=torch.contiguous_format)
-        moved = x.movedim(dim, 0)
-        rest, longest = list(moved.shape[1:]), max(sizes)
-        if len(set(sizes)) == 1:
-            parts = moved.contiguous()
-        else:  # equal parts on the wire: the shorter ones are padded
-            parts = x.new_zeros([self.world_size * longest, *rest])
-            for rank, part in enumerate(moved.split(list(sizes))):
-                parts[rank * longest : rank * longest + len(part)].copy_(part)
-        out = x.new_empty([longest, *rest])
-        if out.numel():
-            self._dispatcher(x).run("reduce_scatter", out, parts)
-        return out[: sizes[self.rank_in_group]].movedim(0, dim).contiguous()
-
-    # -- gathering ----------------------------------------------------------------------------
-
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Every rank's `x`, of one shape, concatenated along `dim` in rank order."""
-        dim = check_dim("all_gather", x, dim)
-        if self.world_size == 1:
-            return x.clone(memory_format=torch.contiguous_format)
-        if torch.compiler.is_compiling():
-            return torch.ops.communicators.group_all_gather(x, dim, self.world_size, self.name)
-        return self._joined(self._all_gather_flat(x.contiguous()), dim)
-
-    def all_gatherv(self, x: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> torch.Tensor:
-        """all_gather of parts whose size along `dim` is sizes[r] on rank r."""
-        dim = check_dim("all_gatherv", x, dim)
-        check_sizes("all_gatherv", x, sizes, self.world_size)
-        if x.size(dim) != sizes[self.rank_in_group]:
-            raise InvalidArgumentError(
-                f"all_gatherv(x, sizes={list(sizes)}, dim={dim}): rank {self.rank_in_group} has "
-                f"size {x.size(dim)} and sizes says {sizes[self.rank_in_group]}"
-            )
-        if len(set(sizes)) == 1:
-            return self.all_gather(x, dim)
-        moved = x.movedim(dim, 0)
-        padded = x.new_zeros([max(sizes), *moved.shape[1:]])
-        padded[: len(moved)].copy_(moved)
-        parts = self._all_gather_flat(padded)
-        joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-        return joined.movedim(0, dim).contiguous()
-
-    def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
-        """all_gather for rank `dst` of the group alone; None on the others."""
-        dim = check_dim("gather", x, dim)
-        check_root("gather", "dst", dst, self.world_size)
-        if self.world_size == 1:
-            return x.clone(memory_format=torch.contiguous_format)
-        x = x.contiguous()
-        receives = self.rank_in_group == dst
-        out = x.new_empty([self.world_size, *x.shape]) if receives else None
-        if x.numel():
-            self._dispatcher(x).run("gather", out, x, dst)
-        return None if out is None else self._joined(out, dim)
-
-    def _all_gather_flat(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty([self.world_size, *x.shape])
-        if x.numel():
-            self._dispatcher(x).run("all_gather", out, x)
-        return out
-
-    def _joined(self, parts: torch.Tensor, dim: int) -> torch.Tensor:
-        """[W, *shape] -> the parts concatenated along `dim`; no copy for dim 0."""
-        shape = list(parts.shape[1:])
-        if not shape:
-            return parts
-        shape[dim] *= self.world_size
-        return parts.movedim(0, dim).reshape(shape).contiguous()
-
-    # -- one to all, one to one ---------------------------------------------------------------
-
-    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """Rank `src`'s content in every rank's `x`, in place; returns `x`."""
-        check_root("broadcast", "src", src, self.world_size)
-        if self.world_size == 1 or x.numel() == 0:
-            return x
-        staged = x.contiguous()
-        self._dispatcher(x).run("broadcast", staged, staged, src)
-        return x if staged is x else x.copy_(staged)
-
-    def send(self, x: torch.Tensor, dst: int | None = None) -> None:
-        """Sends `x` to rank `dst` of the group; default: the next one."""
-        dst = (self.rank_in_group + 1) % self.world_size if dst is None else dst
-        check_peer("send", "dst", dst, self.rank_in_group, self.world_size)
-        if x.numel():
-            self._dispatcher(x).run("send", None, x.contiguous(), dst)
-
-    def recv(
-        self,
-        size: Sequence[int],
-        dtype: torch.dtype,
-        src: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> torch.Tensor:
-        """A new tensor with what rank `src` (default: the previous one) sent; its shape is `size`.
-
-        Args:
-            device: where the sender's tensor was, and this one is: the group's device, or "cpu".
-        """
-        src = (self.rank_in_group - 1) % self.world_size if src is None else src
-        check_peer("recv", "src", src, self.rank_in_group, self.world_size)
-        out = torch.empty(list(size), dtype=dtype, device=device or self.device)
-        if out.numel():
-            self._dispatcher(out).run("recv", out, None, src)
-        return out
-
-    def barrier(self) -> None:
-        """Returns once every rank has called it; CommTimeoutError names the late ones."""
-        self.group.barrier()
-
     # -- life ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -320,6 +168,7 @@ class GroupCoordinator(GroupObjects):
         self._closed = True
         OPEN_GROUPS.pop(self.name, None)
         self._dispatcher_at.clear()
+        self._host = None
 
     def close(self) -> None:
         """Closes the communicators, then their process groups. Idempotent."""
@@ -332,16 +181,3 @@ class GroupCoordinator(GroupObjects):
             dispatcher.close()
         for process_group in {id(g): g for g in (self.device_group, self.cpu_group)}.values():
             dist.destroy_process_group(process_group)
-
-    def _dispatcher(self, x: torch.Tensor) -> Dispatcher:
-        found = self._dispatcher_at.get(x.device)  # its type takes four times as long
-        if found is None:
-            self.group.require_own_process()
-            found = self._dispatchers.get(x.device.type)
-            if found is None:
-                raise InvalidArgumentError(
-                    f"group {self.name}: x is on {x.device}; rank {self.rank_in_group} communicates"
-                    f" from {' and '.join(self._dispatchers) or 'nowhere: it is alone'}"
-                )
-            self._dispatcher_at[x.device] = found
-        return found

@@ -48,7 +48,7 @@ class GroupObjects:
         If it cannot be pickled, all ranks raise the same InvalidArgumentError; a rank that cannot
         unpickle it raises CommunicatorError. The ranks are in step after either.
         """
-        check_root("broadcast_object", "src", src, self.world_size)
+        check_root("broadcast_object", "src", src, self.world_size, self.rank_in_group)
         if self.world_size == 1:
             return obj
         return self._broadcast_message("broadcast_object", None, obj, src)
@@ -58,7 +58,7 @@ class GroupObjects:
 
         Errors as broadcast_object; a rank with a list of another length raises by itself.
         """
-        check_root("broadcast_object_list", "src", src, self.world_size)
+        check_root("broadcast_object_list", "src", src, self.world_size, self.rank_in_group)
         wrong = None
         if not isinstance(objects, list):
             wrong = (
@@ -101,7 +101,7 @@ class GroupObjects:
         itself is returned. Before anything travels the whole dict is checked: if a part of it
         cannot be sent, all ranks raise the same InvalidArgumentError and are in step.
         """
-        check_root("broadcast_tensor_dict", "src", src, self.world_size)
+        check_root("broadcast_tensor_dict", "src", src, self.world_size, self.rank_in_group)
         call = "broadcast_tensor_dict"
         if self.rank_in_group != src:
             return self._broadcast_message(call, "tensor dict", None, src)

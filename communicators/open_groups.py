@@ -1,21 +1,16 @@
-"""The open groups of this process, and the operators by which a traced graph calls them.
-
-torch.compile cannot trace into a communicator, so inside a traced function the coordinator calls
-an operator that names the group; at run time the operator finds it here.
-"""
+"""The open groups of this process, by name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-import torch
 
 from .errors import CommunicatorError
 
 if TYPE_CHECKING:
     from .group_coordinator import GroupCoordinator
 
-#: By name, "world", "tp", "pp" and the user's own: the library's only module-level state.
+#: By name, "world", "tp", "pp" and the user's own: with traced.py's `order`, the library's only
+#: module-level state.
 OPEN_GROUPS: dict[str, GroupCoordinator] = {}
 
 
@@ -28,25 +23,3 @@ def open_group(name: str) -> GroupCoordinator:
             f"this rank has no open group {name!r}; open are: {', '.join(OPEN_GROUPS) or 'none'} "
             "(init_distributed_environment and initialize_model_parallel open groups)"
         ) from None
-
-
-@torch.library.custom_op("communicators::group_all_reduce", mutates_args=())
-def _group_all_reduce(x: torch.Tensor, group: str, exact: bool = False) -> torch.Tensor:
-    return open_group(group).all_reduce(x, exact=exact)
-
-
-@_group_all_reduce.register_fake
-def _(x: torch.Tensor, group: str, exact: bool = False) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("communicators::group_all_gather", mutates_args=())
-def _group_all_gather(x: torch.Tensor, dim: int, world_size: int, group: str) -> torch.Tensor:
-    return open_group(group).all_gather(x, dim).clone()
-
-
-@_group_all_gather.register_fake
-def _(x: torch.Tensor, dim: int, world_size: int, group: str) -> torch.Tensor:
-    shape = list(x.shape) or [1]
-    shape[dim] *= world_size
-    return x.new_empty(shape)

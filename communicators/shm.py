@@ -19,10 +19,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from . import native, objects, tensor_dict
+from .arguments import check_summed, check_tensor, check_written
 from .errors import InvalidArgumentError
 from .settings import Settings
+from .traced import keep, order_tensor
+
+#: What is added; everything else travels only.
+SUMMED = frozenset(
+    {
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+    }
+)
 
 
 @functools.cache
@@ -30,10 +48,14 @@ def load() -> None:
     """Loads the native library and tells torch.compile what its operators return."""
     native.load("cpu")
 
-    def writes_only_its_arguments(*_: object) -> None:
+    def writes_only_its_arguments(*_: object, **__: object) -> None:
         return None
 
+    def describe(x: torch.Tensor, handle: int, order: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
     for name in (
+        "shm_all_reduce",
         "shm_all_reduce_",
         "shm_all_reduce_out",
         "shm_all_gather",
@@ -42,12 +64,21 @@ def load() -> None:
         "shm_broadcast_",
         "shm_send",
         "shm_recv_",
+        "shm_barrier",
     ):
-        torch.library.register_fake(f"communicators::{name}", writes_only_its_arguments)
+        fake = describe if name == "shm_all_reduce" else writes_only_its_arguments
+        torch.library.register_fake(f"communicators::{name}", fake)
+        keep(getattr(torch.ops.communicators, name).default)
+    order_tensor()
 
-    @torch.library.register_fake("communicators::shm_all_reduce")
-    def _(x: torch.Tensor, handle: int) -> torch.Tensor:
-        return torch.empty_like(x)
+
+def _order() -> torch.Tensor | None:
+    """The last argument of an operator that is traced: it keeps its place (traced.py)."""
+    return order_tensor() if is_compiling() else None
+
+
+#: The rank of each open handle, for the text of errors.
+_rank_of: dict[int, int] = {}
 
 
 def init_shm_manager(
@@ -78,7 +109,7 @@ def init_shm_manager(
         )
     settings = Settings.from_environment() if settings is None else settings
     try:
-        return torch.ops.communicators.shm_open(
+        handle: int = torch.ops.communicators.shm_open(
             settings.shm_dir,
             rank,
             group_size,
@@ -89,6 +120,8 @@ def init_shm_manager(
         )
     except RuntimeError as error:
         raise native.typed(error) from None
+    _rank_of[handle] = rank
+    return handle
 
 
 def shm_address(handle: int) -> str:
@@ -119,6 +152,7 @@ def join_shm_manager(handle: int, name: str, addresses: Sequence[str] = ()) -> s
 
 def close_shm_manager(handle: int) -> None:
     """Gives the memory back. Local: what peers have mapped stays until they close too."""
+    _rank_of.pop(handle, None)
     try:
         torch.ops.communicators.shm_close(handle)
     except RuntimeError as error:
@@ -130,8 +164,9 @@ def shm_allreduce(handle: int, data: torch.Tensor) -> None:
 
     Added in rank order, in fp32 for fp32, fp16 and bf16, rounded once: the same bits on all ranks.
     """
+    _require("shm_allreduce", handle, data, written=True, summed=True)
     try:
-        torch.ops.communicators.shm_all_reduce_(data, handle)
+        torch.ops.communicators.shm_all_reduce_(data, handle, _order())
     except RuntimeError as error:
         raise native.typed(error) from None
 
@@ -143,11 +178,20 @@ def shm_gather(
 
     On the other ranks `outputs` is None.
     """
+    _require("shm_gather", handle, data)
     out = None
     if outputs is not None:
+        for output in outputs:
+            _require("shm_gather", handle, output, "outputs", written=True)
+            if (output.shape, output.dtype) != (data.shape, data.dtype):
+                raise InvalidArgumentError(
+                    f"shm_gather(outputs) on rank {_rank_of.get(handle)}: one is "
+                    f"{list(output.shape)} of {output.dtype}; data is {list(data.shape)} of "
+                    f"{data.dtype}, and outputs like it are accepted"
+                )
         out = data.new_empty([len(outputs), *data.shape])
     try:
-        torch.ops.communicators.shm_gather(out, data, data.numel(), dst, handle)
+        torch.ops.communicators.shm_gather(out, data, data.numel(), dst, handle, _order())
     except RuntimeError as error:
         raise native.typed(error) from None
     if out is not None and outputs is not None:
@@ -157,8 +201,10 @@ def shm_gather(
 
 def shm_all_gather(handle: int, data: torch.Tensor, output: torch.Tensor) -> None:
     """Every rank's `data`, one after another in rank order, in `output` (W * data.numel())."""
+    _require("shm_all_gather", handle, data)
+    _require("shm_all_gather", handle, output, "output", written=True)
     try:
-        torch.ops.communicators.shm_all_gather(output, data, data.numel(), handle)
+        torch.ops.communicators.shm_all_gather(output, data, data.numel(), handle, _order())
     except RuntimeError as error:
         raise native.typed(error) from None
 
@@ -169,6 +215,11 @@ def shm_send_tensor_list(handle: int, tensors: Sequence[torch.Tensor], dst: int)
     Large ones wait for the receiver, as MPI_Send may. InvalidArgumentError, with nothing sent, if
     one of them cannot be.
     """
+    if isinstance(tensors, torch.Tensor) or not isinstance(tensors, Sequence):
+        raise InvalidArgumentError(
+            f"shm_send_tensor_list(tensors) on rank {_rank_of.get(handle)}: a sequence of tensors "
+            f"is expected, not a {type(tensors).__name__}"
+        )
     for x in tensors:
         if not isinstance(x, torch.Tensor):
             raise InvalidArgumentError(
@@ -188,25 +239,53 @@ def shm_recv_tensor_list(handle: int, src: int) -> list[torch.Tensor]:
 
 def send(handle: int, x: torch.Tensor, dst: int) -> None:
     """Sends one tensor to rank `dst`, which must call recv_ with one of the same dtype and size."""
-    if x.device.type != "cpu":
-        raise InvalidArgumentError(f"send: x is on {x.device}; this communicator is for the CPU")
+    _require("send", handle, x)
     if x.numel() == 0:
         return
     try:
-        torch.ops.communicators.shm_send(x.detach().contiguous(), dst, handle)
+        torch.ops.communicators.shm_send(x.detach().contiguous(), dst, handle, _order())
     except RuntimeError as error:
         raise native.typed(error) from None
 
 
 def recv_(handle: int, x: torch.Tensor, src: int) -> torch.Tensor:
     """Receives into the contiguous tensor `x` and returns it."""
+    _require("recv_", handle, x, written=True)
     if x.numel() == 0:
         return x
     try:
-        torch.ops.communicators.shm_recv_(x, src, handle)
+        torch.ops.communicators.shm_recv_(x, src, handle, _order())
     except RuntimeError as error:
         raise native.typed(error) from None
     return x
+
+
+def _require(
+    call: str,
+    handle: int,
+    x: torch.Tensor,
+    argument: str = "data",
+    written: bool = False,
+    summed: bool = False,
+) -> None:
+    """InvalidArgumentError for what the operators do not take; before anything moves.
+
+    A tracer's tensor has no memory to look at: there the operator's own checks are left.
+    """
+    if is_compiling():
+        return
+    rank = _rank_of.get(handle, -1)
+    if written:
+        check_written(call, x, rank, argument)
+    else:
+        check_tensor(call, x, rank, argument)
+    if not x.is_cpu:
+        raise InvalidArgumentError(
+            f"{call}({argument}) on rank {rank}: {argument} is on {x.device}; this communicator is "
+            "for the CPU"
+        )
+    if summed:
+        check_summed(call, x.dtype, SUMMED, rank, argument)
 
 
 def send_object(handle: int, value: object, dst: int) -> None:

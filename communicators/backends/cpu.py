@@ -9,28 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from .. import native, shm
-from ..arguments import check_dim, check_mapping, check_peer, check_root
+from ..arguments import (
+    check_dim,
+    check_in_place,
+    check_mapping,
+    check_peer,
+    check_root,
+    check_summed,
+    check_tensor,
+)
 from ..base import OPS, Capability, Communicator, Refusal
 from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..group import Group
 from ..hosts import Home
 from ..settings import Settings
-
-_SUMMED = frozenset(
-    {
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float64,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.uint8,
-    }
-)
+from ..traced import order_tensor
 
 
 class CpuCommunicator(Communicator):
@@ -65,7 +61,7 @@ class CpuCommunicator(Communicator):
             native.load("cpu")
         except NativeLibraryError as error:
             return Refusal(str(error))
-        return Capability(frozenset(OPS), dtypes=_SUMMED)
+        return Capability(frozenset(OPS), dtypes=shm.SUMMED)
 
     def allocate(self) -> Any:
         self._handle = shm.init_shm_manager(
@@ -82,6 +78,7 @@ class CpuCommunicator(Communicator):
                 raise RefusedError(
                     f"ranks 0 and {rank} are in different network namespaces or of different users"
                 )
+        self._order = order_tensor(self.device)
         # Rank 0's random number: another job may well have a group of this name.
         name = f"{self.group.name}/{handles[0][1]}"
         shm.join_shm_manager(self._handle, name, [address for _, _, address in handles])
@@ -138,69 +135,96 @@ class CpuCommunicator(Communicator):
         except (RuntimeError, KeyError) as error:
             self.require_live()
             for x in arguments:
-                if isinstance(x, torch.Tensor) and x.device.type != "cpu":
-                    raise InvalidArgumentError(
-                        f"{name}(x): x is on {x.device}; {self.name} is for the CPU"
-                    ) from None
+                if isinstance(x, torch.Tensor):
+                    self._require(name, x)
             if isinstance(error, KeyError):
                 raise
             raise native.typed(error) from None
 
-    # -- the same, for tensors of any layout ---------------------------------------------------
+    def _require(self, call: str, x: torch.Tensor) -> torch.Tensor:
+        """check_tensor, and what else the native operators refuse, before anything moves."""
+        rank = self.group.rank
+        x = check_tensor(call, x, rank)
+        if x.device.type != "cpu":
+            raise InvalidArgumentError(
+                f"{call}(x) on rank {rank}: x is on {x.device}; {self.name} is for the CPU"
+            )
+        if call.startswith(("all_reduce", "reduce_scatter")):
+            check_summed(call, x.dtype, shm.SUMMED, rank)
+        return x
+
+    # -- the same, for tensors of any layout; torch.compile traces them ------------------------
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """_do, or in a traced graph the operator with what keeps its place (traced.py)."""
+        if is_compiling():
+            return self._ops[name](*arguments, self._handle, self._order)
+        return self._do(name, *arguments)
+
+    def _tensor(self, call: str, x: torch.Tensor) -> torch.Tensor:
+        """`x`, checked and contiguous; a tracer's tensor has no memory to look at."""
+        return (x if is_compiling() else self._require(call, x)).contiguous()
+
+    def _in_place(self, call: str, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the form that can be written as it lies: `x` itself, or a copy."""
+        if is_compiling():
+            return x.contiguous()
+        staged = check_in_place(call, x, self.group.rank)
+        return staged if x.is_cpu else self._require(call, x)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, as a new contiguous tensor."""
-        return self._do("all_reduce", x.contiguous())
+        return self._call("all_reduce", self._tensor("all_reduce", x))
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """The same in place; returns `x`."""
-        if x.is_contiguous():
-            self._do("all_reduce_", x)
-            return x
-        staged = x.contiguous()
-        self._do("all_reduce_", staged)
-        return x.copy_(staged)
+        staged = self._in_place("all_reduce_", x)
+        self._call("all_reduce_", staged)
+        return x if staged is x else x.copy_(staged)
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Every rank's `x`, of one shape, joined along `dim` in rank order; a new tensor."""
-        dim = check_dim("all_gather", x, dim)
+        x = self._tensor("all_gather", x)
+        dim = check_dim("all_gather", x, dim, self.group.rank)
         out = self._joined(x, dim)
-        self._do("all_gather", out, x.contiguous(), _inner(x, dim))
+        self._call("all_gather", out, x, _inner(x, dim))
         return out
 
     def gather(self, x: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         """all_gather for rank `dst` alone; None on the others."""
-        dim = check_dim("gather", x, dim)
-        check_root("gather", "dst", dst, self.group.world_size)
+        x = self._tensor("gather", x)
+        dim = check_dim("gather", x, dim, self.group.rank)
+        dst = check_root("gather", "dst", dst, self.group.world_size, self.group.rank)
         out = self._joined(x, dim) if self.group.rank == dst else None
-        self._do("gather", out, x.contiguous(), _inner(x, dim), dst)
+        self._call("gather", out, x, _inner(x, dim), dst)
         return out
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Part `rank` of the sum of every rank's `x`, split evenly along `dim`; a new tensor."""
-        dim = check_dim("reduce_scatter", x, dim)
+        x = self._tensor("reduce_scatter", x)
+        dim = check_dim("reduce_scatter", x, dim, self.group.rank)
         ranks = self.group.world_size
         shape = list(x.shape) or [1]
         if shape[dim] % ranks:
             raise InvalidArgumentError(
-                f"reduce_scatter(x, dim={dim}): size {shape[dim]} of x {list(x.shape)} is not a "
-                f"multiple of the {ranks} ranks"
+                f"reduce_scatter(x, dim={dim}) on rank {self.group.rank}: size {shape[dim]} of x "
+                f"{list(x.shape)} is not a multiple of the {ranks} ranks"
             )
         shape[dim] //= ranks
         out = x.new_empty(shape)
-        self._do("reduce_scatter", out, x.contiguous(), _inner(out, dim))
+        self._call("reduce_scatter", out, x, _inner(out, dim))
         return out
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Rank `src`'s content in every rank's `x`, in place; returns `x`."""
-        check_root("broadcast", "src", src, self.group.world_size)
-        staged = x.contiguous()
-        self._do("broadcast_", staged, src)
+        src = check_root("broadcast", "src", src, self.group.world_size, self.group.rank)
+        staged = self._in_place("broadcast", x)
+        self._call("broadcast_", staged, src)
         return x if staged is x else x.copy_(staged)
 
     def barrier(self) -> None:
         """Returns once every rank has called it."""
-        self._do("barrier")
+        self._call("barrier")
 
     def send_tensor_list(self, tensors: Sequence[torch.Tensor], dst: int) -> None:
         """Sends tensors, any number of any dtypes and shapes; large ones wait for the receiver."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .. import p2p
+from ..arguments import check_in_place, check_tensor
 from ..base import Capability, Communicator, Refusal, dtype_name
 from ..bindings import custom_ar
 from ..errors import (
@@ -28,6 +29,7 @@ from ..errors import (
 from ..group import Group
 from ..settings import Settings
 from ..topology import Verdict
+from ..traced import order_tensor
 from ..workspace import LAYOUT, SharedBuffer
 
 WORLD_SIZES = (2, 4, 6, 8)
@@ -120,6 +122,7 @@ class CustomAllreduce(Communicator):
         self._buffer.map_peers([handle for handle, _ in handles])
         with torch.cuda.device(self.device):
             self._handle = self._library.create(self._buffer.pointers, self.group.rank, LAYOUT)
+        self._order = order_tensor(self.device)
         self.set_timeout(self.settings.timeout_s)
         self._call = self._library.all_reduce_call(self._handle, torch.empty(1, device=self.device))
         self._fast = None if self.settings.debug else self._call
@@ -164,7 +167,7 @@ class CustomAllreduce(Communicator):
 
     def _all_reduce(self, inp: torch.Tensor, out: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
-            torch.ops.communicators.custom_ar_all_reduce(self._handle, inp, out)
+            torch.ops.communicators.custom_ar_all_reduce(self._handle, inp, out, self._order)
             return
         if self.settings.debug:
             self._compare("all_reduce", inp)
@@ -173,8 +176,9 @@ class CustomAllreduce(Communicator):
 
     def _all_gather(self, inp: torch.Tensor, out: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
-            world_size = self.group.world_size
-            torch.ops.communicators.custom_ar_all_gather(self._handle, inp, out, world_size)
+            torch.ops.communicators.custom_ar_all_gather(
+                self._handle, inp, out, self.group.world_size, self._order
+            )
             return
         if self.settings.debug:
             self._compare("all_gather", inp)
@@ -188,8 +192,9 @@ class CustomAllreduce(Communicator):
 
     def _reduce_scatter(self, inp: torch.Tensor, out: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
-            world_size = self.group.world_size
-            torch.ops.communicators.custom_ar_reduce_scatter(self._handle, inp, out, world_size)
+            torch.ops.communicators.custom_ar_reduce_scatter(
+                self._handle, inp, out, self.group.world_size, self._order
+            )
             return
         if self.settings.debug:
             self._compare("reduce_scatter", inp)
@@ -201,6 +206,14 @@ class CustomAllreduce(Communicator):
                 self._handle, code, inp.data_ptr(), out.data_ptr(), out.nbytes, stream
             )
         )
+
+    def _tensor(self, op: str, inp: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """check_tensor, and check_in_place of `out`; a tracer's tensor has no memory to look at."""
+        if torch.compiler.is_compiling():
+            return inp
+        if out is not None:
+            check_in_place(op, out, self.group.rank, "out")
+        return check_tensor(op, inp, self.group.rank)
 
     def _check_tensors(self, op: str, inp: torch.Tensor, out: torch.Tensor) -> None:
         if inp.get_device() != self._index or out.get_device() != self._index:
@@ -253,17 +266,22 @@ class CustomAllreduce(Communicator):
 
         `registered` is accepted and changes nothing: inputs are always read where they lie.
         """
-        target = torch.empty_like(inp) if out is None else out
-        return target if self._launched(inp, target) else self._all_reduce_checked(inp, out)
+        tracing = torch.compiler.is_compiling()
+        if not tracing and type(inp) is torch.Tensor and not inp.is_neg():
+            target = torch.empty_like(inp) if out is None else out
+            if (out is None or not out.is_neg()) and self._launched(inp, target):
+                return target
+        return self._all_reduce_checked(inp, out)
 
     def _all_reduce_checked(
         self, inp: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if not self._handle:
             self.require_live()
-        source = inp if inp.is_contiguous() else inp.contiguous()
+        source = self._tensor("all_reduce", inp, out).contiguous()
         target = torch.empty_like(source) if out is None else out
-        if not target.is_contiguous():
+        negated = not torch.compiler.is_compiling() and target.is_neg()
+        if negated or not target.is_contiguous():
             staged = torch.empty_like(target, memory_format=torch.contiguous_format)
             self._all_reduce_checked(source, staged)
             return target.copy_(staged)
@@ -286,7 +304,7 @@ class CustomAllreduce(Communicator):
     def all_gather(self, inp: torch.Tensor) -> torch.Tensor:
         """[W * n, ...]: the tensors of all ranks one after the other along dim 0; any dtype."""
         self.require_live()
-        source = inp.contiguous()
+        source = self._tensor("all_gather", inp).contiguous()
         shape = (self.group.world_size * source.shape[0], *source.shape[1:])
         out = torch.empty(shape, dtype=source.dtype, device=source.device)
         self.run("all_gather", out, source)
@@ -296,6 +314,7 @@ class CustomAllreduce(Communicator):
         """Part `rank`, along dim 0, of the sum; dim 0 must be a multiple of the world size."""
         self.require_live()
         world_size = self.group.world_size
+        inp = self._tensor("reduce_scatter", inp)
         if inp.dim() == 0 or inp.shape[0] % world_size:
             raise InvalidArgumentError(
                 f"reduce_scatter(x): x {list(inp.shape)} must have a dim 0 that is a multiple of "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..arguments import check_tensor
 from ..base import Capability, Communicator, Refusal, dtype_name
 from ..errors import CommunicatorError, InvalidArgumentError, RefusedError
 from ..group import Group
@@ -291,6 +292,7 @@ class PyMscclppCommunicator(Communicator):
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
         """The sum of every rank's `tensor`, as a new tensor; RefusedError where it is not taken."""
+        tensor = check_tensor("all_reduce", tensor, self.group.rank, "tensor")
         reason = self._refuses(tensor, op)
         if reason is not None:
             raise RefusedError(f"mscclpp all_reduce on rank {self.group.rank}: {reason}")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
+from ..arguments import check_plain
 from ..base import OPS, Capability, Communicator, Refusal
 from ..bindings.pynccl_wrapper import (
     FP8_DTYPES,
@@ -325,6 +326,7 @@ class PyNcclCommunicator(Communicator):
         """The live NCCL communicator, once the tensors were found fit for it."""
         self.require_live()
         for tensor in tensors:
+            check_plain(call, tensor, self.group.rank, "tensor")
             if tensor.device != self.device:
                 raise InvalidArgumentError(
                     f"{call}: a tensor is on {tensor.device}; this communicator is bound to "

@@ -13,11 +13,13 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
+from ..arguments import check_in_place, check_tensor
 from ..base import Capability, Communicator, Refusal, dtype_name
 from ..bindings import quick_ar
 from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..group import Group
 from ..settings import Settings
+from ..traced import order_tensor
 from ..workspace import SharedBuffer
 from . import quick_codecs
 
@@ -132,6 +134,7 @@ class QuickAllReduce(Communicator):
         self._buffer.map_peers([handle for handle, _ in handles])
         with torch.cuda.device(self.device):
             self._handle = self._library.create(self._buffer.pointers, self.group.rank, (AREA,))
+        self._order = order_tensor(self.device)
         self.set_timeout(self.settings.timeout_s)
 
     def run(
@@ -144,7 +147,7 @@ class QuickAllReduce(Communicator):
         self._check_tensors(inp, out)
         codec = quick_ar.CODECS.index(self.codec)
         if torch.compiler.is_compiling():
-            torch.ops.communicators.quick_all_reduce(self._handle, inp, out, codec)
+            torch.ops.communicators.quick_all_reduce(self._handle, inp, out, codec, self._order)
             return
         assert self._library is not None
         self._library.check(
@@ -204,9 +207,15 @@ class QuickAllReduce(Communicator):
         The error is bounded by quick_codecs.error_bound.
         """
         self.require_live()
+        negated = False
+        if not torch.compiler.is_compiling():
+            inp = check_tensor("quick_all_reduce", inp, self.group.rank)
+            if out is not None:
+                check_in_place("quick_all_reduce", out, self.group.rank, "out")
+                negated = out.is_neg()
         source = inp.contiguous()
         target = torch.empty_like(source) if out is None else out
-        if not target.is_contiguous():
+        if negated or not target.is_contiguous():
             return target.copy_(self.quick_all_reduce(source))
         if source.numel():
             self.run("all_reduce", target, source)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_plain
 from ..bindings import quick_ar
 from ..errors import InvalidArgumentError
 from ..settings import Settings
@@ -101,6 +102,8 @@ def qr_all_reduce(
         raise InvalidArgumentError(f"{where}: qr_open_handles must be called first")
     if not 0 <= quant_level < len(_LEVELS):
         raise InvalidArgumentError(f"{where}: quant_level={quant_level} is not one of 0 to 3")
+    check_plain("qr_all_reduce", inp, opened.rank, "inp")
+    check_plain("qr_all_reduce", out, opened.rank, "out")
     alike = inp.dtype is out.dtype and inp.numel() == out.numel()
     placed = inp.device == out.device == opened.buffer.device
     if not (alike and placed and inp.dtype in (torch.float16, torch.bfloat16)):

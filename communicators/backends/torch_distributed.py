@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..base import OPS, Capability, Communicator, Refusal
+from ..arguments import check_tensor
+from ..base import OPS, REDUCTIONS, Capability, Communicator, Refusal
 from ..errors import CommTimeoutError, CommunicatorError
 from ..group import Group
 from ..settings import Settings
@@ -14,12 +15,23 @@ from ..settings import Settings
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
+_BOTH = frozenset(
+    {
+        torch.float32, torch.float64, torch.float16, torch.bfloat16,
+        torch.int8, torch.int32, torch.int64, torch.uint8,
+    }
+)  # fmt: skip
+#: What a backend adds (torch adds a complex tensor as its two parts). Not bool: gloo adds its bytes
+#: and leaves a bool that is 2. A backend that is not here is a vendor's, who says it himself.
+SUMMED = {"gloo": _BOTH | _COMPLEX, "nccl": _BOTH | _COMPLEX}
+
 
 class TorchDistributedCommunicator(Communicator):
     """Every collective over a torch.distributed process group: gloo, NCCL, or a vendor's.
 
-    It is last in every list: it takes whatever the others refuse, in any dtype and size, across
-    hosts. Its sums are in the backend's order, so they are not bit-identical to ours.
+    It is last in every list: it takes what the others refuse, in any size, across hosts, and moves
+    any dtype. Its sums are in the backend's order, so they are not bit-identical to ours.
 
     Args:
         process_group: the group whose backend serves `device`; default: the one behind `group`.
@@ -42,7 +54,12 @@ class TorchDistributedCommunicator(Communicator):
             return Refusal("the group has no torch.distributed process group behind it")
         backend = dist.get_backend(self.process_group)
         modes = {"eager", "capture"} if backend == "nccl" else {"eager"}
-        return Capability(frozenset(OPS), modes=frozenset(modes), deterministic=False)
+        return Capability(
+            frozenset(OPS),
+            dtypes=SUMMED.get(backend),
+            modes=frozenset(modes),
+            deterministic=False,
+        )
 
     def run(
         self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
@@ -53,6 +70,9 @@ class TorchDistributedCommunicator(Communicator):
         except dist.DistError as error:
             raise CommunicatorError(f"{op} on rank {self.group.rank}: {error}") from error
         except RuntimeError as error:
+            for x in (out, inp):
+                if x is not None:
+                    check_tensor(op, x, self.group.rank)
             # gloo reports a late or dead peer as a RuntimeError with its own text.
             if "imeout" in str(error) or "imed out" in str(error) or "closed by peer" in str(error):
                 raise CommTimeoutError(
@@ -62,6 +82,8 @@ class TorchDistributedCommunicator(Communicator):
 
     def _run(self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int) -> None:
         group, global_root = self.process_group, self.group.ranks[root]
+        if op not in REDUCTIONS and self.capabilities is not None and self.capabilities.dtypes:
+            out, inp = (_movable(x) for x in (out, inp))
         if op == "gather":
             assert inp is not None
             parts = None if out is None else list(out.view(self.group.world_size, -1).unbind(0))
@@ -80,10 +102,18 @@ class TorchDistributedCommunicator(Communicator):
             if op == "all_reduce":
                 if out is not inp:
                     out.copy_(inp)
-                dist.all_reduce(out, group=group)
+                staged = out.resolve_conj()
+                dist.all_reduce(staged, group=group)
+                if staged is not out:
+                    out.copy_(staged)
             elif op == "all_gather":
                 _all_gather(out.view(-1), inp.view(-1), group=group)
             elif op == "reduce_scatter":
                 _reduce_scatter(out.view(-1), inp.view(-1), group=group)
             else:
                 raise CommunicatorError(f"{op!r} is not one of {OPS}")
+
+
+def _movable(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x` as bytes where gloo or NCCL may not know its dtype (fp8, int16, unsigned, complex)."""
+    return x if x is None or x.dtype in _BOTH else x.view(-1).view(torch.uint8)

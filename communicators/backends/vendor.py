@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..arguments import check_dim, check_root
+from ..arguments import check_dim, check_in_place, check_root, check_tensor
 from ..base import Capability, Refusal
 from ..errors import CommMismatchError, InvalidArgumentError
 from ..group import Group
@@ -80,6 +80,7 @@ class VendorCommunicator(TorchDistributedCommunicator):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, as a new tensor."""
+        x = check_tensor("all_reduce", x, self.group.rank)
         self._require_same("all_reduce", x)
         out = x.clone(memory_format=torch.contiguous_format)
         if x.numel():
@@ -88,7 +89,8 @@ class VendorCommunicator(TorchDistributedCommunicator):
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Every rank's `x`, of one shape, concatenated along `dim` in rank order; a new tensor."""
-        dim = check_dim("all_gather", x, dim)
+        x = check_tensor("all_gather", x, self.group.rank)
+        dim = check_dim("all_gather", x, dim, self.group.rank)
         self._require_same("all_gather", x, dim)
         x = _contiguous(x)
         parts = x.new_empty([self.group.world_size, *x.shape])
@@ -103,13 +105,14 @@ class VendorCommunicator(TorchDistributedCommunicator):
 
         Raises InvalidArgumentError when the size along `dim` is no multiple of the world size.
         """
-        dim = check_dim("reduce_scatter", x, dim)
+        x = check_tensor("reduce_scatter", x, self.group.rank)
+        dim = check_dim("reduce_scatter", x, dim, self.group.rank)
         world_size = self.group.world_size
         whole = x.reshape(1) if x.dim() == 0 else x
         if whole.size(dim) % world_size:
             raise InvalidArgumentError(
-                f"reduce_scatter(x, dim={dim}): size {whole.size(dim)} of x {list(x.shape)} is not "
-                f"a multiple of the {world_size} ranks"
+                f"reduce_scatter(x, dim={dim}) on rank {self.group.rank}: size {whole.size(dim)} "
+                f"of x {list(x.shape)} is not a multiple of the {world_size} ranks"
             )
         self._require_same("reduce_scatter", x, dim)
         parts = _contiguous(whole.movedim(dim, 0))
@@ -120,9 +123,9 @@ class VendorCommunicator(TorchDistributedCommunicator):
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Rank `src`'s content in every rank's `x`, in place; returns `x`."""
-        check_root("broadcast", "src", src, self.group.world_size)
+        src = check_root("broadcast", "src", src, self.group.world_size, self.group.rank)
+        staged = check_in_place("broadcast", x, self.group.rank)
         self._require_same("broadcast", x, src)
-        staged = _contiguous(x)
         if x.numel():
             self.run("broadcast", staged, staged, src)
         return x if staged is x else x.copy_(staged)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..arguments import check_dim, check_root
+from ..arguments import check_dim, check_root, check_tensor
 from ..base import Refusal
 from ..errors import InvalidArgumentError
 from .vendor import VendorCommunicator
@@ -33,12 +33,13 @@ class XpuCommunicator(VendorCommunicator):
             rank_in_group: this process's rank in the group.
             dst: rank in the group. It travels as an all-gather, which every backend has.
         """
-        check_root("gather", "dst", dst, self.group.world_size)
+        dst = check_root("gather", "dst", dst, self.group.world_size, self.group.rank)
         if rank_in_group != self.group.rank:
             raise InvalidArgumentError(
                 f"gather(rank_in_group={rank_in_group}): this is rank {self.group.rank} of the "
                 "group"
             )
-        dim = check_dim("gather", input_, dim)
+        check_tensor("gather", input_, self.group.rank, "input_")
+        dim = check_dim("gather", input_, dim, self.group.rank)
         gathered = self.all_gather(input_, dim)
         return gathered if rank_in_group == dst else None

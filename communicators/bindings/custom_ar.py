@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import native
+from ..traced import keep
 from .collectives_library import NUMBER, POINTER, SIZE, CollectivesLibrary
 
 #: collectives::Dtype
@@ -90,8 +91,9 @@ def load() -> CustomArLibrary:
 
 
 def _register_fakes() -> None:
-    def nothing(fa: int, inp: torch.Tensor, out: torch.Tensor, world: int = 1) -> None:
+    def nothing(fa: int, inp: torch.Tensor, out: torch.Tensor, *_: object, **__: object) -> None:
         torch._check(inp.dtype == out.dtype, lambda: "inp and out must have the same dtype")
 
     for name in ("all_reduce", "all_gather", "reduce_scatter"):
         torch.library.register_fake(f"communicators::custom_ar_{name}", nothing)
+        keep(getattr(torch.ops.communicators, f"custom_ar_{name}").default)

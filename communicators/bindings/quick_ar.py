@@ -11,6 +11,7 @@ import functools
 import torch
 
 from .. import native
+from ..traced import keep
 from .collectives_library import NUMBER, POINTER, SIZE, CollectivesLibrary
 
 #: quick::Codec
@@ -46,6 +47,8 @@ def register_fake() -> None:
     """What the operator is to a tracer; the CPU library, which has its schema, must be loaded."""
 
     @torch.library.register_fake("communicators::quick_all_reduce")
-    def _(fa: int, inp: torch.Tensor, out: torch.Tensor, codec: int) -> None:
+    def _(fa: int, inp: torch.Tensor, out: torch.Tensor, codec: int, order: object = None) -> None:
         torch._check(inp.dtype == out.dtype, lambda: "inp and out must have the same dtype")
         torch._check(inp.numel() == out.numel(), lambda: "inp and out must have the same size")
+
+    keep(torch.ops.communicators.quick_all_reduce.default)

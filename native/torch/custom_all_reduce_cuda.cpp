@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "collectives/communicator.h"
 #include "torch/dtypes.h"
 #include "torch/stream.h"
@@ -16,6 +18,9 @@ using torch::stable::Tensor;
 using torch_glue::check;
 using torch_glue::dtype_of;
 using torch_glue::fail;
+
+// Written to a compiler alone, which keeps the order of what writes it (communicators/traced.py).
+using Order = std::optional<Tensor>;
 
 Communicator& communicator(int64_t fa, const char* op) {
   check(fa != 0, op, ": fa is 0, not a handle of init_custom_ar()");
@@ -52,7 +57,7 @@ uint64_t bytes_of(const Tensor& x) {
   return static_cast<uint64_t>(x.numel()) * static_cast<uint64_t>(x.element_size());
 }
 
-void all_reduce(int64_t fa, Tensor inp, Tensor out) {
+void all_reduce(int64_t fa, Tensor inp, Tensor out, Order) {
   constexpr const char* op = "custom_ar_all_reduce(fa, inp, out)";
   Communicator& c = communicator(fa, op);
   check_pair(c, inp, out, 1, 1, op);
@@ -61,7 +66,7 @@ void all_reduce(int64_t fa, Tensor inp, Tensor out) {
                torch_glue::current_stream(c.device()));
 }
 
-void all_gather(int64_t fa, Tensor inp, Tensor out, int64_t world) {
+void all_gather(int64_t fa, Tensor inp, Tensor out, int64_t world, Order) {
   constexpr const char* op = "custom_ar_all_gather(fa, inp, out, world)";
   Communicator& c = communicator(fa, op);
   check_pair(c, inp, out, world, 1, op);
@@ -70,7 +75,7 @@ void all_gather(int64_t fa, Tensor inp, Tensor out, int64_t world) {
                torch_glue::current_stream(c.device()));
 }
 
-void reduce_scatter(int64_t fa, Tensor inp, Tensor out, int64_t world) {
+void reduce_scatter(int64_t fa, Tensor inp, Tensor out, int64_t world, Order) {
   constexpr const char* op = "custom_ar_reduce_scatter(fa, inp, out, world)";
   Communicator& c = communicator(fa, op);
   check_pair(c, inp, out, 1, world, op);
@@ -82,9 +87,13 @@ void reduce_scatter(int64_t fa, Tensor inp, Tensor out, int64_t world) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
-  m.def("custom_ar_all_reduce(int fa, Tensor inp, Tensor(a!) out) -> ()");
-  m.def("custom_ar_all_gather(int fa, Tensor inp, Tensor(a!) out, int world) -> ()");
-  m.def("custom_ar_reduce_scatter(int fa, Tensor inp, Tensor(a!) out, int world) -> ()");
+  m.def("custom_ar_all_reduce(int fa, Tensor inp, Tensor(a!) out, Tensor(z!)? order=None) -> ()");
+  m.def(
+      "custom_ar_all_gather(int fa, Tensor inp, Tensor(a!) out, int world, Tensor(z!)? order=None) "
+      "-> ()");
+  m.def(
+      "custom_ar_reduce_scatter(int fa, Tensor inp, Tensor(a!) out, int world, Tensor(z!)? "
+      "order=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CUDA, m) {

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "collectives/quick_all_reduce.h"
 #include "prim/gpu.h"
 #include "torch/dtypes.h"
@@ -15,7 +17,10 @@ using torch::stable::Tensor;
 using torch_glue::check;
 using torch_glue::dtype_of;
 
-void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec) {
+// `order` is written to a compiler alone, which keeps the order of what writes it
+// (communicators/traced.py).
+void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec,
+                      std::optional<Tensor> /*order*/) {
   constexpr const char* op = "quick_all_reduce(fa, inp, out, codec)";
   check(fa != 0, op, ": fa is 0, not a handle of a live QuickAllReduce");
   auto& communicator = *reinterpret_cast<quick::QuickAllReduce*>(fa);

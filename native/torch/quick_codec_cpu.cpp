@@ -102,7 +102,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
   m.def("quick_encode(Tensor x, int bits, bool bfloat16) -> (Tensor, Tensor)");
   m.def("quick_decode(Tensor extremes, Tensor codes, int bits, bool bfloat16) -> Tensor");
   // Runs on GPUs alone (quick_all_reduce_cuda.cpp); known here so that it can be traced anywhere.
-  m.def("quick_all_reduce(int fa, Tensor inp, Tensor(a!) out, int codec) -> ()");
+  m.def(
+      "quick_all_reduce(int fa, Tensor inp, Tensor(a!) out, int codec, Tensor(z!)? order=None) -> "
+      "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(communicators, CPU, m) {

@@ -24,6 +24,10 @@ namespace {
 using torch::stable::Tensor;
 using TeamPtr = std::shared_ptr<shm::Team>;
 
+// What every collective writes, to a compiler, and none reads or writes: it keeps their order
+// (communicators/traced.py).
+using Order = std::optional<Tensor>;
+
 // Handles are indices and are not used again, so a stale one is noticed.
 class Teams {
  public:
@@ -226,30 +230,30 @@ std::vector<int64_t> shm_plan(int64_t handle) {
   return {team->core_each(), team->lanes()};
 }
 
-void shm_barrier(int64_t handle) { barrier(*teams().get(handle)); }
+void shm_barrier(int64_t handle, Order) { barrier(*teams().get(handle)); }
 
-void shm_all_reduce_(Tensor x, int64_t handle) {
+void shm_all_reduce_(Tensor x, int64_t handle, Order) {
   check("all_reduce_", "x", x);
   check_summed("all_reduce_", x);
   void* data = x.mutable_data_ptr();
   all_reduce(*teams().get(handle), dtype_of(x), data, data, static_cast<size_t>(x.numel()));
 }
 
-void shm_all_reduce_out(Tensor out, Tensor inp, int64_t handle) {
+void shm_all_reduce_out(Tensor out, Tensor inp, int64_t handle, Order) {
   check_pair("all_reduce", out, inp, 1, 1);
   check_summed("all_reduce", inp);
   all_reduce(*teams().get(handle), dtype_of(inp), inp.const_data_ptr(), out.mutable_data_ptr(),
              static_cast<size_t>(inp.numel()));
 }
 
-Tensor shm_all_reduce(Tensor x, int64_t handle) {
+Tensor shm_all_reduce(Tensor x, int64_t handle, Order) {
   check("all_reduce", "x", x);
   Tensor out = torch::stable::empty_like(x);
-  shm_all_reduce_out(out, x, handle);
+  shm_all_reduce_out(out, x, handle, std::nullopt);
   return out;
 }
 
-void shm_all_gather(Tensor out, Tensor inp, int64_t inner, int64_t handle) {
+void shm_all_gather(Tensor out, Tensor inp, int64_t inner, int64_t handle, Order) {
   const TeamPtr team = teams().get(handle);
   check_pair("all_gather", out, inp, 1, team->world_size());
   check_inner("all_gather", inner, inp.numel());
@@ -257,8 +261,8 @@ void shm_all_gather(Tensor out, Tensor inp, int64_t inner, int64_t handle) {
              static_cast<size_t>(inner) * inp.element_size());
 }
 
-void shm_gather(std::optional<Tensor> out, Tensor inp, int64_t inner, int64_t root,
-                int64_t handle) {
+void shm_gather(std::optional<Tensor> out, Tensor inp, int64_t inner, int64_t root, int64_t handle,
+                Order) {
   const TeamPtr team = teams().get(handle);
   const int to = check_rank("gather", "root", *team, root);
   check("gather", "inp", inp);
@@ -273,7 +277,7 @@ void shm_gather(std::optional<Tensor> out, Tensor inp, int64_t inner, int64_t ro
          static_cast<size_t>(inner) * inp.element_size(), to);
 }
 
-void shm_reduce_scatter(Tensor out, Tensor inp, int64_t inner, int64_t handle) {
+void shm_reduce_scatter(Tensor out, Tensor inp, int64_t inner, int64_t handle, Order) {
   const TeamPtr team = teams().get(handle);
   check_pair("reduce_scatter", out, inp, team->world_size(), 1);
   check_summed("reduce_scatter", inp);
@@ -282,21 +286,21 @@ void shm_reduce_scatter(Tensor out, Tensor inp, int64_t inner, int64_t handle) {
                  static_cast<size_t>(out.numel()), static_cast<size_t>(inner));
 }
 
-void shm_broadcast_(Tensor x, int64_t root, int64_t handle) {
+void shm_broadcast_(Tensor x, int64_t root, int64_t handle, Order) {
   const TeamPtr team = teams().get(handle);
   const int from = check_rank("broadcast", "src", *team, root);
   check("broadcast", "x", x);
   broadcast(*team, dtype_of(x), x.mutable_data_ptr(), bytes_of(x), from);
 }
 
-void shm_send(Tensor x, int64_t dst, int64_t handle) {
+void shm_send(Tensor x, int64_t dst, int64_t handle, Order) {
   const TeamPtr team = teams().get(handle);
   const int to = check_rank("send", "dst", *team, dst, true);
   check("send", "x", x);
   send(*team, dtype_of(x), x.const_data_ptr(), bytes_of(x), to);
 }
 
-void shm_recv_(Tensor x, int64_t src, int64_t handle) {
+void shm_recv_(Tensor x, int64_t src, int64_t handle, Order) {
   const TeamPtr team = teams().get(handle);
   const int from = check_rank("recv", "src", *team, src, true);
   check("recv", "x", x);
@@ -320,16 +324,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(communicators, m) {
   m.def("shm_close(int handle) -> ()");
   m.def("shm_set_tuning(int handle, int one_shot_bytes, int chunk_bytes, int threads) -> ()");
   m.def("shm_plan(int handle) -> int[]");
-  m.def("shm_barrier(int handle) -> ()");
-  m.def("shm_all_reduce_(Tensor(a!) x, int handle) -> ()");
-  m.def("shm_all_reduce_out(Tensor(a!) out, Tensor inp, int handle) -> ()");
-  m.def("shm_all_reduce(Tensor x, int handle) -> Tensor");
-  m.def("shm_all_gather(Tensor(a!) out, Tensor inp, int inner, int handle) -> ()");
-  m.def("shm_gather(Tensor(a!)? out, Tensor inp, int inner, int root, int handle) -> ()");
-  m.def("shm_reduce_scatter(Tensor(a!) out, Tensor inp, int inner, int handle) -> ()");
-  m.def("shm_broadcast_(Tensor(a!) x, int root, int handle) -> ()");
-  m.def("shm_send(Tensor x, int dst, int handle) -> ()");
-  m.def("shm_recv_(Tensor(a!) x, int src, int handle) -> ()");
+  m.def("shm_barrier(int handle, Tensor(z!)? order=None) -> ()");
+  m.def("shm_all_reduce_(Tensor(a!) x, int handle, Tensor(z!)? order=None) -> ()");
+  m.def("shm_all_reduce_out(Tensor(a!) out, Tensor inp, int handle, Tensor(z!)? order=None) -> ()");
+  m.def("shm_all_reduce(Tensor x, int handle, Tensor(z!)? order=None) -> Tensor");
+  m.def(
+      "shm_all_gather(Tensor(a!) out, Tensor inp, int inner, int handle, Tensor(z!)? order=None) "
+      "-> ()");
+  m.def(
+      "shm_gather(Tensor(a!)? out, Tensor inp, int inner, int root, int handle, Tensor(z!)? "
+      "order=None) -> ()");
+  m.def(
+      "shm_reduce_scatter(Tensor(a!) out, Tensor inp, int inner, int handle, Tensor(z!)? "
+      "order=None) -> ()");
+  m.def("shm_broadcast_(Tensor(a!) x, int root, int handle, Tensor(z!)? order=None) -> ()");
+  m.def("shm_send(Tensor x, int dst, int handle, Tensor(z!)? order=None) -> ()");
+  m.def("shm_recv_(Tensor(a!) x, int src, int handle, Tensor(z!)? order=None) -> ()");
   m.def("shm_next_message_bytes(int src, int handle) -> int");
 }
 

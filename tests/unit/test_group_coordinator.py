@@ -17,15 +17,15 @@ WORLDS = [1, 2, 3, 4, 8]
 
 
 @contextlib.contextmanager
-def world_of(rank, key):
+def world_of(rank, key, timeout_s=30):
     """The environment that torchrun would make; everything is closed again after the test."""
     for name, value in (("WORLD_SIZE", rank.world_size), ("RANK", rank.rank)):
         os.environ[name] = str(value)
-    os.environ["COMMUNICATORS_TIMEOUT_S"] = "30"
+    os.environ["COMMUNICATORS_TIMEOUT_S"] = str(timeout_s)
     store = dist.PrefixStore(key, rank.store())
     dist.init_process_group(
         "gloo", store=store, rank=rank.rank, world_size=rank.world_size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=timeout_s),
     )  # fmt: skip
     try:
         yield parallel_state.init_distributed_environment()
