@@ -4,16 +4,20 @@ torch's stores and its rendezvous wait inside C++, where neither a signal handle
 ours is heard, and a store whose host is stopped never answers. So a `Call` runs on a worker thread,
 and the caller waits in poll(2), beside whatever else it wants to hear of: about 10 us a call.
 
-A thread that came back from C++ while the interpreter ends would abort the process; so at exit
-every call is left, which wakes it where that is possible, and the threads are waited for.
+A thread that comes back from C++ while the interpreter ends aborts the process (up to Python 3.13
+it is unwound through frames of C++ that allow no exceptions). So at exit the threads are waited for a
+moment, and those that are inside a wait then are made to sleep for good.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import os
 import queue
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +26,7 @@ from typing import Any
 from . import forks
 from .errors import CommunicatorError
 
-_EXIT_S = 1.0  # how long the process's exit waits for calls that were left
+_EXIT_S = 0.2  # how long the process's exit waits for calls that are under way
 _LONGEST_S = 1e6  # poll(2) takes milliseconds in an int
 
 
@@ -80,6 +84,8 @@ class Call:
         self.error: BaseException | None = None
         self.done = self.left = False
         self.wake: Callable[[], None] | None = None
+        while _ended and threading.current_thread().daemon:
+            time.sleep(1)  # it ends with the process, and says nothing
         with _lock:
             if _ended:
                 raise CommunicatorError("the process ends: nothing can be waited for any more")
@@ -145,14 +151,29 @@ def _end() -> None:
     global _ended
     with _lock:
         _ended = True
-        busy = [worker.call for worker in _workers if worker.call is not None]
-    for call in busy:
-        call.leave()
     for worker in _workers:
         worker.calls.put(None)
     until = time.monotonic() + _EXIT_S
     for worker in _workers:
         worker.thread.join(max(0.0, until - time.monotonic()))
+    stuck = [worker.thread.ident for worker in _workers if worker.thread.is_alive()]
+    if stuck:
+        _put_to_sleep(stuck)
+
+
+def _put_to_sleep(threads: Iterable[int | None]) -> None:
+    """Makes threads that are inside a system call stay there until the process has ended.
+
+    pause(2) is the handler of a signal that is sent to each. Python's own handlers would return.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    library.signal.restype = ctypes.c_void_p
+    library.signal(signal.SIGRTMAX, ctypes.cast(library.pause, ctypes.c_void_p))
+    for thread in threads:
+        if thread is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pthread_kill(thread, signal.SIGRTMAX)
 
 
 def _after_fork() -> None:
