@@ -33,7 +33,8 @@ def paged_attention(
         value_cache: flash ``[NB, BS, Hkv, D]`` with strides of its own, or packed
             ``[NB, Hkv, D, BS]``. ``Hq % Hkv == 0``.
         block_tables: int32 ``[>= S, M]``: physical blocks of each sequence.
-        seq_lens: int32 ``[>= S]``: tokens of each sequence, the query's own included. 0 gives zeros.
+        seq_lens: int32 ``[>= S]``: tokens of each sequence, the query's own included; 0 gives
+            zeros.
         scale: factor of the dot products, usually ``D ** -0.5``.
         out_lse: fp32 ``[Hq, S]``, written: natural log of the sum of the exponentials; ``-inf``
             for an empty sequence.

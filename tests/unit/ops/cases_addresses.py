@@ -61,7 +61,7 @@ def _grouped_views() -> Iterator[Case]:
         def build(m: Maker, view: Callable[[Tensor, int], Tensor] = view, kv: str = kv) -> Args:
             caches = [m.poison(4, 8, 40, dtype=U8 if kv == "fp8" else BF16) for _ in range(3)]
             slots = torch.stack([m.slots(5, 4, 8) for _ in range(3)])
-            args = dict(
+            return dict(
                 kv_c=view(m.normal(3, 5, 36, dtype=BF16), 32),
                 k_pe=view(m.normal(3, 5, 9, dtype=BF16), 8),
                 kv_cache_ptrs=pointing(m, caches),
@@ -72,7 +72,6 @@ def _grouped_views() -> Iterator[Case]:
                 kv_scales=m.floats(0.3, 0.5, 0.7).view(3, 1, 1),
                 kv_cache_dtype=kv,
             )
-            return args
 
         yield Case("concat_and_cache_mla_grouped", f"{name}-{kv}", build, 27)
 

@@ -1,5 +1,5 @@
-"""Cases of arguments laid out otherwise: caches converted as memory, tables of padded batches, index
-tensors and scales of other ranks."""
+"""Cases of arguments laid out otherwise: caches converted as memory, tables of padded batches,
+index tensors and scales of other ranks."""
 
 from __future__ import annotations
 
