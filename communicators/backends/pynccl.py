@@ -59,8 +59,8 @@ class PyNcclCommunicator(Communicator):
         library_path: path of the NCCL library; default: COMMUNICATORS_NCCL_SO_PATH, else torch's.
 
     Collective. `run` is what the dispatcher calls; the other methods take the arguments of vLLM's
-    PyNcclCommunicator, and of SGLang's but for `all_reduce` (docs/engines.md). Tensors must be contiguous and on `device`; operations
-    are enqueued on the current stream, or on `stream`.
+    PyNcclCommunicator, and of SGLang's but for `all_reduce` (docs/engines.md). Tensors must be
+    contiguous and on `device`; operations are enqueued on the current stream, or on `stream`.
     """
 
     name = "pynccl"
