@@ -32,8 +32,9 @@ def paged_attention(
             free; or packed ``[NB, Hkv, D/x, BS, x]`` as :func:`reshape_and_cache` writes it.
         value_cache: flash ``[NB, BS, Hkv, D]`` with strides of its own, or packed
             ``[NB, Hkv, D, BS]``. ``Hq % Hkv == 0``.
-        block_tables: int32 ``[S, M]``: physical blocks of each sequence.
-        seq_lens: int32 ``[S]``: tokens of each sequence, the query's own included. 0 gives zeros.
+        block_tables: int32 ``[>= S, M]``: physical blocks of each sequence.
+        seq_lens: int32 ``[>= S]``: tokens of each sequence, the query's own included; 0 gives
+            zeros.
         scale: factor of the dot products, usually ``D ** -0.5``.
         out_lse: fp32 ``[Hq, S]``, written: natural log of the sum of the exponentials; ``-inf``
             for an empty sequence.
@@ -113,8 +114,8 @@ def paged_attention_v1(
         value_cache: ``[NB, Hkv, D, BS]``.
         num_kv_heads: Hkv; ``Hq % Hkv == 0``.
         scale: factor of the dot products.
-        block_tables: int32 ``[S, M]``.
-        seq_lens: int32 ``[S]``; 0 gives zeros.
+        block_tables: int32 ``[>= S, M]``.
+        seq_lens: int32 ``[>= S]``; 0 gives zeros.
         block_size: BS, one of 8, 16, 32. D is one of 32, 64, 80, 96, 112, 120, 128, 192, 256.
         max_seq_len: the largest of ``seq_lens``; nothing here limits it.
         alibi_slopes: fp32 ``[Hq]`` or None: ``+ slope * (t - n + 1)``.

@@ -80,12 +80,17 @@ def convert_fp8(output: Tensor, input: Tensor, scale: float = 1.0, kv_dtype: str
     """Convert a cache between a float dtype and 8-bit codes.
 
     Args:
-        output: shape of ``input``, contiguous, written.
-        input: contiguous. One of the two is uint8 (codes), the other fp32, fp16 or bf16.
+        output: as many elements as ``input``, written. The memory of each is without holes or
+            repeated elements, in any order of dimensions (contiguous, or such a tensor permuted).
+        input: one of the two is uint8 (codes), the other fp32, fp16 or bf16.
         scale: a float to codes divides by it, codes to a float multiply by it.
         kv_dtype: ``fp8``, ``fp8_e4m3`` or ``fp8_e5m2``.
 
-    Layout: item i of one is item i of the other::
+    Memory is converted, so the shapes may differ: ``[NB, H, D/8, BS, 8]`` of bf16 and
+    ``[NB, H, D/16, BS, 16]`` of codes. Where they are equal the strides are too, as
+    ``torch.empty_like`` gives them, so that each element becomes the one at its own indices.
+
+    Layout: item i of one memory is item i of the other::
 
         float  | x0          | x1          | ...
         uint8  | S EEEE MMM  | S EEEE MMM  | ...    e4m3; e5m2 is S EEEEE MM

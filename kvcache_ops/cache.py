@@ -95,7 +95,8 @@ def reshape_and_cache_flash(
             strides of its own, written.
         slot_mapping: int64 ``[T]``.
         kv_cache_dtype: see the module.
-        k_scale, v_scale: fp32 ``[1]`` or, per head, ``[H]``; both the same; read only for fp8.
+        k_scale, v_scale: one fp32 or, per head, H contiguous ones; both of one shape; read only
+            for fp8.
 
     Layout: all are views of this one shape::
 
@@ -178,12 +179,12 @@ def concat_and_cache_mla_grouped(
     """:func:`concat_and_cache_mla` for L layers at once.
 
     Args:
-        kv_c, k_pe: bf16 ``[L, T, R]`` and ``[L, T, P]``, contiguous.
+        kv_c, k_pe: bf16 ``[L, T, R]`` and ``[L, T, P]``, strides 0 and 1 free.
         kv_cache_ptrs: int64 ``[L]`` on the device of ``kv_c``: the base address of each cache.
-        slot_mapping: int64 ``[L, T]``.
+        slot_mapping: int64 ``[L, T]``, any strides: ``[T]`` expanded to all layers too.
         block_size: entries of a block.
         block_stride, entry_stride: in elements of the cache.
-        kv_scales: fp32 ``[L]`` or None for 1.
+        kv_scales: L fp32, contiguous, or None for 1.
         kv_cache_dtype: as in :func:`concat_and_cache_mla`, without ``fp8_ds_mla``.
 
     The addresses are the caller's word, and so is that every slot lies in its cache.

@@ -1,6 +1,8 @@
 """Gathers out of the paged KV cache into dense tensors.
 
 A block of the table that lies outside the cache, or a token past the table, leaves its row alone.
+``block_table`` and ``seq_starts`` may have more rows than there are sequences, as those of a padded
+batch have: the rest is not read.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ def gather_and_maybe_dequant_cache(
     Args:
         src_cache: ``[NB, BS, E]``, entries contiguous, strides 0 and 1 free.
         dst: ``[>= num_tokens, E]``, stride(0) free, written.
-        block_table: int32 ``[B, M]``.
+        block_table: int32 ``[>= B, M]``.
         cu_seq_lens: int32 ``[B + 1]``: the rows of sequence b are ``cu[b] .. cu[b + 1]``.
         token_to_seq: int32 ``[num_tokens]``: the sequence of each row.
         num_tokens: rows to write at most.
         kv_cache_dtype: see the module. A copy is bit for bit.
         scale: fp32 ``[1]``; read only for fp8.
-        seq_starts: int32 ``[B]``: the first token of each sequence to gather; None for 0.
+        seq_starts: int32 ``[>= B]``: the first token of each sequence to gather; None for 0.
 
     Row ``cu[b] + i`` receives token ``p = seq_starts[b] + i``: entry ``p % BS`` of block
     ``block_table[b, p // BS]``. A block past the table or outside the cache leaves its row alone.
@@ -83,10 +85,10 @@ def cp_gather_cache(
         src_cache: ``[NB, BS, ...]``, any entry shape with entries contiguous, strides 0 and 1
             free; items of 1, 2 or 4 bytes.
         dst: ``[T, ...]``, the entry shape and dtype of ``src_cache``, stride(0) free, written.
-        block_table: int32 ``[B, M]``.
+        block_table: int32 ``[>= B, M]``.
         cu_seq_lens: int32 ``[B + 1]``.
         batch_size: B.
-        seq_starts: int32 ``[B]`` or None, as in :func:`gather_and_maybe_dequant_cache`.
+        seq_starts: int32 ``[>= B]`` or None, as in :func:`gather_and_maybe_dequant_cache`.
 
     Rows at and past ``cu_seq_lens[B]`` stay; so do rows whose block is past the table or outside
     the cache.
@@ -129,12 +131,12 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     Args:
         src_cache: uint8 or float8_e4m3fn ``[NB, BS, 656]``, entries contiguous.
         dst: bf16 ``[T, 576]``, contiguous, written.
-        block_table: int32 ``[B, M]``.
-        workspace_starts: int32 ``[B]``: the first row of each request; the last one ends at T.
+        block_table: int32 ``[>= B, M]``.
+        workspace_starts: int32 ``[>= B]``: the first row of each request; the last one ends at T.
         batch_size: B.
-        seq_starts: int32 ``[B]`` or None.
+        seq_starts: int32 ``[>= B]`` or None.
         host_cache: pinned contiguous uint8 ``[rows, 656]``: entries that live on the host.
-        host_row_ids, device_row_ids: int32 ``[NB' * BS]``: where logical entry
+        host_row_ids, device_row_ids: int32 ``[NB' * BS]`` or ``[NB', BS]``: where logical entry
             ``id = block * BS + offset`` lies: row ``device_row_ids[id]`` of ``src_cache`` when that
             is >= 0, else row ``host_row_ids[id]`` of ``host_cache``. The three come together.
 
@@ -182,7 +184,7 @@ def cp_gather_indexer_k_quant_cache(
         kv_cache: uint8 ``[NB, BS, D + 4 D / qb]`` as :func:`indexer_k_quant_and_cache` writes it.
         dst_k: ``[T, D]`` of one-byte items, contiguous, written; ``D % 16 == 0``.
         dst_scale: ``[T, 4 D / qb]`` bytes (or ``[T, D / qb]`` fp32), contiguous, written.
-        block_table: int32 ``[B, M]``.
+        block_table: int32 ``[>= B, M]``.
         cu_seq_lens: int32 ``[B + 1]``.
 
     Rows at and past ``cu_seq_lens[B]`` stay as they are.

@@ -59,9 +59,9 @@ class PyNcclCommunicator(Communicator):
         device: this rank's GPU, e.g. 1, "cuda:1"; default: the current one.
         library_path: path of the NCCL library; default: COMMUNICATORS_NCCL_SO_PATH, else torch's.
 
-    Collective. `run` is what the dispatcher calls; the other methods take the arguments of the
-    PyNcclCommunicator of vLLM and SGLang. Tensors must be contiguous and on `device`; operations
-    are enqueued on the current stream, or on `stream`.
+    Collective. `run` is what the dispatcher calls; the other methods take the arguments of vLLM's
+    PyNcclCommunicator, and of SGLang's but for `all_reduce` (docs/engines.md). Tensors must be
+    contiguous and on `device`; operations are enqueued on the current stream, or on `stream`.
     """
 
     name = "pynccl"
@@ -225,19 +225,48 @@ class PyNcclCommunicator(Communicator):
 
     def all_reduce(
         self,
+        in_tensor: torch.Tensor,
+        out_tensor: torch.Tensor | None = None,
+        op: ReduceOp | ReduceOp.RedOpType = ReduceOp.SUM,
+        stream: torch.cuda.Stream | None = None,
+    ) -> torch.Tensor:
+        """Reduces over the ranks into `out_tensor`, or a new tensor without it; returns the result.
+
+        As vLLM's. SGLang's method of this name works in place and is `all_reduce_` here.
+        """
+        if not isinstance(out_tensor, torch.Tensor | None):
+            raise InvalidArgumentError(
+                f"all_reduce: out_tensor is {out_tensor}; a tensor or None is accepted, op comes "
+                f"third, and all_reduce_(tensor, op, stream) works in place (rank "
+                f"{self.group.rank})"
+            )
+        comm = self._require("all_reduce", in_tensor)
+        result = torch.empty_like(in_tensor) if out_tensor is None else out_tensor
+        self._require("all_reduce", result)
+        check_same("all_reduce", "out_tensor", result, in_tensor)
+        self._reduce_into(comm, result, in_tensor, op, stream)
+        return result
+
+    def all_reduce_(
+        self,
         tensor: torch.Tensor,
         op: ReduceOp | ReduceOp.RedOpType = ReduceOp.SUM,
         stream: torch.cuda.Stream | None = None,
-        *,
-        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Reduces over the ranks into `out`, or in place without it; returns the result."""
-        result = tensor if out is None else out
-        comm = self._require("all_reduce", tensor, result)
-        check_same("all_reduce", "out", result, tensor)
+        """The same in place; returns `tensor`."""
+        self._reduce_into(self._require("all_reduce_", tensor), tensor, tensor, op, stream)
+        return tensor
+
+    def _reduce_into(
+        self,
+        comm: NcclComm,
+        out: torch.Tensor,
+        inp: torch.Tensor,
+        op: ReduceOp | ReduceOp.RedOpType,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         reduction = ncclRedOpTypeEnum.from_torch(op)
-        comm.enqueue("all_reduce", result, tensor, 0, self._raw_stream(stream), reduction)
-        return result
+        comm.enqueue("all_reduce", out, inp, 0, self._raw_stream(stream), reduction)
 
     def all_gather(
         self,

@@ -83,7 +83,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    for s, n in enumerate(seq_lens.tolist()):
+    for s, n in enumerate(seq_lens[: query.shape[0]].tolist()):
         if n <= 0:
             out[s] = 0
             if out_lse is not None:
@@ -149,7 +149,7 @@ def paged_attention_v1(
     blocksparse_head_sliding_step: int = 0,
 ) -> None:
     heads = query.shape[1]
-    for s, n in enumerate(seq_lens.tolist()):
+    for s, n in enumerate(seq_lens[: query.shape[0]].tolist()):
         if n <= 0:
             out[s] = 0
             continue
@@ -196,7 +196,7 @@ def paged_attention_v2(
     blocksparse_head_sliding_step: int = 0,
 ) -> None:
     heads = query.shape[1]
-    for s, n in enumerate(seq_lens.tolist()):
+    for s, n in enumerate(seq_lens[: query.shape[0]].tolist()):
         if n <= 0:
             out[s] = 0
             continue

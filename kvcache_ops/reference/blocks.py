@@ -31,6 +31,7 @@ def swap_blocks_batch(
 
 def convert_fp8(output: Tensor, input: Tensor, scale: float = 1.0, kv_dtype: str = "fp8") -> None:
     kind = fp8_kind(kv_dtype)
+    output, input = (t.as_strided((t.numel(),), (1,)) for t in (output, input))  # their memory
     # The host's double becomes fp32 once, as the kernels take it.
     fp32_scale = torch.tensor(scale, dtype=torch.float32, device=input.device)
     if output.dtype == torch.uint8:

@@ -21,7 +21,7 @@ def _gather_rows(
     rows, blocks, offsets = [], [], []
     cu, table = cu_seq_lens.tolist(), block_table.tolist()
     starts = [0] * (len(cu) - 1) if seq_starts is None else seq_starts.tolist()
-    for b, start in enumerate(starts):
+    for b, start in enumerate(starts[: len(cu) - 1]):
         first, last = max(cu[b], 0), min(cu[b + 1], limit)
         for row in range(first, last):
             p = start + row - cu[b]
@@ -81,7 +81,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     src = src_cache.view(torch.uint8)
     nb, bs = src.shape[:2]
     end = torch.tensor([dst.shape[0]], dtype=torch.int32, device=dst.device)
-    cu = torch.cat([workspace_starts, end])
+    cu = torch.cat([workspace_starts[:batch_size], end])
     rows_of = src.reshape(nb * bs, src.shape[2])
     if host_cache is None or host_row_ids is None or device_row_ids is None:
         r, b, off = _gather_rows(block_table, cu, seq_starts, dst.shape[0], bs, nb)
@@ -89,8 +89,9 @@ def cp_gather_and_upconvert_fp8_kv_cache(
         return
     num_ids = device_row_ids.numel()
     r, b, off = _gather_rows(block_table, cu, seq_starts, dst.shape[0], bs, num_ids // bs)
+    device_rows, host_rows = device_row_ids.flatten().tolist(), host_row_ids.flatten().tolist()
     for row, i in zip(r.tolist(), (b * bs + off).tolist(), strict=True):
-        on_device, on_host = int(device_row_ids[i]), int(host_row_ids[i])
+        on_device, on_host = device_rows[i], host_rows[i]
         if 0 <= on_device < rows_of.shape[0]:
             dst[row] = _ds_mla_upconvert(rows_of[on_device : on_device + 1])[0]
         elif on_device < 0 and 0 <= on_host < host_cache.shape[0]:

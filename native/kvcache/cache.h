@@ -58,6 +58,8 @@ struct ConcatMlaGroupedArgs {
   const int64_t* slots;
   const float* scales;  // null: 1
   int64_t layers, tokens, latent, rope, block_size, block_stride, entry_stride;
+  int64_t kv_c_layer_stride, kv_c_stride, k_pe_layer_stride, k_pe_stride;
+  int64_t slot_layer_stride, slot_stride;
   KvFormat format;
 };
 void concat_and_cache_mla_grouped(const ConcatMlaGroupedArgs& args, Stream stream);

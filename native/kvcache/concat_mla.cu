@@ -131,15 +131,17 @@ __global__ void write_grouped(ConcatMlaGroupedArgs a) {
   using T = gpu::BFloat16;
   using Write = gpu::Quantizer<kFormat, T>;
   using C = typename Write::Item;
-  const int64_t row = blockIdx.x, slot = a.slots[row], layer = row / a.tokens;
+  const int64_t row = blockIdx.x, layer = row / a.tokens, t = row % a.tokens;
+  const int64_t slot = a.slots[layer * a.slot_layer_stride + t * a.slot_stride];
   if (slot < 0) return;
   C* entry = reinterpret_cast<C*>(a.cache_ptrs[layer]) + slot / a.block_size * a.block_stride +
              slot % a.block_size * a.entry_stride;
+  const T* kv_c = static_cast<const T*>(a.kv_c) + layer * a.kv_c_layer_stride + t * a.kv_c_stride;
+  const T* k_pe = static_cast<const T*>(a.k_pe) + layer * a.k_pe_layer_stride + t * a.k_pe_stride;
   const Write write(a.scales == nullptr ? 1.0f : a.scales[layer]);
   for (int64_t i = threadIdx.x; i < a.latent + a.rope; i += blockDim.x) {
     gpu::Vec<T, 4> v{};
-    v.at[0] = i < a.latent ? static_cast<const T*>(a.kv_c)[row * a.latent + i]
-                           : static_cast<const T*>(a.k_pe)[row * a.rope + i - a.latent];
+    v.at[0] = i < a.latent ? kv_c[i] : k_pe[i - a.latent];
     entry[i] = write(gpu::Kept(v)).get().at[0];
   }
 }

@@ -91,14 +91,16 @@ void concat_and_cache_mla_grouped(const ConcatMlaGroupedArgs& a, Stream /*stream
   using T = cpu::BFloat16;
   const int64_t item = cache_item(DType::kBFloat16, a.format);
   cpu::parallel_for(a.layers * a.tokens, 4 * (a.latent + a.rope), [&](int64_t i) {
-    const int64_t slot = a.slots[i], layer = i / a.tokens;
+    const int64_t layer = i / a.tokens, t = i % a.tokens;
+    const int64_t slot = a.slots[layer * a.slot_layer_stride + t * a.slot_stride];
     if (slot < 0) return;
     char* entry =
         reinterpret_cast<char*>(a.cache_ptrs[layer]) +
         item * (slot / a.block_size * a.block_stride + slot % a.block_size * a.entry_stride);
-    store_entry(entry, static_cast<const T*>(a.kv_c) + i * a.latent,
-                static_cast<const T*>(a.k_pe) + i * a.rope, a.latent, a.rope, DType::kBFloat16,
-                a.format, a.scales == nullptr ? 1.0f : a.scales[layer]);
+    const T* kv_c = static_cast<const T*>(a.kv_c) + layer * a.kv_c_layer_stride + t * a.kv_c_stride;
+    const T* k_pe = static_cast<const T*>(a.k_pe) + layer * a.k_pe_layer_stride + t * a.k_pe_stride;
+    store_entry(entry, kv_c, k_pe, a.latent, a.rope, DType::kBFloat16, a.format,
+                a.scales == nullptr ? 1.0f : a.scales[layer]);
   });
 }
 

@@ -99,11 +99,13 @@ attention::PagedAttentionArgs check_attention(
   checks.value(a.block_size > 0, "key_cache", a.block_size, "a positive block size");
   checks.on_device(tables);
   checks.dtype(tables, ScalarType::Int);
-  checks.shape(tables, {a.sequences, -1});
+  checks.rank(tables, 2, 2);
+  checks.at_least(tables, 0, a.sequences, "the sequences of query");
   checks.last_contiguous(tables);
   checks.on_device(lens);
   checks.dtype(lens, ScalarType::Int);
-  checks.shape(lens, {a.sequences});
+  checks.rank(lens, 1, 1);
+  checks.at_least(lens, 0, a.sequences, "the sequences of query");
   checks.contiguous(lens);
   if (alibi_slopes) {
     const Arg alibi("alibi_slopes", *alibi_slopes);

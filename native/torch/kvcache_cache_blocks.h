@@ -11,13 +11,56 @@
 namespace kvcache_glue {
 namespace {
 
+// Bytes that a view spans, from its first to its last element.
+int64_t span_bytes(const Arg& a) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < a.dim; ++d) {
+    if (a.size(d) == 0) return 0;
+    last += (a.size(d) - 1) * a.stride(d);
+  }
+  return (last + 1) * item_bytes(a);
+}
+
+bool share_memory(const Arg& a, const Arg& b) {
+  const int64_t at_a = reinterpret_cast<int64_t>(a.data), at_b = reinterpret_cast<int64_t>(b.data);
+  return at_a < at_b + span_bytes(b) && at_b < at_a + span_bytes(a);
+}
+
+// Item i of one memory becomes item i of the other: both are without holes, and as long as each
+// other. Views of one shape also have one order, so that an element becomes the element at its own
+// indices.
+void check_conversion(const Checks& checks, const Arg& dst, const Arg& src) {
+  if (dst.numel() != src.numel()) {
+    checks.fail(
+        dst.name, "shape " + dst.shape(),
+        "as many elements as " + std::string(src.name) + " of shape " + src.shape() + " has");
+  }
+  if (src.numel() == 0) return;
+  for (const Arg* a : {&dst, &src}) {
+    if (a->fills_memory()) continue;
+    checks.fail(a->name, a->layout(),
+                "memory without holes or repeated elements, in any order of dimensions,");
+  }
+  bool same_shape = dst.dim == src.dim, same_order = true;
+  for (int64_t d = 0; same_shape && d < dst.dim; ++d) {
+    same_shape = dst.size(d) == src.size(d);
+    same_order = same_order && (dst.size(d) == 1 || dst.stride(d) == src.stride(d));
+  }
+  if (same_shape && !same_order) {
+    checks.fail(dst.name, dst.layout(),
+                "the strides of " + std::string(src.name) + ", " + src.layout() + ",");
+  }
+  if (share_memory(dst, src)) {
+    checks.fail(dst.name, "memory that " + std::string(src.name) + " lies in too", "other memory");
+  }
+}
+
 void convert_fp8(const Tensor& dst_cache, const Tensor& src_cache, double scale,
                  const std::string& kv_cache_dtype) {
   const Arg dst("output", dst_cache), src("input", src_cache);
   const Checks checks("convert_fp8", src);
   kvcache::ConvertFp8Args a{};
   checks.on_device(dst);
-  checks.same_shape(dst, src);
   a.to_fp8 = dst.dtype == ScalarType::Byte;
   if (a.to_fp8) {
     a.dtype = checks.float_dtype(src);
@@ -25,8 +68,7 @@ void convert_fp8(const Tensor& dst_cache, const Tensor& src_cache, double scale,
     checks.dtype(src, ScalarType::Byte);
     a.dtype = checks.float_dtype(dst);
   }
-  checks.contiguous(dst);
-  checks.contiguous(src);
+  check_conversion(checks, dst, src);
   if (kv_cache_dtype == "fp8_ds_mla") {
     checks.fail("kv_dtype", kv_cache_dtype, "fp8, fp8_e4m3 or fp8_e5m2");
   }
@@ -36,16 +78,6 @@ void convert_fp8(const Tensor& dst_cache, const Tensor& src_cache, double scale,
   if (a.n == 0) return;
   const Launch launch(src);
   kvcache::convert_fp8(a, launch.stream);
-}
-
-// Bytes that a view spans, from its first to its last element.
-int64_t span_bytes(const Arg& a) {
-  int64_t last = 0;
-  for (int64_t d = 0; d < a.dim; ++d) {
-    if (a.size(d) == 0) return 0;
-    last += (a.size(d) - 1) * a.stride(d);
-  }
-  return (last + 1) * item_bytes(a);
 }
 
 void swap_blocks(const Tensor& src_tensor, const Tensor& dst_tensor, int64_t block_size_in_bytes,
@@ -78,8 +110,8 @@ void swap_blocks(const Tensor& src_tensor, const Tensor& dst_tensor, int64_t blo
     }
     written.push_back(reinterpret_cast<int64_t>(dst.data) + d * bytes);
   }
-  const int64_t s0 = reinterpret_cast<int64_t>(src.data), d0 = reinterpret_cast<int64_t>(dst.data);
-  if (s0 < d0 + span_bytes(dst) && d0 < s0 + span_bytes(src)) {  // one memory: look closer
+  if (share_memory(src, dst)) {  // look closer
+    const int64_t s0 = reinterpret_cast<int64_t>(src.data);
     std::sort(written.begin(), written.end());
     for (int64_t i = 0; i < a.n; ++i) {
       const int64_t at = s0 + a.pairs[i * a.pair_stride] * bytes;

@@ -10,31 +10,47 @@
 namespace kvcache_glue {
 namespace {
 
-const int32_t* check_int32(const Checks& checks, const Arg& a, int64_t length) {
+const int32_t* check_int32(const Checks& checks, const Arg& a, int64_t least, const char* what) {
   checks.on_device(a);
   checks.dtype(a, ScalarType::Int);
-  checks.shape(a, {length});
+  checks.rank(a, 1, 1);
+  checks.at_least(a, 0, least, what);
   checks.contiguous(a);
   return static_cast<const int32_t*>(a.data);
 }
 
-// block_table int32 [B, M], cu int32 [B + 1] (or [B] with an open end), seq_starts int32 [B].
+// The B sequences of a gather: cu int32 [B + 1], or its first B elements with an open end; at least
+// B rows of block_table int32 [.., M] and of seq_starts int32 [..], as padded batches have them.
 kvcache::GatherMap check_map(const Checks& checks, const Arg& table, const Arg& cu,
                              const std::optional<Tensor>& seq_starts, const Arg& cache,
-                             int64_t rows, bool open_end) {
+                             int64_t rows, std::optional<int64_t> open_sequences = {}) {
   kvcache::GatherMap m{};
+  m.open_end = open_sequences.has_value();
+  m.cu = check_int32(checks, cu, open_sequences.value_or(1), "the number of sequences");
+  m.sequences = open_sequences.value_or(cu.size(0) - 1);
   checks.on_device(table);
   checks.dtype(table, ScalarType::Int);
   checks.rank(table, 2, 2);
+  checks.at_least(table, 0, m.sequences, "the number of sequences");
   checks.last_contiguous(table);
-  m.sequences = table.size(0), m.table_width = table.size(1), m.table_stride = table.stride(0);
+  m.table_width = table.size(1), m.table_stride = table.stride(0);
   m.table = static_cast<const int32_t*>(table.data);
-  m.cu = check_int32(checks, cu, m.sequences + (open_end ? 0 : 1));
-  if (seq_starts) m.starts = check_int32(checks, Arg("seq_starts", *seq_starts), m.sequences);
+  if (seq_starts) {
+    m.starts =
+        check_int32(checks, Arg("seq_starts", *seq_starts), m.sequences, "the number of sequences");
+  }
   m.rows = rows;
   m.num_blocks = cache.size(0), m.block_size = cache.size(1);
-  m.open_end = open_end;
   return m;
+}
+
+// Of all entries, or entries in rows of one block each.
+const int32_t* check_row_ids(const Checks& checks, const Arg& ids) {
+  checks.on_device(ids);
+  checks.dtype(ids, ScalarType::Int);
+  checks.rank(ids, 1, 2);
+  checks.contiguous(ids);
+  return static_cast<const int32_t*>(ids.data);
 }
 
 bool nothing_to_gather(const kvcache::GatherMap& m) {
@@ -59,7 +75,7 @@ void gather_and_maybe_dequant_cache(const Tensor& src_tensor, const Tensor& dst_
   checks.value(num_tokens >= 0, "num_tokens", num_tokens, "a count of at least 0");
   checks.at_least(dst, 0, num_tokens, "num_tokens");
   a.map = check_map(checks, Arg("block_table", block_table), Arg("cu_seq_lens", cu_seq_lens),
-                    seq_starts, src, num_tokens, false);
+                    seq_starts, src, num_tokens);
   const Arg to_seq("token_to_seq", token_to_seq);
   checks.on_device(to_seq);
   checks.dtype(to_seq, ScalarType::Int);
@@ -99,9 +115,9 @@ void cp_gather_cache(const Tensor& src_tensor, const Tensor& dst_tensor, const T
   }
   checks.dense_from(dst, 1);
   a.map = check_map(checks, Arg("block_table", block_table), Arg("cu_seq_lens", cu_seq_lens),
-                    seq_starts, src, dst.size(0), false);
+                    seq_starts, src, dst.size(0));
   checks.value(batch_size == a.map.sequences, "batch_size", batch_size,
-               "the number of rows of block_table");
+               "one less than the length of cu_seq_lens");
   a.format = KvFormat::kCopy;
   a.src = src.data, a.dst = dst.data;
   a.block_stride = src.stride(0), a.entry_stride = src.stride(1), a.dst_stride = dst.stride(0);
@@ -129,10 +145,11 @@ void cp_gather_and_upconvert_fp8_kv_cache(const Tensor& src_tensor, const Tensor
   checks.dtype(dst, ScalarType::BFloat16);
   checks.shape(dst, {-1, 576});
   checks.last_contiguous(dst);
-  a.map = check_map(checks, Arg("block_table", block_table),
-                    Arg("workspace_starts", workspace_starts), seq_starts, src, dst.size(0), true);
-  checks.value(batch_size == a.map.sequences, "batch_size", batch_size,
-               "the number of rows of block_table");
+  const Arg starts("workspace_starts", workspace_starts);
+  checks.value(batch_size >= 0 && (starts.dim != 1 || batch_size <= starts.size(0)), "batch_size",
+               batch_size, "a count of 0 to the length of workspace_starts");
+  a.map = check_map(checks, Arg("block_table", block_table), starts, seq_starts, src, dst.size(0),
+                    batch_size);
   a.src = static_cast<const uint8_t*>(src.data), a.dst = dst.data;
   a.src_blocks = src.size(0);
   a.block_stride = src.stride(0), a.entry_stride = src.stride(1), a.dst_stride = dst.stride(0);
@@ -146,7 +163,8 @@ void cp_gather_and_upconvert_fp8_kv_cache(const Tensor& src_tensor, const Tensor
                 "all of host_cache, host_row_ids and device_row_ids, or none,");
   }
   if (given == 3) {
-    const Arg host("host_cache", *host_cache), device_rows("device_row_ids", *device_row_ids);
+    const Arg host("host_cache", *host_cache), host_rows("host_row_ids", *host_row_ids);
+    const Arg device_rows("device_row_ids", *device_row_ids);
     if (host.device_type != aoti_torch_device_type_cpu()) {
       checks.fail("host_cache", "a tensor on " + device_name(host.device_type, host.device_index),
                   "pinned host memory");
@@ -154,10 +172,10 @@ void cp_gather_and_upconvert_fp8_kv_cache(const Tensor& src_tensor, const Tensor
     checks.dtype(host, ScalarType::Byte);
     checks.shape(host, {-1, kvcache::kDsMlaEntry});
     checks.contiguous(host);
-    checks.rank(device_rows, 1, 1);
-    const int64_t ids = device_rows.size(0);
-    a.device_rows = check_int32(checks, device_rows, ids);
-    a.host_rows = check_int32(checks, Arg("host_row_ids", *host_row_ids), ids);
+    a.device_rows = check_row_ids(checks, device_rows);
+    a.host_rows = check_row_ids(checks, host_rows);
+    checks.same_shape(host_rows, device_rows);
+    const int64_t ids = device_rows.numel();
     a.host = host_pointer(checks, host);
     a.host_count = host.size(0);
     a.map.num_blocks = a.map.block_size == 0 ? 0 : ids / a.map.block_size;
@@ -192,7 +210,7 @@ void cp_gather_indexer_k_quant_cache(const Tensor& kv_cache, const Tensor& dst_k
                "a positive multiple of 4 bytes a row");
   checks.size(cache, 2, a.head_size + a.scale_bytes, "codes and scales");
   a.map = check_map(checks, Arg("block_table", block_table), Arg("cu_seq_lens", cu_seq_lens),
-                    std::nullopt, cache, dst_k.size(0), false);
+                    std::nullopt, cache, dst_k.size(0));
   a.cache = static_cast<const uint8_t*>(cache.data);
   a.dst_k = static_cast<uint8_t*>(dst_k.data);
   a.dst_scale = static_cast<uint8_t*>(dst_scale.data);

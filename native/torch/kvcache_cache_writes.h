@@ -92,9 +92,9 @@ void reshape_and_cache_flash(const Tensor& key_tensor, const Tensor& value_tenso
   a.slots = check_slots(checks, slots, key);
   checks.on_device(k_scale);
   checks.dtype(k_scale, ScalarType::Float);
-  if (k_scale.numel() != 1 && (k_scale.dim != 1 || k_scale.numel() != a.heads)) {
+  if (k_scale.numel() != 1 && k_scale.numel() != a.heads) {
     checks.fail("k_scale", "shape " + k_scale.shape(),
-                "[1] or [" + std::to_string(a.heads) + "], one a head,");
+                "one element or " + std::to_string(a.heads) + ", one a head,");
   }
   checks.contiguous(k_scale);
   checks.on_device(v_scale);
@@ -186,12 +186,12 @@ void concat_and_cache_mla_grouped(const Tensor& kv_c_tensor, const Tensor& k_pe_
   kvcache::ConcatMlaGroupedArgs a{};
   checks.rank(kv_c, 3, 3);
   checks.dtype(kv_c, ScalarType::BFloat16);
-  checks.contiguous(kv_c);
+  checks.last_contiguous(kv_c);
   a.layers = kv_c.size(0), a.tokens = kv_c.size(1), a.latent = kv_c.size(2);
   checks.on_device(k_pe);
   checks.dtype(k_pe, kv_c.dtype);
   checks.shape(k_pe, {a.layers, a.tokens, -1});
-  checks.contiguous(k_pe);
+  checks.last_contiguous(k_pe);
   a.rope = k_pe.size(2);
   checks.on_device(ptrs);
   checks.dtype(ptrs, ScalarType::Long);
@@ -200,7 +200,6 @@ void concat_and_cache_mla_grouped(const Tensor& kv_c_tensor, const Tensor& k_pe_
   checks.on_device(slots);
   checks.dtype(slots, ScalarType::Long);
   checks.shape(slots, {a.layers, a.tokens});
-  checks.contiguous(slots);
   checks.value(block_size > 0, "block_size", block_size, "a positive size");
   checks.value(entry_stride >= a.latent + a.rope, "entry_stride", entry_stride,
                "a stride of at least the latent and the rotary part");
@@ -212,7 +211,10 @@ void concat_and_cache_mla_grouped(const Tensor& kv_c_tensor, const Tensor& k_pe_
     const Arg scales("kv_scales", *kv_scales);
     checks.on_device(scales);
     checks.dtype(scales, ScalarType::Float);
-    checks.shape(scales, {a.layers});
+    if (scales.numel() != a.layers) {
+      checks.fail("kv_scales", "shape " + scales.shape(),
+                  std::to_string(a.layers) + " elements, one a layer,");
+    }
     checks.contiguous(scales);
     a.scales = static_cast<const float*>(scales.data);
   }
@@ -220,6 +222,9 @@ void concat_and_cache_mla_grouped(const Tensor& kv_c_tensor, const Tensor& k_pe_
   a.cache_ptrs = static_cast<const int64_t*>(ptrs.data);
   a.slots = static_cast<const int64_t*>(slots.data);
   a.block_size = block_size, a.block_stride = block_stride, a.entry_stride = entry_stride;
+  a.kv_c_layer_stride = kv_c.stride(0), a.kv_c_stride = kv_c.stride(1);
+  a.k_pe_layer_stride = k_pe.stride(0), a.k_pe_stride = k_pe.stride(1);
+  a.slot_layer_stride = slots.stride(0), a.slot_stride = slots.stride(1);
   if (a.layers * a.tokens == 0) return;
   const Launch launch(kv_c);
   kvcache::concat_and_cache_mla_grouped(a, launch.stream);

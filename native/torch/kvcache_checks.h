@@ -50,7 +50,10 @@ struct Arg {
     }
     return true;
   }
+  // No holes and no element twice: numel() items from `data` on, in whatever order of dimensions.
+  bool fills_memory() const;
   std::string shape() const;
+  std::string layout() const;  // strides and shape, for messages
 };
 
 class Checks {

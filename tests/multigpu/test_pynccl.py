@@ -71,7 +71,7 @@ def _every_op(rank: Rank) -> str:
             comm.group_end()
             assert torch.equal(x, values(1 - me, n, dtype))
     y = values(me, 8)
-    comm.all_reduce(y, ReduceOp.MAX)
+    comm.all_reduce_(y, ReduceOp.MAX)
     assert torch.equal(y, torch.maximum(values(0, 8), values(1, 8)))
     comm.wait(10)
     assert comm.nccl is not None
@@ -107,7 +107,7 @@ def _fp8(rank: Rank) -> None:
     assert comm.capabilities is not None and comm.capabilities.dtypes is not None
     if torch.float8_e4m3fn in comm.capabilities.dtypes:
         x = torch.full((64,), rank.rank + 1.0, device="cuda").to(torch.float8_e4m3fn)
-        comm.all_reduce(x)
+        comm.all_reduce_(x)
         assert torch.equal(x.float(), torch.full((64,), 3.0, device="cuda"))
 
 
@@ -165,7 +165,7 @@ def _streams(rank: Rank) -> None:
     total = values(0, 1 << 20) + values(1, 1 << 20)
     side.wait_stream(torch.cuda.current_stream())
     with comm.change_state(enable=True, stream=side):
-        comm.all_reduce(x)
+        comm.all_reduce_(x)
     event = torch.cuda.Event()
     event.record(side)
     event.synchronize()
@@ -195,7 +195,7 @@ def _stateless(rank: Rank) -> None:
     comm = PyNcclCommunicator(group, f"cuda:{rank.rank}")
     assert comm.refusal is None and not torch.distributed.is_initialized()
     x = torch.ones(100, device="cuda")
-    assert torch.equal(comm.all_reduce(x), torch.full((100,), 2.0, device="cuda"))
+    assert torch.equal(comm.all_reduce_(x), torch.full((100,), 2.0, device="cuda"))
     comm.close()
     group.close()
 
@@ -276,7 +276,7 @@ def _peer_dies(rank: Rank, how: str) -> tuple[str, float]:
     x = torch.ones(1 << 20, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        comm.all_reduce(x)
+        comm.all_reduce_(x)
     if rank.rank == 1:
         time.sleep(1.0)
         os._exit(1)  # while rank 0 is in its collective
@@ -285,7 +285,7 @@ def _peer_dies(rank: Rank, how: str) -> tuple[str, float]:
         if how == "graph":
             graph.replay()
         else:
-            comm.all_reduce(x)
+            comm.all_reduce_(x)
         if how == "wait":
             comm.wait(25.0)
         else:

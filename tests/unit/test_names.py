@@ -147,6 +147,11 @@ MOVED = {
 }
 #: What is not here under its name, and what does its work.
 REPLACED = {
+    # sglang's is in place; all_reduce is vLLM's, of a new tensor (docs/engines.md).
+    "pynccl.PyNcclCommunicator.all_reduce": (
+        "communicators.backends.pynccl",
+        "PyNcclCommunicator.all_reduce_",
+    ),
     "shm_broadcast.ShmRingBuffer.__del__": ("communicators.shm_broadcast", "ShmRingBuffer.close"),
 }
 

@@ -191,13 +191,23 @@ def test_cache_writes_of_every_16_bit_value(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-def test_grouped_is_one_write_a_layer(kv: str) -> None:
+@pytest.mark.parametrize("how", ["dense", "expanded", "padded", "transposed"])
+def test_grouped_is_one_write_a_layer(kv: str, how: str) -> None:
     layers, tokens, dt = 3, 37, torch.bfloat16 if kv == "auto" else torch.uint8
-    kv_c = torch.randn(layers, tokens, 512, device="cuda", dtype=torch.bfloat16)
-    k_pe = torch.randn(layers, tokens, 64, device="cuda", dtype=torch.bfloat16)
+
+    def laid_out(x: torch.Tensor) -> torch.Tensor:
+        if how == "expanded":  # all layers share what the first one has
+            return x[:1].expand_as(x)
+        if how == "padded":
+            return torch.cat([x, x], -1)[..., : x.shape[-1]]
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if how == "transposed" else x
+
+    kv_c = laid_out(torch.randn(layers, tokens, 512, device="cuda", dtype=torch.bfloat16))
+    k_pe = laid_out(torch.randn(layers, tokens, 64, device="cuda", dtype=torch.bfloat16))
     got = torch.zeros(layers, 5, 16, 576, device="cuda", dtype=dt)
     want = torch.zeros_like(got)
     slots = torch.stack([torch.randperm(80, device="cuda")[:tokens] - 1 for _ in range(layers)])
+    slots = laid_out(slots)
     scales = torch.tensor([0.7, 0.3, 1.0], device="cuda")
     at = torch.tensor([t.data_ptr() for t in got], device="cuda")
     kvcache_ops.concat_and_cache_mla_grouped(

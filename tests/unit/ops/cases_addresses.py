@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from ops_maker import BF16, U8, Args, Case, Maker, pointing
+from torch import Tensor
 
 
 def _grouped() -> Iterator[Case]:
@@ -47,6 +48,34 @@ def _grouped() -> Iterator[Case]:
         yield Case("concat_and_cache_mla_grouped", name, build, 25)
 
 
+def _grouped_views() -> Iterator[Case]:
+    """Slots of one layer for all, of every other layer or token, rows inside wider ones."""
+    views: dict[str, Callable[[Tensor, int], Tensor]] = {
+        "expanded": lambda x, width: x[:1, :, :width].expand(3, -1, -1),
+        "one-token": lambda x, width: x[:, :1, :width].expand(-1, 5, -1),
+        "padded": lambda x, width: x[:, :, 1 : width + 1],
+        "transposed": lambda x, width: x.transpose(0, 1).contiguous().transpose(0, 1)[..., :width],
+    }
+    for (name, view), kv in itertools.product(views.items(), ("auto", "fp8")):
+
+        def build(m: Maker, view: Callable[[Tensor, int], Tensor] = view, kv: str = kv) -> Args:
+            caches = [m.poison(4, 8, 40, dtype=U8 if kv == "fp8" else BF16) for _ in range(3)]
+            slots = torch.stack([m.slots(5, 4, 8) for _ in range(3)])
+            return dict(
+                kv_c=view(m.normal(3, 5, 36, dtype=BF16), 32),
+                k_pe=view(m.normal(3, 5, 9, dtype=BF16), 8),
+                kv_cache_ptrs=pointing(m, caches),
+                slot_mapping=view(slots.unsqueeze(2).expand(-1, -1, 2), 1).squeeze(2),
+                block_size=8,
+                block_stride=320,
+                entry_stride=40,
+                kv_scales=m.floats(0.3, 0.5, 0.7).view(3, 1, 1),
+                kv_cache_dtype=kv,
+            )
+
+        yield Case("concat_and_cache_mla_grouped", f"{name}-{kv}", build, 27)
+
+
 def _swap_batch() -> Iterator[Case]:
     for n, size in itertools.product((0, 1, 7), (0, 1, 24, 4096)):
 
@@ -67,4 +96,5 @@ def _swap_batch() -> Iterator[Case]:
 def address_cases() -> Iterator[Case]:
     """Of the CPU: the references follow an address as the host does."""
     yield from _grouped()
+    yield from _grouped_views()
     yield from _swap_batch()

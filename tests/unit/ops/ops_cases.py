@@ -7,12 +7,14 @@ from cases_attention import attention_cases
 from cases_cache import cache_cases
 from cases_elementwise import elementwise_cases
 from cases_gather import gather_cases
+from cases_layouts import layout_cases
 from ops_maker import Case
 
 
 def all_cases() -> list[Case]:
     """Those that run on every device."""
-    return [*elementwise_cases(), *cache_cases(), *gather_cases(), *attention_cases()]
+    ordinary = (elementwise_cases, cache_cases, gather_cases, attention_cases)
+    return [case for cases in (*ordinary, layout_cases) for case in cases()]
 
 
 def cpu_cases() -> list[Case]:

@@ -61,6 +61,14 @@ ACCEPTED = {
     ("*", "output_lse", "stride"),
     ("*", "out_lse", "stride"),
     ("swap_blocks", "block_mapping", "stride"),
+    ("concat_and_cache_mla_grouped", "slot_mapping", "stride"),
+    ("concat_and_cache_mla_grouped", "kv_scales", "rank"),  # one element a layer, of any rank
+    ("convert_fp8", "input", "rank"),  # memory of any shape
+    ("convert_fp8", "output", "rank"),
+    ("concat_and_cache_mla_grouped", "kv_c", "size"),  # entries in wider rows
+    ("concat_and_cache_mla_grouped", "k_pe", "size"),
+    ("gather_and_maybe_dequant_cache", "cu_seq_lens", "size"),  # fewer sequences than rows
+    ("cp_gather_indexer_k_quant_cache", "cu_seq_lens", "size"),
     ("rms_norm", "input", "stride"),  # copied
     ("swap_blocks", "src", "dtype"),  # bytes of any dtype and shape
     ("swap_blocks", "dst", "dtype"),
@@ -253,6 +261,47 @@ def test_every_argument_of_every_op_is_wrong_once() -> None:
                 kinds |= {m for o, n, m in ACCEPTED if o in ("*", case.op) and n == name}
                 expected = set(MUTATIONS) - ({"size", "stride"} if value.numel() == 1 else set())
                 assert kinds >= expected, f"{case.op}({name}): {expected - kinds}"
+
+
+@pytest.mark.parametrize(
+    ("name", "view"),
+    [
+        ("input", lambda t: t[:, :1].expand(6, 4)),
+        ("output", lambda t: t[:, :1].expand(6, 4)),
+        ("output", lambda t: t[:1].expand(6, 4)),
+        ("input", lambda t: t.as_strided((6, 4), (2, 1))),  # rows overlap
+        ("input", lambda t: t.as_strided((6, 4), (1, 1))),
+        ("output", lambda t: t.as_strided((2, 3, 4), (12, 4, 0))),
+        ("input", lambda t: torch.cat([t, t], 1)[:, :4]),  # holes
+        ("output", lambda t: torch.cat([t, t])[::2]),
+        ("output", lambda t: torch.cat([t, t], 1)[:, 1:5].permute(1, 0)),
+        ("output", lambda t: t[:5]),  # elements are missing
+        ("output", lambda t: t.view(4, 6).t()),  # the shape of input in another order
+        ("input", lambda t: t.t().contiguous().t()),
+    ],
+)
+@pytest.mark.parametrize("to_codes", [True, False])
+def test_convert_fp8_of_what_is_no_row_of_memory(
+    name: str, view: Callable[[Tensor], Tensor], to_codes: bool
+) -> None:
+    floats = torch.arange(24, dtype=torch.bfloat16).view(6, 4)
+    codes = torch.arange(24, dtype=torch.uint8).view(6, 4)
+    args = dict(output=codes, input=floats) if to_codes else dict(output=floats, input=codes)
+    args[name] = view(args[name])
+    assert_refused(Case("convert_fp8", "", lambda m: {}), args, name)
+
+
+def test_convert_fp8_in_place() -> None:
+    memory = torch.ones(64)
+    for args in (
+        dict(output=memory.view(torch.uint8)[:64], input=memory),
+        dict(output=memory.view(torch.uint8)[192:], input=memory),
+        dict(output=memory[32:], input=memory.view(torch.uint8)[128:160]),
+    ):
+        assert_refused(Case("convert_fp8", "", lambda m: {}), args, "output")
+    halves = memory.view(torch.uint8)  # beside each other they do not meet
+    kvcache_ops.convert_fp8(halves[128:160], memory[:32])
+    assert halves[128:160].unique().tolist() == [56]
 
 
 def test_swap_blocks_refuses_overlap() -> None:
