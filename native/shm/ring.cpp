@@ -13,14 +13,6 @@ constexpr uint64_t kPage = 4096;
 
 uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// That this process may use.
-uint32_t cores() {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
-  return static_cast<uint32_t>(CPU_COUNT(&allowed));
-}
-
 }  // namespace
 
 RingLayout::RingLayout(uint32_t readers, uint32_t slots, uint64_t slot_bytes,
@@ -78,9 +70,19 @@ RingEnd::RingEnd(std::byte* base, prim::AtomicU32& cpu, SpinBudget spin)
       header_(reinterpret_cast<RingHeader*>(base)),
       readers_(reader_lines(base)),
       spin_(spin),
-      cpu_(cpu),
-      cores_(cores()),
-      yields_(header_->readers + 1 > cores_) {}
+      cpu_(cpu) {
+  const Cpus mine = my_cpus(1);
+  for (size_t i = 0; i < kRingCpuWords; ++i) {
+    if (mine.mask[i] != 0) header_->cpus[i].fetch_or(mine.mask[i], std::memory_order_relaxed);
+  }
+}
+
+uint32_t RingEnd::cores() const {
+  int count = 0;
+  for (const prim::AtomicU64& some : header_->cpus)
+    count += std::popcount(prim::load_relaxed(some));
+  return static_cast<uint32_t>(std::max(count, 1));
+}
 
 void RingEnd::note_cpu() {
   const auto cpu = static_cast<uint32_t>(sched_getcpu() + 1);

@@ -31,6 +31,7 @@
 //   ready             writer       0 -> 1 when all have joined                   1
 //   cpu, writer_cpu   reader, writer  1 + the core that it runs on, if it changed;  any
 //                                  a hint for whether to spin or to yield
+//   cpus              everybody    or, bits of the CPUs that an end may run on  any
 //   block.holders     writer       all live readers' bits before publish         0
 //                     reader r     clears bit r when it needs the block no more
 //
@@ -42,6 +43,7 @@
 // Counters are kept doubled in 32 bits, may wrap, and are compared with prim::reached.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -49,11 +51,13 @@
 #include "prim/atomic.h"
 #include "prim/futex.h"
 #include "shm/arena.h"
+#include "shm/cpus.h"
 
 namespace shm {
 
 inline constexpr uint32_t kRingVersion = 3;
 inline constexpr uint32_t kMaxReaders = 64;
+inline constexpr size_t kRingCpuWords = 16;  // 1024 CPUs; those above are not counted
 inline constexpr uint32_t kClosedBit = 1;
 // A sleeping reader looks this often whether the writer lives: so long may its death go unnoticed.
 // A look costs some 10 us of a core, and an idle reader does nothing else.
@@ -101,6 +105,8 @@ struct RingHeader {
   prim::AtomicU32 bell;
   alignas(prim::kFalseSharingBytes) prim::AtomicU32 joined;
   prim::AtomicU32 ready;
+  // Of all ends together: one that is pinned to a core sees that one alone by itself.
+  alignas(prim::kFalseSharingBytes) prim::AtomicU64 cpus[kRingCpuWords];
 };
 
 struct SlotHeader {
@@ -175,7 +181,9 @@ class RingEnd {
   void note_cpu();
   // `peer` does not run now: this end has its core.
   bool displaces(const prim::AtomicU32& peer);
-  uint32_t other_cores() const { return cores_ > 1 ? cores_ - 1 : 1; }
+  uint32_t cores() const;  // that the ends which have been opened so far may use, together
+  uint32_t other_cores() const { return std::max(cores(), 2u) - 1; }
+  bool more_ends_than_cores() const { return header_->readers + 1 > cores(); }
   bool cancelled() const { return prim::load_relaxed(cancelled_) != 0; }
 
   std::byte* base_;
@@ -187,8 +195,6 @@ class RingEnd {
  private:
   prim::AtomicU32 cancelled_{0};
   prim::AtomicU32& cpu_;
-  uint32_t cores_;
-  bool yields_;  // there are more ends than cores
 };
 
 class RingWriter : public RingEnd {

@@ -36,7 +36,7 @@ bool RingEnd::spin(const Reached& reached, int64_t budget_ns, const prim::Atomic
     }
     // The one that is waited for may need this core: there are too few, or it ran here last and so
     // does not run now. Otherwise a yield would only let strangers have it, for some milliseconds.
-    if (displaces(peer) || yields_) sched_yield();
+    if (displaces(peer) || more_ends_than_cores()) sched_yield();
   } while (!cancelled() && prim::monotonic_ns() < until);
   return reached();
 }

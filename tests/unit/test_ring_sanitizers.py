@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RING = [ROOT / f"native/shm/{name}.cpp" for name in ("arena", "ring", "ring_reader", "ring_writer")]
+RING = [
+    ROOT / f"native/shm/{name}.cpp"
+    for name in ("arena", "cpus", "ring", "ring_reader", "ring_writer")
+]
 SOURCES = [ROOT / "tests/unit/ring_stress.cpp", *RING]
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
 WRAP = 2**31 - 500  # counters are kept doubled in 32 bits
