@@ -139,8 +139,8 @@ def check_summed(
     if dtype not in summed:
         names = ", ".join(sorted(_name(dtype) for dtype in summed))
         raise InvalidArgumentError(
-            f"{call}({argument}) on rank {rank}: {argument} is {_name(dtype)}, which is not "
-            f"summed; {names} are accepted"
+            f"{call}({argument}) on rank {rank}: {argument} is of dtype "
+            f"{_name(dtype)}, and {_name(dtype)} cannot be summed; {names} are accepted"
         )
 
 

@@ -108,7 +108,7 @@ def coordinator(rank: Rank, key):
             for size in (4, 0):
                 x = torch.zeros(size).to(dtype)
                 for call in (tp.all_reduce, tp.all_reduce_, lambda x: tp.reduce_scatter(x, 0)):
-                    refused(call, "", x, f"{name}, which is not summed; bfloat16, ", me)
+                    refused(call, "", x, f"{name} cannot be summed; bfloat16, ", me)
             x = torch.ones(3).to(dtype)
             assert tp.all_gather(x).view(torch.uint8).tolist() == x.view(torch.uint8).tolist() * 2
             assert tp.broadcast(x.clone()).dtype is dtype, "the others travel in any dtype"
@@ -153,7 +153,7 @@ def over_gloo(rank: Rank, key):
         refuse_tensors(tp, tp.rank_in_group, with_fake=False)
         for dtype in (torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bool):
             x = torch.ones(2, 3).to(dtype)
-            refused(tp.all_reduce, "", x, "which is not summed; bfloat16", tp.rank_in_group)
+            refused(tp.all_reduce, "", x, "cannot be summed; bfloat16", tp.rank_in_group)
             for moved in (tp.all_gather(x, 0)[2:], tp.broadcast(x.clone()), tp.gather(x, 0, 0)):
                 if moved is not None:
                     assert torch.equal(moved.view(torch.uint8)[:2], x.view(torch.uint8)), dtype
@@ -227,7 +227,7 @@ def cpu_methods(rank: Rank):
     refuse_tensors(cpu, me)
     for name in ("all_reduce", "all_reduce_", "reduce_scatter"):
         x = torch.ones(4).to(torch.float8_e4m3fn)
-        refused(calls(cpu, me)[name], name, x, "float8_e4m3fn, which is not summed", me)
+        refused(calls(cpu, me)[name], name, x, "float8_e4m3fn cannot be summed", me)
     handle = cpu._handle
     x = torch.ones(4)
     neg = torch._neg_view(torch.ones(4))
@@ -235,7 +235,7 @@ def cpu_methods(rank: Rank):
         (lambda: shm.shm_allreduce(handle, [1.0]), "is a list"),
         (lambda: shm.shm_allreduce(handle, neg), "neg view"),
         (lambda: shm.shm_allreduce(handle, x[::2]), "not contiguous"),
-        (lambda: shm.shm_allreduce(handle, x.bool()), "bool, which is not summed"),
+        (lambda: shm.shm_allreduce(handle, x.bool()), "bool cannot be summed"),
         (lambda: shm.shm_all_gather(handle, None, x), "data is a NoneType"),
         (lambda: shm.shm_all_gather(handle, x, x[:1].expand(8)), "share memory"),
         (lambda: shm.shm_gather(handle, x, [x, x[:2]], 0), "outputs like it"),
