@@ -36,14 +36,27 @@ _LOCK_S = 5.0
 _MOST_BYTES = 16 << 20  # thousands of pairs; nobody reads more
 
 
-def _default_folder() -> Path:
+def _folder(directory: str) -> tuple[Path, str]:
+    """Where proofs are kept, and why not in the user's home ("" when they are, or told where)."""
+    if directory:
+        return Path(directory), ""
     try:
         home = Path.home()
-    except RuntimeError:  # a container's user without a home
+    except RuntimeError:  # a container's user without one
         home = Path()
     if home.is_absolute() and home.is_dir() and os.access(home, os.W_OK):
-        return home / ".cache" / "communicators"
-    return Path(tempfile.gettempdir()) / f"communicators-{os.getuid()}"
+        return home / ".cache" / "communicators", ""
+    where = Path(tempfile.gettempdir()) / f"communicators-{os.getuid()}"
+    return where, f"proofs of peer access are kept in {where}: HOME={home} cannot be written"
+
+
+def folder_problem(directory: str) -> str:
+    """What is unusual about the folder of the proofs here, as a sentence; "" when nothing is."""
+    folder, reason = _folder(directory)
+    there = next(one for one in (folder, *folder.parents) if os.path.exists(one))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        return f"proofs of peer access are not remembered: {there} is no directory to write in"
+    return reason
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class P2PCache:
     """
 
     def __init__(self, directory: str, host: HostFacts, driver: str) -> None:
-        folder = Path(directory) if directory else _default_folder()
+        folder, _ = _folder(directory)
         self.host, self.driver = host, driver
         label = re.sub(r"[^\w.-]", "_", f"p2p-{host.boot_id}-{driver}.json")
         self.path = folder / label
