@@ -5,8 +5,8 @@ ours is heard, and a store whose host is stopped never answers. So a `Call` runs
 and the caller waits in poll(2), beside whatever else it wants to hear of: about 10 us a call.
 
 A thread that comes back from C++ while the interpreter ends aborts the process (up to Python 3.13
-it is unwound through frames of C++ that allow no exceptions). So at exit the threads are waited for a
-moment, and those that are inside a wait then are made to sleep for good.
+it is unwound through frames of C++ that allow no exceptions). So at exit the threads are waited
+for a moment, and those that are inside a wait then are made to sleep for good.
 """
 
 from __future__ import annotations

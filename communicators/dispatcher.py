@@ -143,6 +143,7 @@ class Dispatcher:
     def _plan(
         self, key: tuple[str, torch.dtype, int, bool, bool], tensor: torch.Tensor
     ) -> Communicator:
+        self.group.require_own_process()
         if tensor.device.type != self.device.type:
             raise InvalidArgumentError(
                 f"{key[0]}: the tensor is on {tensor.device}; rank {self.group.rank} of group "

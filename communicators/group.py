@@ -307,8 +307,9 @@ class Group:
         return self._waiter.attend_torch(function, tag, self.settings.timeout_s, on_thread)
 
     def explain(self) -> list[str]:
-        """Sentences on what of the peers cannot be seen from this process; none when all can."""
-        return [*self._waiter.peers.explain(), *filter(None, [hosts.missing()])]
+        """What of the peers cannot be seen from this process, a line each; none when all can."""
+        told = [*self._waiter.peers.explain(), *filter(None, [hosts.missing()])]
+        return [f"  waits: {sentence}" for sentence in told]
 
     def require_own_process(self) -> None:
         """RefusedError in a forked child, which is no rank of the group."""

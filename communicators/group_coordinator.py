@@ -72,11 +72,12 @@ class GroupCoordinator(Collectives, GroupObjects):
             name=f"{name}[{rank_span(self.ranks)}]",  # groups of one name may lie side by side
             settings=self.settings,
         )
-        self.cpu_group = self._process_group("gloo")
+        self.cpu_group = backends.process_group_over(self.group, "gloo")
         self.group.process_group = self.cpu_group
         self.device_group = self.cpu_group
         if self.device.type != "cpu":
-            self.device_group = self._process_group(backends.torch_backend(self.device.type))
+            backend = backends.torch_backend(self.device.type)
+            self.device_group = backends.process_group_over(self.group, backend)
         self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
         self._dispatcher_at = {}
@@ -88,14 +89,6 @@ class GroupCoordinator(Collectives, GroupObjects):
         self._closed = False
         forks.tell(self)
         OPEN_GROUPS[name] = self
-
-    def _process_group(self, backend: str) -> dist.ProcessGroup:
-        name = f"{self.group.name}/{backend}"
-        return self.group.attend(
-            lambda: backends.new_process_group(backend, self.ranks, name, self.settings),
-            f"new_process_group({backend})",
-            on_thread=backend == "gloo",
-        )
 
     def _devices(self) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
         """The device itself, and host memory, where metadata and offloaded tensors live."""
@@ -160,11 +153,10 @@ class GroupCoordinator(Collectives, GroupObjects):
         if self.world_size == 1:
             return f"group {self.name}: one rank, nothing to communicate"
         parts = [dispatcher.explain() for dispatcher in self._dispatchers.values()]
-        waits = [f"  waits: {sentence}" for sentence in self.group.explain()]
-        return "\n".join([*parts, self._objects.explain(), *waits])
+        return "\n".join([*parts, self._objects.explain(), *self.group.explain()])
 
     def after_fork(self) -> None:
-        """In a forked child: it is refused, is not among the open groups, close() does nothing."""
+        """In a forked child: it is refused and not open, and close() does nothing."""
         self._closed = True
         OPEN_GROUPS.pop(self.name, None)
         self._dispatcher_at.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,12 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
     """
     try:
         store: Store = attend(make, seconds + _GRACE_S)
-    except TimeoutError as error:
-        if isinstance(error, CommTimeoutError):
-            raise
+    except TimeoutError:
+        problem = _connect_problem(where)
+        if problem:
+            raise CommTimeoutError(
+                f"{who}: nobody could be reached at {where} within {seconds:g} s: {problem}"
+            ) from None
         raise CommTimeoutError(
             f"{who}: {where} was reached and did not answer as a store of torch.distributed within "
             f"{seconds:g} s; either something else listens there, or the process that hosts the "
@@ -68,6 +72,20 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
         first = (str(error).splitlines() or [""])[0]
         raise InvalidArgumentError(f"{who}: cannot meet at {where}: {first}") from error
     return store
+
+
+def _connect_problem(where: str) -> str:
+    """Why host:port, with which `where` begins, cannot be connected to; "" when it can, or none."""
+    host, _, port = where.split(" ")[0].rpartition(":")
+    if not port.isdigit():
+        return ""
+    try:
+        attend(lambda: socket.create_connection((host.strip("[]"), int(port)), 0.5).close(), 1.0)
+    except TimeoutError:
+        return "no answer"
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
 
 
 def _listen_problem(text: str) -> str:

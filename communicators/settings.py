@@ -7,6 +7,7 @@ around and replaced in tests; its digest is compared across ranks where a value 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,34 +16,46 @@ from .errors import InvalidArgumentError, SettingsError
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e9:
+    value = float(_plain(text))
+    if not 0 < value < 1e9:  # nor nan
         raise ValueError
     return value
 
 
 def _microseconds(text: str) -> int:
-    value = int(text)
+    value = int(_plain(text))
     if not 0 <= value <= 1_000_000:
         raise ValueError
     return value
 
 
 def _flag(text: str) -> bool:
-    return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+    return {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+
+
+def _plain(text: str) -> str:
+    """Python also takes 1_000 and digits of other scripts as numbers; here that is a slip."""
+    if "_" in text or not text.isascii():
+        raise ValueError
+    return text
 
 
 def _size(text: str) -> int:
-    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-    digits = text.lower().rstrip("ib").rstrip("kmg")
-    return int(digits) * units[text.lower().rstrip("ib")[len(digits) :]]
+    found = re.fullmatch(r"\s*(\d{1,18})\s*([kmg]?)(i?b)?\s*", _plain(text).lower())
+    if found is None:
+        raise ValueError
+    value = int(found[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[found[2]]
+    if not 0 < value < 1 << 62:  # what a tensor or a file can have
+        raise ValueError
+    return value
 
 
 def _one_of(*accepted: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text.upper() not in accepted:
+        value = text.strip().upper()
+        if value not in accepted:
             raise ValueError
-        return text.upper()
+        return value
 
     return parse
 
@@ -90,7 +103,7 @@ class Settings:
     """Where shared memory is taken from. Files there have no name, so none can be left behind."""
 
     shm_bytes: int = _setting(
-        4 << 20, "COMMUNICATORS_SHM_BYTES", _size, "bytes, or a number with K, M or G"
+        4 << 20, "COMMUNICATORS_SHM_BYTES", _size, "bytes, 1 or more, or a number with K, M or G"
     )
     """Shared memory that one rank contributes to one group, at most."""
 
@@ -137,7 +150,10 @@ class Settings:
     """Allows the quantized all-reduce, with 16 (FP), 8, 6 or 4 bits a value. Unset: not used."""
 
     quick_least_bytes: int = _setting(
-        2 << 20, "COMMUNICATORS_QUICK_LEAST_BYTES", _size, "bytes, or a number with K, M or G"
+        2 << 20,
+        "COMMUNICATORS_QUICK_LEAST_BYTES",
+        _size,
+        "bytes, 1 or more, or a number with K, M or G",
     )
     """Smallest tensor that the quantized all-reduce takes; two H200 gain from 2 MB on."""
 

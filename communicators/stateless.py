@@ -11,13 +11,13 @@ import datetime
 import socket
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from .errors import CommTimeoutError, InvalidArgumentError
+from .errors import InvalidArgumentError
 from .group import Group
-from .settings import Settings
+from .rendezvous import checked_integer, reach
+from .settings import Settings, check_seconds
 
 
 class StatelessProcessGroup(Group):
@@ -50,31 +50,38 @@ class StatelessProcessGroup(Group):
             timeout_s: seconds to wait for the others; default: settings.timeout_s.
 
         Raises CommTimeoutError when rank 0 cannot be reached, or ranks are missing, within that
-        time; InvalidArgumentError when rank 0 cannot listen there.
+        time; InvalidArgumentError when rank 0 cannot listen there, TopologyError for a rank, world
+        size or port that is no such number, PeerDiedError when one came and ended meanwhile.
         """
         settings = Settings.from_environment() if settings is None else settings
-        deadline = settings.timeout_s if timeout_s is None else timeout_s
+        deadline = check_seconds("timeout_s", timeout_s, settings)
+        world_size = checked_integer("world_size", world_size, 1)
+        rank = checked_integer("rank", rank, 0)
+        if rank >= world_size:
+            raise InvalidArgumentError(
+                f"StatelessProcessGroup.create: rank {rank} is not in 0..{world_size - 1} (world "
+                f"size {world_size})"
+            )
+        if not isinstance(host, str) or not host.strip():
+            raise InvalidArgumentError(
+                f"StatelessProcessGroup.create(host={host!r}): a host name or an address is "
+                f"expected, on rank {rank}"
+            )
+        port = checked_integer("port", port, 0 if rank == 0 else 1, 65535)
         limit = datetime.timedelta(seconds=deadline)
-        store: Store
-        try:
-            if rank == 0:
-                listener = _listen(host, port)
-                port = listener.getsockname()[1]
-                store = TCPStore(
-                    host,
-                    port,
-                    is_master=True,
-                    timeout=limit,
-                    wait_for_workers=False,
-                    master_listen_fd=listener.detach(),  # the store closes it
-                )
-            else:
-                store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
-        except dist.DistError as error:
-            raise CommTimeoutError(
-                f"StatelessProcessGroup: rank {rank} did not reach rank 0 at {host}:{port} within "
-                f"{deadline:g} s: {error}"
-            ) from error
+        options: dict[str, Any] = {}
+        if rank == 0:
+            listener = _listen(host, port)
+            port = listener.getsockname()[1]
+            options["master_listen_fd"] = listener.detach()  # the store closes it
+        store: Store = reach(
+            lambda: TCPStore(
+                host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False, **options
+            ),
+            f"{host}:{port}",
+            f"StatelessProcessGroup: rank {rank} of {world_size}, rank 0 of which listens there",
+            deadline,
+        )
         group = cls(store, rank, world_size, name="stateless", settings=settings)
         group.port = port
         group.gather_objects("StatelessProcessGroup.create", None, deadline)
@@ -120,7 +127,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         listener.close()
         raise InvalidArgumentError(
             f"StatelessProcessGroup: rank 0 cannot listen on {host}:{port}: {error}"

@@ -119,7 +119,7 @@ class Waiter:
             except CommunicatorError:
                 raise
             except RuntimeError as error:  # a DistError of a TCPStore, plain of a FileStore
-                raise self._store_gone(error, tag, watched) from error
+                raise self._store_gone(error, tag) from error
 
     def attend_torch(
         self, function: Callable[[], Any], tag: str, seconds: float, on_thread: bool
@@ -190,8 +190,9 @@ class Waiter:
             f"at {tag!r}"
         )
 
-    def _store_gone(self, error: Exception, tag: str, watched: Collection[int]) -> PeerDiedError:
-        if gone := self._ended_soon(watched):
+    def _store_gone(self, error: Exception, tag: str) -> PeerDiedError:
+        gone = self._ended_soon([rank for rank in range(self.world_size) if rank != self.rank])
+        if gone:
             return self._died(gone, tag)
         first = (str(error).splitlines() or [""])[0]
         return PeerDiedError(

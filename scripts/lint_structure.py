@@ -70,12 +70,13 @@ FORBIDDEN = [
             path.parts[0] in ("communicators", "kvcache_ops")
             and path.as_posix() not in MAY_READ_ENVIRONMENT
         ),
-        "the environment is read in settings.py (the launcher's variables in parallel_state.py)",
+        "the environment is read in settings.py (the launcher's in parallel_state.py and rendezvous.py)",
     ),
 ]
 MAY_READ_ENVIRONMENT = {
     "communicators/settings.py",
     "communicators/parallel_state.py",  # WORLD_SIZE, RANK, LOCAL_RANK: torchrun's
+    "communicators/rendezvous.py",  # MASTER_ADDR, MASTER_PORT
     "communicators/cli/doctor.py",  # passes its own on to the trial ranks
     "communicators/cli/trial.py",
     "communicators/p2p_worker.py",  # sets CUDA_VISIBLE_DEVICES of the probe's own processes

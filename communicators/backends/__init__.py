@@ -66,6 +66,21 @@ def new_process_group(
     return process_group
 
 
+def process_group_over(group: Group, backend: str) -> dist.ProcessGroup:
+    """A torch process group over the ranks of `group`. Collective over them.
+
+    gloo connects all ranks here; NCCL and the vendors' start later, and on this thread's device.
+    Raises PeerDiedError or CommTimeoutError when one of them does not come.
+    """
+    name = f"{group.name}/{backend}"
+    process_group: dist.ProcessGroup = group.attend(
+        lambda: new_process_group(backend, group.ranks, name, group.settings),
+        f"new_process_group({backend})",
+        on_thread=backend == "gloo",
+    )
+    return process_group
+
+
 def candidates(
     device_type: str, process_group: dist.ProcessGroup | None = None
 ) -> list[Callable[[Group, torch.device], Communicator]]:

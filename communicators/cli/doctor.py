@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .. import hosts
 from ..catalog import CATALOG
 
 _PACKAGES = ("torch", "numpy", "pyzmq", "nvidia-ml-py", "rich", "mscclpp")
@@ -90,10 +91,12 @@ def _machine() -> list[Finding]:
             break
     memory = _read("/proc/meminfo").split("\n", 1)[0].split()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hidden = hosts.missing()
     total = f", {int(memory[1]) // 1024**2} GiB of memory" if len(memory) > 1 else ""
     return [
         Finding("machine", "system", None, f"{platform.system()} {platform.release()}"),
         Finding("machine", "cpu", None, f"{cpu}, {usable} cores usable{total}"),
+        *([Finding("machine", "host", None, hidden)] if hidden else []),
     ]
 
 
@@ -138,6 +141,7 @@ def _libraries() -> list[Finding]:
 
 def _settings() -> list[Finding]:
     from ..errors import SettingsError
+    from ..p2p_cache import folder_problem
     from ..settings import Settings
 
     try:
@@ -152,6 +156,8 @@ def _settings() -> list[Finding]:
         if value != default
     ]
     found = [Finding("settings", "environment", True, ", ".join(changed) or "all defaults")]
+    if problem := folder_problem(settings.cache_dir):
+        found.append(Finding("settings", "cache", None, problem))
     directory = settings.shm_dir
     try:
         with tempfile.TemporaryFile(dir=directory):
