@@ -105,7 +105,10 @@ class Group:
     def of(cls, group: Group | dist.ProcessGroup | None, settings: Settings | None = None) -> Group:
         """A Group for a torch ProcessGroup (None: the default one); a Group is returned as it is.
 
-        Collective over the members when given a ProcessGroup.
+        Collective over the members when given a ProcessGroup. One that torch.distributed does not
+        know (made by its constructor, as vLLM's stateless ones) serves by its store and ranks
+        alone: its `ranks` are 0..world_size-1 and `process_group` is None, because
+        torch.distributed's functions do not take it.
         """
         if isinstance(group, Group):
             return group
@@ -119,15 +122,27 @@ class Group:
         if not isinstance(group, dist.ProcessGroup):
             raise InvalidArgumentError(
                 f"Group.of(group): a ProcessGroup of which this process is a member is expected, "
-                f"got {group!r}"
+                f"got {group!r}; where there is only a backend, Group(store, rank, world_size) "
+                f"takes the store that it was made with"
             )
+        known = group in dist.distributed_c10d._world.pg_group_ranks
+        store = group.get_group_store()
+        if store is None:
+            raise InvalidArgumentError(
+                f"Group.of(group): the ProcessGroup of rank {group.rank()} of {group.size()} has "
+                f"no store; one made with a store, or Group(store, rank, world_size), is accepted"
+            )
+        try:
+            name = f"pg-{group.group_name}"
+        except RuntimeError:  # none was set
+            name = "pg-without-name"
         return cls(
-            group.get_group_store(),
+            store,
             group.rank(),
             group.size(),
-            ranks=dist.get_process_group_ranks(group),
-            name=f"pg-{group.group_name}",
-            process_group=group,
+            ranks=dist.get_process_group_ranks(group) if known else None,
+            name=name,
+            process_group=group if known else None,
             settings=settings,
         )
 

@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +33,9 @@ _OPTIONAL = {
 }
 
 
+_GRACE_S = 1.0  # how long the other ranks of a trial may still say something after one has failed
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report. ok: True fine, False broken, None only information."""
@@ -44,7 +49,10 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
-        "--world-size", type=int, default=0, help="ranks of the trial group (default: GPUs, or 2)"
+        "--world-size",
+        type=int,
+        default=0,
+        help="ranks of the trial group (default: all GPUs; 2 on the CPU where there are fewer)",
     )
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds that the trial group may take"
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         gpus = _gpus()
         findings += gpus
         count = sum(1 for finding in gpus if finding.ok)
-        findings += _trial(args.world_size or max(count, 2), args.timeout)
+        findings += _trials(args.world_size, count, args.timeout)
     broken = [finding for finding in findings if finding.ok is False]
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [asdict(f) for f in findings]}, indent=2))
@@ -93,11 +101,15 @@ def _machine() -> list[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hidden = hosts.missing()
     total = f", {int(memory[1]) // 1024**2} GiB of memory" if len(memory) > 1 else ""
-    return [
+    found = [
         Finding("machine", "system", None, f"{platform.system()} {platform.release()}"),
         Finding("machine", "cpu", None, f"{cpu}, {usable} cores usable{total}"),
         *([Finding("machine", "host", None, hidden)] if hidden else []),
     ]
+    if platform.system() == "Linux" and not Path("/proc/self").exists():
+        text = "not mounted: what is read there is missing here, and the trial says what that costs"
+        found.append(Finding("machine", "/proc", None, text))
+    return found
 
 
 def _read(path: str) -> str:
@@ -168,11 +180,22 @@ def _settings() -> list[Finding]:
         )
         return found
     needed = 2 * settings.shm_bytes
-    text = f"{directory}: {usage.free >> 20} MiB free of {usage.total >> 20}"
+    text = f"{directory}: {_size(usage.free)} free of {_size(usage.total)}"
     if usage.free < needed:
-        text += f"; a group of two ranks takes up to {needed >> 20} MiB"
+        text += (
+            f"; a group of two ranks takes up to {_size(needed)}: give the container more "
+            f"(--shm-size), or set COMMUNICATORS_SHM_DIR or COMMUNICATORS_SHM_BYTES"
+        )
     found.append(Finding("settings", "shared memory", usage.free >= needed, text))
     return found
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count} {unit}"
+        count //= 1024
+    return f"{count} GiB"
 
 
 def _communicators() -> list[Finding]:
@@ -185,48 +208,113 @@ def _communicators() -> list[Finding]:
 
 
 def _gpus() -> list[Finding]:
+    """The GPUs that torch can use; where there are none, why not, as far as that is known."""
     import torch
 
-    if not torch.cuda.is_available():
-        return [Finding("gpus", "cuda", None, "torch sees no GPU")]
-    return [
-        Finding("gpus", f"cuda:{index}", True, torch.cuda.get_device_name(index))
-        for index in range(torch.cuda.device_count())
-    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch would warn of is asked for below
+        if torch.cuda.is_available():
+            return [
+                Finding("gpus", f"cuda:{index}", True, torch.cuda.get_device_name(index))
+                for index in range(torch.cuda.device_count())
+            ]
+        from ..topology import Unknown, probe_gpus
+
+        there = probe_gpus()
+        if isinstance(there, Unknown) or not there:
+            text = f"torch sees no GPU ({there})" if there else "torch and NVML see no GPU"
+            return [Finding("gpus", "cuda", None, text)]
+        found = [Finding("gpus", f"gpu {gpu.index}", None, gpu.name) for gpu in there]
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if torch.version.cuda is None and torch.version.hip is None:
+            text = f"torch {torch.__version__} is a build for the CPU alone and cannot use them"
+            return [*found, Finding("gpus", "cuda", None, text)]
+        if hidden is not None:
+            text = f"CUDA_VISIBLE_DEVICES={hidden!r} leaves torch no GPU"
+            return [*found, Finding("gpus", "cuda", None, text)]
+        try:
+            torch.cuda.init()
+            reason = "torch does not say why"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+    text = f"driver {there[0].driver} shows the GPUs, and CUDA does not start: {reason}"
+    return [*found, Finding("gpus", "cuda", False, text)]
 
 
-def _trial(world_size: int, timeout_s: float) -> list[Finding]:
+def _trials(world_size: int, gpus: int, timeout_s: float) -> list[Finding]:
+    """A trial on the GPUs where they are as many as the ranks, on the CPU otherwise.
+
+    A GPU serves one rank of a group. So a single one shows that a rank opens on it, and nothing of
+    what moves between GPUs.
+    """
+    if gpus >= max(world_size, 2):
+        return _trial(world_size or gpus, timeout_s, "cuda")
+    findings = _trial(world_size or 2, timeout_s, "cpu")
+    if gpus:
+        findings += _trial(1, timeout_s, "cuda")
+        text = (
+            f"{gpus} GPU here and one rank a GPU: nothing between GPUs was tried"
+            if gpus == 1
+            else f"{gpus} GPUs here and one rank a GPU: {world_size} ranks were tried on the CPU"
+        )
+        findings.append(Finding("collectives", "gpus", None, text))
+    return findings
+
+
+def _trial(world_size: int, timeout_s: float, device_type: str) -> list[Finding]:
     """Starts `world_size` ranks, adds a tensor, and reports what they say they use."""
+    name, where = "trial", "on the CPU" if device_type == "cpu" else "on GPUs"
+    if world_size == 1:
+        name, where = f"{device_type}:0", "alone; nothing was moved"
     environment = dict(os.environ, WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     with tempfile.TemporaryDirectory() as directory:
-        store = f"file://{directory}/store"
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "communicators.cli.trial", store, str(timeout_s / 2)],
-                env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        outputs = []
+        command = [sys.executable, "-m", "communicators.cli.trial", f"file://{directory}/store"]
+        command += [str(timeout_s / 2), device_type]
+        files = [Path(directory, f"{rank}.{of}") for rank in range(world_size) for of in "oe"]
+        ranks = []
         try:
-            for process in ranks:
-                outputs.append((*process.communicate(timeout=timeout_s), process.returncode))
-        except subprocess.TimeoutExpired:
-            text = f"the {world_size} ranks did not finish within {timeout_s:g} s"
-            return [Finding("collectives", "trial", False, text)]
+            for rank in range(world_size):
+                with files[2 * rank].open("w") as out, files[2 * rank + 1].open("w") as errors:
+                    ranks.append(
+                        subprocess.Popen(
+                            command,
+                            env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)),
+                            stdout=out,
+                            stderr=errors,
+                        )
+                    )
+            ended = _until_the_end(ranks, time.monotonic() + timeout_s)
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
-    for rank, (_, errors, status) in enumerate(outputs):
-        if status:
-            last = (errors.strip().splitlines() or ["no message"])[-1]
-            return [Finding("collectives", f"rank {rank}", False, last)]
+        texts = [file.read_text(errors="replace").strip() for file in files]
+    failed = [rank for rank, status in enumerate(ended) if status]
+    if failed:  # not those that were waiting for them
+        last = [(texts[2 * rank + 1].splitlines() or ["no message"])[-1] for rank in failed]
+        return [
+            Finding("collectives", f"{name}, rank {rank}", False, text)
+            for rank, text in zip(failed, last, strict=True)
+        ]
+    if None in ended:
+        text = f"the {world_size} ranks did not finish within {timeout_s:g} s"
+        return [Finding("collectives", name, False, text)]
+    done = f"{world_size} ranks summed a tensor correctly" if world_size > 1 else "one rank opened"
+    text = f"{done} {where}"
     return [
-        Finding("collectives", "trial", True, f"{world_size} ranks summed a tensor correctly"),
-        *(Finding("collectives", "", None, line) for line in outputs[0][0].splitlines()),
+        Finding("collectives", name, True, text),
+        *(Finding("collectives", "", None, line) for line in texts[0].splitlines()),
     ]
+
+
+def _until_the_end(ranks: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
+    """The exit statuses; None for a rank that runs at the deadline, or when another has failed."""
+    while time.monotonic() < deadline:
+        statuses = [process.poll() for process in ranks]
+        if None not in statuses:
+            return statuses
+        if any(statuses):
+            deadline = min(deadline, time.monotonic() + _GRACE_S)
+        time.sleep(0.02)
+    return [process.poll() for process in ranks]

@@ -1,4 +1,7 @@
-"""One rank of the doctor's trial group: sums a tensor, checks it, prints what it uses."""
+"""One rank of the doctor's trial group: sums a tensor, checks it, prints what it uses.
+
+Arguments: the store, seconds that a wait may take, and "cpu" or, for one GPU a rank, "cuda".
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ import torch
 from .. import parallel_state
 
 
-def main(store: str, timeout_s: str) -> int:
+def main(store: str, timeout_s: str, device_type: str) -> int:
     os.environ["COMMUNICATORS_TIMEOUT_S"] = timeout_s
-    world = parallel_state.init_distributed_environment(distributed_init_method=store)
+    device = "cpu" if device_type == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+    world = parallel_state.init_distributed_environment(
+        distributed_init_method=store, device=device
+    )
     x = torch.full((1000,), float(world.rank + 1), device=world.device)
     expected = world.world_size * (world.world_size + 1) / 2
     result = world.all_reduce(x)

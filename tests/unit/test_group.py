@@ -2,8 +2,10 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from communicators import (
@@ -13,6 +15,7 @@ from communicators import (
     Group,
     InvalidArgumentError,
     Settings,
+    TorchDistributedCommunicator,
     objects,
 )
 from tests.harness import pool
@@ -259,3 +262,54 @@ def test_pieces_are_well_below_what_a_tcp_store_takes():
             value = b"x" * (about + size)
             group.send_object(value, 1)
             assert other.recv_object(0) == value
+
+
+class _Unregistered:
+    """ProcessGroups that torch.distributed does not know, over one store."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def store(self):
+        return dist.PrefixStore("tcp://somewhere", dist.FileStore(self.path, 2))
+
+    def stateless(self, rank):  # as vLLM makes them
+        group = dist.ProcessGroup(self.store(), rank, 2)
+        backend = dist.ProcessGroupGloo(self.store(), rank, 2)
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        return group
+
+    def bare(self, rank):  # without a backend
+        return dist.ProcessGroup(self.store(), rank, 2)
+
+    def named(self, rank):
+        group = self.stateless(rank)
+        group._set_group_name("mine")
+        return group
+
+
+@pytest.mark.parametrize("kind", ["stateless", "bare", "named"])
+def test_a_process_group_that_torch_distributed_does_not_know(tmp_path, kind):
+    made = _Unregistered(tmp_path / "store")
+
+    def body(rank):
+        process_group = getattr(made, kind)(rank)
+        group = Group.of(process_group, Settings(timeout_s=10))
+        again = Group.of(process_group, Settings(timeout_s=10))
+        assert (group.rank, group.world_size, group.ranks) == (rank, 2, [0, 1])
+        assert group.process_group is None and group.name != again.name
+        refusal = TorchDistributedCommunicator(again, torch.device("cpu")).refusal
+        assert "no torch.distributed process group behind it" in str(refusal)
+        return group.gather_objects("who", rank), again.gather_objects("who", rank * 10)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(body, range(2))) == [([0, 1], [0, 10])] * 2
+
+
+def test_a_process_group_without_a_store_is_refused(tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"rank 0 of 2 has no store.*is accepted"):
+        Group.of(dist.ProcessGroup(0, 2))
+    backend = dist.ProcessGroupGloo(dist.FileStore(str(tmp_path / "store"), 1), 0, 1)
+    with pytest.raises(InvalidArgumentError, match=r"ProcessGroupGloo.*Group\(store, rank"):
+        Group.of(backend)
