@@ -1,4 +1,4 @@
-"""The `communicators` command: doctor, p2p-check, bench, tune. One module each, loaded on use."""
+"""The `communicators` command: doctor, p2p-check, tune. One module each, loaded on use."""
 
 from __future__ import annotations
 
