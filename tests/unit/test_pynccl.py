@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import ReduceOp
 
 from communicators import Group
 from communicators.backends import nccl_comm
