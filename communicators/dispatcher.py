@@ -1,4 +1,4 @@
-"""Holds the communicators of a group, picks one for each request, runs it, and explains.
+"""Takes the opened communicators of a group, picks one for each request, runs it, and explains.
 
 There is one ordered list of live communicators. It is what runs, what `explain()` prints and what
 the policy chooses from, so what is printed is what runs.

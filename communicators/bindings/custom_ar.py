@@ -1,8 +1,9 @@
 """ctypes over the C interface of the CUDA library's collectives (native/collectives/c_api.cu).
 
-A call through ctypes costs about a microsecond less than one through torch's operator dispatch, and
-an all-reduce through the module `_native_all_reduce` another one less. Under torch.compile the
-operators `torch.ops.communicators.custom_ar_*` are used instead; their fakes are registered here.
+A call through ctypes costs less than one through torch's operator dispatch, and an all-reduce
+through the module `_native_all_reduce` less again (docs/custom_all_reduce.md has the figures).
+Under torch.compile the operators `torch.ops.communicators.custom_ar_*` are used instead; their
+fakes are registered here.
 """
 
 from __future__ import annotations

@@ -109,8 +109,11 @@ class CheckpointFiles:
 def _read_index(path: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        for file in weight_map.values():
+            if not file or Path(file).name != file:
+                raise ValueError(f"{file!r} is not the name of a file beside it")
         return {name: path.parent / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: an object with a weight_map of tensor names to files is expected; {error!r}"
         ) from error
@@ -129,7 +132,7 @@ def explain_broken(path: Path, error: Exception) -> str:
     try:
         tensors = {k: v for k, v in json.loads(header_bytes).items() if k != "__metadata__"}
         ends = sorted((entry["data_offsets"][1], name) for name, entry in tensors.items())
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{path}: not a safetensors file; {error}"
     cut = [name for end, name in ends if 8 + header_size + end > size]
     if not cut:

@@ -6,15 +6,25 @@ describe the same decoder with other biases or a sliding window).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config_fields import Fields
 from .errors import CheckpointError
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+#: model_type -> what transformers takes for a field that is not there.
+DEFAULTS: dict[str, dict[str, int | None]] = {
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+}
+MODEL_TYPES = tuple(DEFAULTS)
 ROPE_TYPES = ("default", "linear", "llama3")
+MOST_LAYERS = 65536
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -61,36 +71,44 @@ class LlamaConfig:
         config = cls.from_dict(_read_json(path), str(path))
         generation = directory / "generation_config.json"
         if generation.is_file():
-            tokens = _token_ids(_read_json(generation).get("eos_token_id"))
+            tokens = Fields(_read_json(generation), str(generation)).token_ids("eos_token_id")
             more = tuple(t for t in tokens if t not in config.eos_token_ids)
             config = cls(**{**config.__dict__, "eos_token_ids": config.eos_token_ids + more})
         return config
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], source: str = "config.json") -> LlamaConfig:
-        model_type = fields.get("model_type", "llama")
-        _require(model_type in MODEL_TYPES, source, "model_type", model_type, MODEL_TYPES)
-        activation = fields.get("hidden_act", "silu")
-        _require(activation == "silu", source, "hidden_act", activation, ("silu",))
-        numbers = {name: _positive_int(fields, name, source) for name in _REQUIRED}
-        heads = numbers["num_attention_heads"]
-        head_dim = fields.get("head_dim") or numbers["hidden_size"] // heads
-        rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-        biased = bool(fields.get("attention_bias", False))
+        given = Fields(fields, source)
+        model_type = given.choice("model_type", "llama", MODEL_TYPES)
+        given.choice("hidden_act", "silu", ("silu",))
+        defaults = DEFAULTS[model_type]
+        numbers = {name: given.count(name) for name in _REQUIRED}
+        numbers["num_hidden_layers"] = given.count("num_hidden_layers", most=MOST_LAYERS)
+        heads, hidden = numbers["num_attention_heads"], numbers["hidden_size"]
+        if fields.get("head_dim") is None and hidden % heads:
+            raise CheckpointError(
+                f"{source}: hidden_size must be a multiple of num_attention_heads where head_dim "
+                f"is not given; got {hidden} and {heads}"
+            )
+        rope = given.rope()
+        biased = given.flag("attention_bias")
+        context = given.count("max_position_embeddings", defaults["max_position_embeddings"])
+        kv_heads = given.count("num_key_value_heads", defaults["num_key_value_heads"], null=heads)
+        theta = rope if "rope_theta" in rope.fields else given
         config = cls(
             **numbers,
-            num_key_value_heads=fields.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            max_position_embeddings=_context(fields),
-            rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope, fields, source),
-            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            num_key_value_heads=kv_heads,
+            head_dim=given.count("head_dim", hidden // heads, null=hidden // heads),
+            max_position_embeddings=min(context, _window(given, model_type) or context),
+            rms_norm_eps=given.number("rms_norm_eps", 1e-6, least=0.0),
+            rope_theta=theta.number("rope_theta", 10000.0),
+            rope_scaling=_rope_scaling(rope, given, context),
+            tie_word_embeddings=given.flag("tie_word_embeddings"),
             qkv_bias=biased or model_type == "qwen2",
             output_bias=biased and model_type == "llama",
-            mlp_bias=bool(fields.get("mlp_bias", False)),
-            bos_token_id=fields.get("bos_token_id"),
-            eos_token_ids=_token_ids(fields.get("eos_token_id")),
+            mlp_bias=given.flag("mlp_bias"),
+            bos_token_id=given.token_id("bos_token_id"),
+            eos_token_ids=given.token_ids("eos_token_id"),
         )
         config._check(source)
         return config
@@ -113,15 +131,6 @@ class LlamaConfig:
         return self.num_hidden_layers * layer + self.hidden_size * (embeddings + 1)
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -129,52 +138,45 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: a checkpoint directory needs this file; {error.strerror}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file; {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: a JSON object is expected; got a {type(fields).__name__}")
     return fields
 
 
-def _require(ok: bool, source: str, name: str, given: object, accepted: tuple[str, ...]) -> None:
-    if not ok:
-        raise CheckpointError(f"{source}: {name} is {given!r}; accepted: {', '.join(accepted)}")
+def _window(given: Fields, model_type: str) -> int | None:
+    """The sliding window: attention here is full, and exact up to it."""
+    if model_type == "llama" or (model_type == "qwen2" and not given.flag("use_sliding_window")):
+        return None
+    return given.count("sliding_window", 4096, null=None, least=0) or None
 
 
-def _positive_int(fields: dict[str, Any], name: str, source: str) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{source}: {name} must be a positive integer; got {value!r}")
-    return value
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _context(fields: dict[str, Any]) -> int:
-    """Tokens that attention treats exactly: attention here is full, so a window is a limit."""
-    context = int(fields.get("max_position_embeddings", 2048))
-    window = fields.get("sliding_window")
-    if window and fields.get("use_sliding_window", True):
-        return min(context, int(window))
-    return context
-
-
-def _rope_scaling(rope: dict[str, Any], fields: dict[str, Any], source: str) -> RopeScaling:
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    _require(rope_type in ROPE_TYPES, source, "rope_scaling's rope_type", rope_type, ROPE_TYPES)
-    partial = fields.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-    _require(partial == 1.0, source, "partial_rotary_factor", partial, ("1.0",))
+def _rope_scaling(rope: Fields, given: Fields, context: int) -> RopeScaling:
+    """``rope_type``, or ``type`` as older files call it, and its numbers."""
+    old = rope.choice("type", "default", ROPE_TYPES) if "rope_type" not in rope.fields else ""
+    rope_type = rope.choice("rope_type", old, ROPE_TYPES)
+    # As transformers: the object's own comes first, and null is as good as none.
+    for where in (rope, given):
+        if where.fields.get("partial_rotary_factor") is not None:
+            where.only("partial_rotary_factor", 1.0)
+            break
     if rope_type == "default":
         return RopeScaling()
-    names = ("factor",) if rope_type == "linear" else tuple(RopeScaling.__dataclass_fields__)[1:]
-    missing = [name for name in names if name not in rope]
+    names = ("factor", "low_freq_factor", "high_freq_factor")[: 1 if rope_type == "linear" else 3]
+    missing = [name for name in names if name not in rope.fields]
     if missing:
         raise CheckpointError(
-            f"{source}: rope_scaling of type {rope_type} needs {', '.join(names)}; "
+            f"{rope.source}: {rope.inside}of type {rope_type} needs {', '.join(names)}; "
             f"{', '.join(missing)} missing"
         )
-    return RopeScaling(rope_type, **{name: rope[name] for name in names})
+    scaling = RopeScaling(rope_type, **{name: rope.number(name, None) for name in names})
+    if rope_type == "linear":
+        return scaling
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise CheckpointError(
+            f"{rope.source}: {rope.inside}high_freq_factor must be larger than low_freq_factor; "
+            f"got {scaling.high_freq_factor:g} and {scaling.low_freq_factor:g}"
+        )
+    name = "original_max_position_embeddings"
+    return dataclasses.replace(scaling, original_max_position_embeddings=rope.count(name, context))

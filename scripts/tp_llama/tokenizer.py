@@ -37,8 +37,10 @@ class ByteTokenizer:
     """
 
     def __init__(self, description: dict[str, Any], source: str) -> None:
-        vocab = description.get("model", {}).get("vocab", {})
-        merges = description.get("model", {}).get("merges")
+        model = description.get("model") if isinstance(description, dict) else None
+        vocab, merges = (
+            (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        )
         characters = byte_characters()
         if merges != [] or not isinstance(vocab, dict) or set(vocab) != set(characters):
             raise CheckpointError(
@@ -76,7 +78,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise CheckpointError(
             f"{path}: a checkpoint directory needs this file; {error.strerror}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON file; {error}") from error
     try:
         import tokenizers

@@ -92,6 +92,137 @@ def test_a_field_that_is_not_accepted_is_named(change: dict[str, Any], message: 
         LlamaConfig.from_dict({**TINY, **change})
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+# What AutoConfig of transformers 5.24 makes of the same fields.
+@pytest.mark.parametrize(
+    ("change", "theta", "scaling"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, RopeScaling()),
+        ({"rope_parameters": {"rope_type": "default"}}, 10000.0, RopeScaling()),
+        ({"rope_parameters": {"rope_theta": 5e5}}, 5e5, RopeScaling()),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 7}}, 7.0, RopeScaling()),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 10000.0, RopeScaling("linear", 2.0)),
+        ({"rope_scaling": {**LINEAR, "rope_theta": 7.0}}, 7.0, RopeScaling("linear", 2.0)),
+        ({"rope_scaling": {**LINEAR, "factor": 0.5}}, 10000.0, RopeScaling("linear", 0.5)),
+        ({"rope_scaling": {**LINEAR, "type": "llama3"}}, 10000.0, RopeScaling("linear", 2.0)),
+        ({"rope_scaling": {}, "rope_parameters": LINEAR}, 10000.0, RopeScaling("linear", 2.0)),
+        ({"rope_scaling": None, "rope_parameters": LINEAR}, 10000.0, RopeScaling("linear", 2.0)),
+        # Beside a rope_scaling, rope_parameters is not read, its rope_theta neither.
+        (
+            {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}},
+            10000.0,
+            RopeScaling("linear", 2.0),
+        ),
+        ({"rope_scaling": LLAMA3}, 10000.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 128)),
+    ],
+)
+def test_rope_as_transformers_reads_it(
+    change: dict[str, Any], theta: float, scaling: RopeScaling
+) -> None:
+    config = LlamaConfig.from_dict({**TINY, **change})
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "kv_heads", "context"),
+    [
+        ("llama", {"sliding_window": 16}, 8, 2048),  # a window is no field of this type
+        ("mistral", {"num_attention_heads": 16}, 8, 4096),
+        ("mistral", {"sliding_window": None}, 8, 131072),
+        ("mistral", {"num_key_value_heads": None, "sliding_window": 0}, 8, 131072),
+        ("qwen2", {"num_attention_heads": 32}, 32, 32768),
+        ("qwen2", {"num_key_value_heads": 4, "sliding_window": 16}, 4, 32768),
+        ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": True}, 4, 4096),
+    ],
+)
+def test_what_a_type_takes_for_a_field_that_is_not_there(
+    model_type: str, change: dict[str, Any], kv_heads: int, context: int
+) -> None:
+    left = ("num_key_value_heads", "max_position_embeddings")
+    fields = {k: v for k, v in TINY.items() if k not in left}
+    config = LlamaConfig.from_dict({**fields, "model_type": model_type, **change})
+    assert (config.num_key_value_heads, config.max_position_embeddings) == (kv_heads, context)
+
+
+STRANGE = ["32", True, 8.5, None, -1, 0, [8], {"a": 1}, 10**30, 10**400, math.nan, math.inf, [[]]]
+INTEGERS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+ACCEPTED: dict[str, list[Any]] = {
+    **{name: [] for name in INTEGERS},
+    "num_key_value_heads": [None],
+    "head_dim": [None],
+    "sliding_window": [None, 0],
+    "rms_norm_eps": [8.5, 0, 10**30],
+    "rope_theta": [8.5, 10**30],
+    "bos_token_id": [None, -1, 0, 10**30, 10**400],
+    "eos_token_id": [None, -1, 0, [8], 10**30, 10**400],
+    **{name: [True] for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")},
+    "hidden_act": [],
+    "model_type": [],
+    "rope_scaling": [None, {"a": 1}],
+    "rope_parameters": [None, {"a": 1}],
+    "partial_rotary_factor": [None],
+    "factor": [8.5, 10**30],
+    "low_freq_factor": [],  # those that are numbers are not below high_freq_factor
+    "high_freq_factor": [8.5, 10**30],
+    "original_max_position_embeddings": [],
+    "rope_type": [],
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_every_field_of_every_strange_kind(name: str) -> None:
+    """Taken, or one sentence that names file and field; never anything else."""
+    base = {**TINY, "model_type": "mistral"} if name == "sliding_window" else TINY
+    for value in STRANGE:
+        if name in LLAMA3 or name == "original_max_position_embeddings":
+            fields = {**base, "rope_scaling": {**LLAMA3, name: value}}
+        else:
+            fields = {**base, name: value}
+        # What json reads for NaN: equal to nothing, so found by its own identity.
+        if any(value is one or (value == one and type(value) is type(one)) for one in
+               ACCEPTED[name]):  # fmt: skip
+            LlamaConfig.from_dict(fields)
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            LlamaConfig.from_dict(fields, "some/config.json")
+        message = str(caught.value)
+        assert message.startswith("some/config.json: ") and name in message, (value, message)
+        assert "\n" not in message and len(message) < 250, message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": "32"}, "head_dim must be a positive integer or null; got '32'"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a positive integer up to 65536"),
+        (
+            {"rope_scaling": {**LINEAR, "factor": 0}},
+            "rope_scaling's factor must be a finite number",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}},
+            "larger than low_freq_factor; got 4 a",
+        ),
+        (
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {}}},
+            r"rope_parameters differs by layer type \(full_attention, sliding_attention\); one",
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters's partial_rotary"),
+        ({"head_dim": None, "num_attention_heads": 7}, "a multiple of num_attention_heads where"),
+        ({"eos_token_id": [1, "2"]}, "must be an integer, a list of integers or null"),
+    ],
+)
+def test_a_sentence_for_it(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+        LlamaConfig.from_dict({**TINY, **change})
+
+
 def test_the_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config.json: .* needs this file; No such file"):
         LlamaConfig.from_directory(tmp_path)
@@ -102,7 +233,13 @@ def test_the_files(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(CheckpointError, match="a JSON object is expected; got a list"):
         LlamaConfig.from_directory(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config.json: not a JSON file"):
+        LlamaConfig.from_directory(tmp_path)
     path.write_text(json.dumps(TINY))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be"):
+        LlamaConfig.from_directory(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 260]}))
     assert LlamaConfig.from_directory(tmp_path).eos_token_ids == (257, 260)
 

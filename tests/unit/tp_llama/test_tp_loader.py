@@ -252,8 +252,29 @@ def test_an_index_that_points_to_the_wrong_file(tmp_path: Path) -> None:
     index.write_text(text)
     message = message_of(tmp_path)
     assert f"{first}: tensor model.norm.weight is missing; the index says" in message
-    index.write_text("{}")
-    assert "model.safetensors.index.json: an object with a weight_map" in message_of(tmp_path)
+    name = "model.norm.weight"
+    maps = [
+        f'{{"weight_map": {{"{name}": {file}}}}}' for file in ("5", "null", '""', '"../x"', "[]")
+    ]
+    for wrong in (
+        "{}",
+        "[]",
+        "null",
+        '{"weight_map": []}',
+        '{"weight_map": 3}',
+        "[" * 10**5,
+        *maps,
+    ):
+        index.write_text(wrong)
+        assert "model.safetensors.index.json: an object with a weight_map" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"[]", b"3", b'{"a": 5}', b'{"a": {"data_offsets": []}}', b"{"])
+def test_a_header_that_is_no_table_of_tensors(tmp_path: Path, header: bytes) -> None:
+    write_checkpoint(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert message_of(tmp_path).startswith(f"{weights}: not a ")
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:

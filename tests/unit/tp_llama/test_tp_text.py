@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,9 @@ def test_the_difference_between_two_runs() -> None:
     where = difference([[1, 2], [3, 4]], [[1, 2], [3, 5]])
     assert where == "prompt 1: new token 1 is 5 where 4 is expected"
     assert difference([[1, 2]], [[1]]) == "prompt 0: 1 new tokens where 2 are expected"
+
+
+@pytest.mark.parametrize("described", [[], None, 5, {}, {"model": None}, {"model": {"vocab": 5}}])
+def test_a_tokenizer_that_is_something_else(described: Any) -> None:
+    with pytest.raises(CheckpointError, match="test: only a vocabulary of single bytes"):
+        ByteTokenizer(described, "test")
