@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import backends, forks
+from . import backends
 from .arguments import check_dim, check_peer, check_root, check_sizes
 from .backends.pynccl import PyNcclCommunicator
 from .dispatcher import Dispatcher
@@ -73,12 +73,11 @@ class GroupCoordinator:
             name=f"{name}[{rank_span(self.ranks)}]",  # groups of one name may lie side by side
             settings=self.settings,
         )
-        self.cpu_group = backends.process_group_over(self.group, "gloo")
+        self.cpu_group = backends.process_group_over(self.group, "cpu")
         self.group.process_group = self.cpu_group
         self.device_group = self.cpu_group
         if self.device.type != "cpu":
-            backend = backends.torch_backend(self.device.type)
-            self.device_group = backends.process_group_over(self.group, backend)
+            self.device_group = backends.process_group_over(self.group, self.device.type)
         self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
         self._dispatcher_at: dict[torch.device, Dispatcher] = {}  # where tensors have been seen
@@ -86,7 +85,6 @@ class GroupCoordinator:
             for at, process_group in self._devices():
                 self._dispatchers[at.type] = backends.open_dispatcher(self.group, at, process_group)
         self._closed = False
-        forks.tell(self)
         OPEN_GROUPS[name] = self
 
     def _devices(self) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
@@ -374,10 +372,8 @@ class GroupCoordinator:
         return "\n".join([*parts, self._objects.explain(), *self.group.explain()])
 
     def after_fork(self) -> None:
-        """In a forked child: it is refused and not open, and close() does nothing."""
+        """In a forked child, where its group refuses all calls: close() does nothing."""
         self._closed = True
-        OPEN_GROUPS.pop(self.name, None)
-        self._dispatcher_at.clear()
 
     def close(self) -> None:
         """Closes the communicators, then their process groups. Idempotent."""
@@ -394,7 +390,6 @@ class GroupCoordinator:
     def _dispatcher(self, x: torch.Tensor) -> Dispatcher:
         found = self._dispatcher_at.get(x.device)  # its type takes four times as long
         if found is None:
-            self.group.require_own_process()
             found = self._dispatchers.get(x.device.type)
             if found is None:
                 raise InvalidArgumentError(

@@ -10,13 +10,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import forks
 from .errors import CommunicatorError
 
 if TYPE_CHECKING:
     from .group_coordinator import GroupCoordinator
 
-#: By name, "world", "tp", "pp" and the user's own: the library's only module-level state.
+#: By name, "world", "tp", "pp" and the user's own.
 OPEN_GROUPS: dict[str, GroupCoordinator] = {}
+
+
+def _after_fork() -> None:
+    """In the child, which may open groups of its own."""
+    for group in OPEN_GROUPS.values():
+        group.after_fork()
+    OPEN_GROUPS.clear()
+
+
+forks.call_in_child(_after_fork)
 
 
 def open_group(name: str) -> GroupCoordinator:
