@@ -72,12 +72,11 @@ class GroupCoordinator(Collectives, GroupObjects):
             name=f"{name}[{rank_span(self.ranks)}]",  # groups of one name may lie side by side
             settings=self.settings,
         )
-        self.cpu_group = backends.process_group_over(self.group, "gloo")
+        self.cpu_group = backends.process_group_over(self.group, "cpu")
         self.group.process_group = self.cpu_group
         self.device_group = self.cpu_group
         if self.device.type != "cpu":
-            backend = backends.torch_backend(self.device.type)
-            self.device_group = backends.process_group_over(self.group, backend)
+            self.device_group = backends.process_group_over(self.group, self.device.type)
         self._objects = ObjectBroadcaster(self.group)
         self._dispatchers: dict[str, Dispatcher] = {}
         self._dispatcher_at = {}
@@ -87,7 +86,6 @@ class GroupCoordinator(Collectives, GroupObjects):
                 self._dispatchers[at.type] = backends.open_dispatcher(self.group, at, process_group)
         self._host = self._dispatchers.get("cpu")
         self._closed = False
-        forks.tell(self)
         OPEN_GROUPS[name] = self
 
     def _devices(self) -> Iterator[tuple[torch.device, dist.ProcessGroup]]:
@@ -156,9 +154,8 @@ class GroupCoordinator(Collectives, GroupObjects):
         return "\n".join([*parts, self._objects.explain(), *self.group.explain()])
 
     def after_fork(self) -> None:
-        """In a forked child: it is refused and not open, and close() does nothing."""
+        """In a forked child, where its group refuses all calls: close() does nothing."""
         self._closed = True
-        OPEN_GROUPS.pop(self.name, None)
         self._dispatcher_at.clear()
         self._host = None
 

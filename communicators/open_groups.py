@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import forks
 from .errors import CommunicatorError
 
 if TYPE_CHECKING:
     from .group_coordinator import GroupCoordinator
 
-#: By name, "world", "tp", "pp" and the user's own: with traced.py's `order`, the library's only
-#: module-level state.
+#: By name, "world", "tp", "pp" and the user's own.
 OPEN_GROUPS: dict[str, GroupCoordinator] = {}
+
+
+def _after_fork() -> None:
+    """In the child, which may open groups of its own."""
+    for group in OPEN_GROUPS.values():
+        group.after_fork()
+    OPEN_GROUPS.clear()
+
+
+forks.call_in_child(_after_fork)
 
 
 def open_group(name: str) -> GroupCoordinator:

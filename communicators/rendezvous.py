@@ -49,13 +49,9 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
     try:
         store: Store = attend(make, seconds + _GRACE_S)
     except TimeoutError:
-        problem = _connect_problem(where)
-        if problem:
-            raise CommTimeoutError(
-                f"{who}: nobody could be reached at {where} within {seconds:g} s: {problem}"
-            ) from None
         raise CommTimeoutError(
-            f"{who}: {where} was reached and did not answer as a store of torch.distributed within "
+            _unreachable(where, who, seconds)
+            or f"{who}: {where} was reached and did not answer as a store of torch within "
             f"{seconds:g} s; either something else listens there, or the process that hosts the "
             "store is stopped"
         ) from None
@@ -66,7 +62,8 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
                 f"{who}: cannot listen at {where}: {_listen_problem(str(error))}"
             ) from None
         raise CommTimeoutError(
-            f"{who}: the ranks did not all come to {where} within {seconds:g} s: {first}"
+            _unreachable(where, who, seconds)
+            or f"{who}: the ranks did not all come to {where} within {seconds:g} s: {first}"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
@@ -74,8 +71,14 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
     return store
 
 
+def _unreachable(where: str, who: str, seconds: float) -> str:
+    """A sentence when host:port, with which `where` begins, cannot be connected to, else ""."""
+    problem = _connect_problem(where)
+    told = f"{who}: nobody could be reached at {where} within {seconds:g} s: {problem}"
+    return told if problem else ""
+
+
 def _connect_problem(where: str) -> str:
-    """Why host:port, with which `where` begins, cannot be connected to; "" when it can, or none."""
     host, _, port = where.split(" ")[0].rpartition(":")
     if not port.isdigit():
         return ""

@@ -70,7 +70,8 @@ FORBIDDEN = [
             path.parts[0] in ("communicators", "kvcache_ops")
             and path.as_posix() not in MAY_READ_ENVIRONMENT
         ),
-        "the environment is read in settings.py (the launcher's in parallel_state.py and rendezvous.py)",
+        "the environment is read in settings.py (the launcher's variables in parallel_state.py "
+        "and rendezvous.py)",
     ),
 ]
 MAY_READ_ENVIRONMENT = {

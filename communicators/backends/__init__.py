@@ -66,12 +66,13 @@ def new_process_group(
     return process_group
 
 
-def process_group_over(group: Group, backend: str) -> dist.ProcessGroup:
-    """A torch process group over the ranks of `group`. Collective over them.
+def process_group_over(group: Group, device_type: str) -> dist.ProcessGroup:
+    """A torch process group over the ranks of `group`, for a kind of device. Collective over them.
 
     gloo connects all ranks here; NCCL and the vendors' start later, and on this thread's device.
     Raises PeerDiedError or CommTimeoutError when one of them does not come.
     """
+    backend = torch_backend(device_type)
     name = f"{group.name}/{backend}"
     process_group: dist.ProcessGroup = group.attend(
         lambda: new_process_group(backend, group.ranks, name, group.settings),

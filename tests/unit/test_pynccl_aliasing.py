@@ -12,7 +12,6 @@ from communicators.errors import InvalidArgumentError
 from tests.unit.test_pynccl import HostNccl, calls, fake, on_ranks, ramp
 
 __all__ = ["calls", "fake"]  # fixtures
-# ruff: noqa: F811
 
 
 def test_all_reduce_is_a_new_tensor_or_goes_into_out_tensor(fake: str) -> None:

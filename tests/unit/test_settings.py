@@ -34,6 +34,16 @@ def test_defaults_and_values():
         ("COMMUNICATORS_SPIN_US", "1e9", "microseconds"),
         ("COMMUNICATORS_SHM_BYTES", "4 MB of it", "bytes"),
         ("COMMUNICATORS_DEBUG", "yes", "0 or 1"),
+        *[
+            ("COMMUNICATORS_TIMEOUT_S", text, "seconds")
+            for text in ("nan", "inf", "-inf", "0", "1_0")
+        ],
+        *[("COMMUNICATORS_SPIN_US", text, "microseconds") for text in ("-1", "1.5", "9" * 5000)],
+        *[
+            ("COMMUNICATORS_SHM_BYTES", text, "bytes")
+            for text in ("4X", "-4M", "0", "4KM", "M", "4bM", "9" * 30, "99999999999G", "\u0664M")
+        ],
+        ("COMMUNICATORS_QUICK_CODEC", "Q5", "FP, Q8, Q6 or Q4"),
     ],
 )
 def test_a_wrong_value_names_variable_value_and_what_is_accepted(variable, value, accepted):
