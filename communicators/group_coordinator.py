@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from . import backends, forks
+from . import backends
 from .backends.pynccl import PyNcclCommunicator
 from .collectives import Collectives
 from .dispatcher import Dispatcher
