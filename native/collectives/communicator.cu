@@ -4,6 +4,7 @@
 #include "collectives/communicator.h"
 #include "collectives/dispatch.h"
 #include "prim/gpu_launch.h"
+#include "prim/text.h"
 
 namespace collectives {
 namespace {

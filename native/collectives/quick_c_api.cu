@@ -7,6 +7,7 @@
 
 #include "collectives/quick_all_reduce.h"
 #include "prim/gpu_launch.h"
+#include "prim/text.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
