@@ -51,8 +51,8 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
     except TimeoutError:
         raise CommTimeoutError(
             _unreachable(where, who, seconds)
-            or f"{who}: {where} was reached and did not answer as a store of torch.distributed within "
-            f"{seconds:g} s; either something else listens there, or the process that hosts the "
+            or f"{who}: {where} was reached and did not answer as a store of torch.distributed "
+            f"within {seconds:g} s; either something else listens there, or the process that hosts the "
             "store is stopped"
         ) from None
     except dist.DistError as error:
