@@ -135,6 +135,7 @@ class Group:
             timeout_s,
             # Everybody has written this round, so everybody has read the one before.
             drop=[f"{self._sequence - 1}/{self.rank}"] if self._sequence > 0 else [],
+            together=True,
         )
         answers = [pickle.loads(payload) for payload in payloads]
         for rank, (their_tag, _) in enumerate(answers):
@@ -212,10 +213,12 @@ class Group:
         want: Mapping[int, str],
         timeout_s: float | None = None,
         drop: Sequence[str] = (),
+        together: bool = False,
     ) -> list[bytes]:
         """Sets the keys `put`, waits for those of `want` (by rank), then deletes those of `drop`.
 
-        Returns what the wanted keys hold, in order. One call of the store's thread for all that.
+        `together`: all ranks wait for the same keys. Returns what the wanted keys hold, in order.
+        It is one call of the store's thread.
         """
         self.require_own_process()
         seconds = check_seconds("timeout_s", timeout_s, self.settings)
@@ -239,7 +242,7 @@ class Group:
                 store.delete_key(key)
             return found
 
-        return self._waiter.attend(work, tag, seconds, want)
+        return self._waiter.attend(work, tag, seconds, want, together)
 
 
 def rank_span(ranks: Sequence[int]) -> str:
