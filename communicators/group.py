@@ -186,7 +186,7 @@ class Group:
             return messages, payloads
 
         put = objects.stored(keys[self.rank], mine, payload)
-        messages, payloads = self._exchange(tag, put, dict(enumerate(keys)), timeout_s, read)
+        messages, payloads = self._exchange(tag, put, dict(enumerate(keys)), timeout_s, read, True)
         problem = self._disagreement(tag, messages)
         values: list[Any] = []
         if problem is None:
@@ -348,9 +348,12 @@ class Group:
         want: Mapping[int, str],
         timeout_s: float | None = None,
         after: Callable[[Store, list[bytes]], Any] | None = None,
+        together: bool = False,
     ) -> Any:
         """Sets the keys `put`, waits for those of `want` (by rank), and hands what they hold, in
         order, to `after`, whose value is returned. One call of the store's thread for all that.
+
+        `together`: all ranks wait for the same keys.
         """
         self.require_own_process()
         seconds = check_seconds("timeout_s", timeout_s, self.settings)
@@ -372,7 +375,7 @@ class Group:
                 self._waiter.peers.learn(store, want)  # who has come has told its process before
             return None if after is None else after(store, found)
 
-        return self._waiter.attend(work, tag, seconds, want)
+        return self._waiter.attend(work, tag, seconds, want, together)
 
 
 def rank_span(ranks: Sequence[int]) -> str:

@@ -15,8 +15,11 @@ import importlib.metadata
 import importlib.util
 import re
 import sysconfig
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -94,6 +97,52 @@ def load(name: str) -> Path:
         _load(path)
         return path
     raise ValueError(f"no native library is named {name!r}; there are 'cpu' and 'cuda'")
+
+
+def has_cuda() -> bool:
+    """Whether this torch is built for GPUs and the CUDA library was built, too. Touches no GPU."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return False
+    try:
+        library_path("cuda")
+    except NativeLibraryError:
+        return False
+    return True
+
+
+class OpsOnDemand(type(torch.ops.aten)):  # type: ignore[misc]
+    """`torch.ops.<namespace>` that loads its libraries when the first operator is asked for."""
+
+    def __init__(self, namespace: str, load_ops: Callable[[], object]) -> None:
+        super().__init__(namespace)
+        self._load_ops: Callable[[], object] | None = load_ops
+        self._lock = threading.RLock()  # loading asks for operators itself
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            with self._lock:
+                load_ops, self._load_ops = self._load_ops, None
+                try:
+                    if load_ops is not None:
+                        load_ops()
+                except BaseException:
+                    self._load_ops = load_ops  # and the next one says why, too
+                    raise
+        return super().__getattr__(name)
+
+
+def load_ops() -> None:
+    """Loads what torch.ops.communicators is made of: the CPU library, and CUDA's if it is there."""
+    from .shm import load as load_cpu
+
+    load_cpu()
+    if has_cuda():
+        load("cuda")
+
+
+torch.ops.communicators = OpsOnDemand(  # type: ignore[attr-defined]
+    "communicators", load_ops
+)
 
 
 @functools.cache

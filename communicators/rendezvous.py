@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -34,8 +35,23 @@ def meet(url: str, rank: int, world_size: int, seconds: float) -> Store:
     limit = datetime.timedelta(seconds=seconds)
 
     def make() -> Store:
-        store: Store = next(iter(rendezvous(url, rank, world_size, timeout=limit)))[0]
-        return store
+        if urlsplit(url).scheme == "file":
+            store: Store = next(iter(rendezvous(url, rank, world_size, timeout=limit)))[0]
+            return store
+        # As torch's own, which however waits in here until all ranks are connected, and does not
+        # tell who is missing.
+        host, _, port = where.split(" ")[0].rpartition(":")
+        launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        return TCPStore(
+            host,
+            int(port),
+            world_size,
+            is_master=rank == 0 and not launcher_hosts,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=not launcher_hosts,
+            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )
 
     return reach(make, where, f"rank {rank} of {world_size}", seconds)
 
@@ -51,9 +67,9 @@ def reach(make: Callable[[], Store], where: str, who: str, seconds: float) -> St
     except TimeoutError:
         raise CommTimeoutError(
             _unreachable(where, who, seconds)
-            or f"{who}: {where} was reached and did not answer as a store of torch within "
-            f"{seconds:g} s; either something else listens there, or the process that hosts the "
-            "store is stopped"
+            or f"{who}: {where} was reached and did not answer as a store of torch.distributed "
+            f"within {seconds:g} s; either something else listens there, or the process that hosts "
+            "the store is stopped"
         ) from None
     except dist.DistError as error:
         first = (str(error).splitlines() or [""])[0]

@@ -89,11 +89,13 @@ class Waiter:
         tag: str,
         seconds: float,
         keys: Mapping[int, str],
+        together: bool = False,
     ) -> Any:
         """function(store, call), which ends by itself after `seconds`.
 
         Args:
             keys: by rank, what it waits for; a rank that ends without having set it is an error.
+            together: so is one that ends before all are set, since all ranks wait for them.
         Raises PeerDiedError, or CommTimeoutError when the store itself does not answer in time.
         """
         now = time.monotonic()
@@ -104,7 +106,7 @@ class Waiter:
             while not call.done and (now := time.monotonic()) < until:
                 call.poll(min(until, look) - now, self.peers.descriptors(watched))
                 if not call.done and (gone := self.peers.gone(watched)):
-                    self._doubt(call, gone, tag, keys)
+                    self._doubt(call, gone, tag, keys, together)
                     watched -= set(gone)
                 if not call.done and time.monotonic() >= look:
                     look = self._look(watched)
@@ -170,19 +172,22 @@ class Waiter:
                 return float("inf")  # the store's own trouble is seen by the call itself
         return time.monotonic() + _LOOK_S
 
-    def _doubt(self, call: Call, gone: list[int], tag: str, keys: Mapping[int, str]) -> None:
+    def _doubt(
+        self, call: Call, gone: list[int], tag: str, keys: Mapping[int, str], together: bool
+    ) -> None:
         """PeerDiedError, unless those who are gone did what is waited for before they ended."""
         call.poll(_DOUBT_S)
         if call.done:
             return
+        asked = keys if together else gone
         with self.meeting.start(
-            lambda store, _: [rank for rank in gone if not store.check([keys[rank]])]
+            lambda store, _: [rank for rank in asked if not store.check([keys[rank]])]
         ) as question:
             question.poll(_STORE_S)
             answered = question.done and question.error is None
             missing = question.value if answered else gone
         if missing:
-            raise self._died(missing, tag)
+            raise self._died(gone if together else missing, tag)
 
     def _died(self, ranks: Iterable[int], tag: str) -> PeerDiedError:
         return PeerDiedError(

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     findings = [*_machine(), *_libraries(), *_settings(), *_communicators()]
     torch_works = not any(f.section == "libraries" and f.ok is False for f in findings)
     if torch_works:
+        findings += _cache()
         gpus = _gpus()
         findings += gpus
         count = sum(1 for finding in gpus if finding.ok)
@@ -153,7 +154,6 @@ def _libraries() -> list[Finding]:
 
 def _settings() -> list[Finding]:
     from ..errors import SettingsError
-    from ..p2p_cache import folder_problem
     from ..settings import Settings
 
     try:
@@ -168,8 +168,6 @@ def _settings() -> list[Finding]:
         if value != default
     ]
     found = [Finding("settings", "environment", True, ", ".join(changed) or "all defaults")]
-    if problem := folder_problem(settings.cache_dir):
-        found.append(Finding("settings", "cache", None, problem))
     directory = settings.shm_dir
     try:
         with tempfile.TemporaryFile(dir=directory):
@@ -196,6 +194,18 @@ def _size(count: int) -> str:
             return f"{count} {unit}"
         count //= 1024
     return f"{count} GiB"
+
+
+def _cache() -> list[Finding]:
+    from ..errors import SettingsError
+    from ..p2p_cache import folder_problem
+    from ..settings import Settings
+
+    try:
+        problem = folder_problem(Settings.from_environment().cache_dir)
+    except SettingsError:  # a finding already
+        return []
+    return [Finding("gpus", "proofs", None, problem)] if problem else []
 
 
 def _communicators() -> list[Finding]:

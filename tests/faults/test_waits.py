@@ -97,6 +97,26 @@ def test_a_killed_peer_is_dead_at_once(kind: str, met: bool) -> None:
         assert "rank 1 (pid " in text and seconds < 0.5 + SOON_S, text
 
 
+def _come_and_die(rank: Rank) -> Any:
+    """Rank 1 dies in a round that rank 2 never comes to."""
+    if rank.rank == 2:
+        return None
+    group = rank.group("come and die", timeout_s=30.0)
+    if rank.rank == 1:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    started = time.monotonic()
+    try:
+        group.barrier()
+    except Exception as error:  # noqa: BLE001
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "nothing", "", 0.0
+
+
+def test_one_who_has_come_and_dies_is_dead_while_another_is_missing() -> None:
+    name, text, seconds = run_fresh(3, _come_and_die)[0].value
+    assert name == "PeerDiedError" and "rank 1 (pid" in text and seconds < 0.5 + SOON_S, text
+
+
 def _last_words(rank: Rank) -> Any:
     """Rank 1 sends, takes part in a round, and ends, before rank 0 looks."""
     group = rank.group("last words", timeout_s=20.0)
