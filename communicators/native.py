@@ -140,11 +140,6 @@ def load_ops() -> None:
         load("cuda")
 
 
-torch.ops.communicators = OpsOnDemand(  # type: ignore[attr-defined]
-    "communicators", load_ops
-)
-
-
 @functools.cache
 def python_module(name: str) -> ModuleType | None:
     """A Python module that the CPU library holds (native/python); None where it cannot be had.

@@ -223,8 +223,8 @@ def shm_send_tensor_list(handle: int, tensors: Sequence[torch.Tensor], dst: int)
     for x in tensors:
         if not isinstance(x, torch.Tensor):
             raise InvalidArgumentError(
-                f"shm_send_tensor_list(tensors): tensors are expected, and a {type(x).__name__} "
-                "was given"
+                f"shm_send_tensor_list(tensors) on rank {_rank_of.get(handle)}: tensors are "
+                f"expected, and a {type(x).__name__} was given"
             )
     send_packed(handle, "shm_send_tensor_list(tensors)", "tensor list", list(tensors), dst)
 

@@ -73,8 +73,6 @@ def calls(group, me):
         found["reduce_scatterv"] = lambda x: group.reduce_scatterv(x, [2, 2])
         found["all_gatherv"] = lambda x: group.all_gatherv(x, [4, 4])
         found["send"] = lambda x: group.send(x, 1 - me)
-    else:
-        found["send_tensor_list"] = lambda x: group.send_tensor_list([torch.ones(1), x], 1 - me)
     return found
 
 
@@ -240,7 +238,8 @@ def cpu_methods(rank: Rank):
         (lambda: shm.shm_all_gather(handle, x, x[:1].expand(8)), "share memory"),
         (lambda: shm.shm_gather(handle, x, [x, x[:2]], 0), "outputs like it"),
         (lambda: shm.shm_send_tensor_list(handle, x, 1 - me), "a sequence of tensors"),
-        (lambda: shm.shm_send_tensor_list(handle, [x, x.to_sparse()], 1 - me), "sparse_coo"),
+        (lambda: shm.shm_send_tensor_list(handle, [x, [1.0]], 1 - me), "a list was given"),
+        (lambda: cpu.send_tensor_list([x, None], 1 - me), "a NoneType was given"),
         (lambda: shm.send(handle, x.to("meta"), 1 - me), "on meta"),
         (lambda: shm.recv_(handle, x.view(2, 2).t(), 1 - me), "not contiguous"),
     ]
