@@ -15,11 +15,8 @@ import importlib.metadata
 import importlib.util
 import re
 import sysconfig
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -108,27 +105,6 @@ def has_cuda() -> bool:
     except NativeLibraryError:
         return False
     return True
-
-
-class OpsOnDemand(type(torch.ops.aten)):  # type: ignore[misc]
-    """`torch.ops.<namespace>` that loads its libraries when the first operator is asked for."""
-
-    def __init__(self, namespace: str, load_ops: Callable[[], object]) -> None:
-        super().__init__(namespace)
-        self._load_ops: Callable[[], object] | None = load_ops
-        self._lock = threading.RLock()  # loading asks for operators itself
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):
-            with self._lock:
-                load_ops, self._load_ops = self._load_ops, None
-                try:
-                    if load_ops is not None:
-                        load_ops()
-                except BaseException:
-                    self._load_ops = load_ops  # and the next one says why, too
-                    raise
-        return super().__getattr__(name)
 
 
 def load_ops() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from communicators.native import OpsOnDemand, has_cuda
+from communicators.native import has_cuda
 from communicators.native import load as load_library
 from kvcache_ops import reference
 
@@ -74,7 +74,25 @@ def load() -> None:
     _load("cuda" if has_cuda() else "cpu")
 
 
-torch.ops.kvcache_ops = OpsOnDemand("kvcache_ops", load)  # type: ignore[attr-defined]
+class _OpsOnDemand(type(torch.ops.aten)):  # type: ignore[misc]
+    """`torch.ops.kvcache_ops`: load() runs when the first operator is asked for."""
+
+    _waits = True
+
+    def __getattr__(self, name: str) -> Any:
+        with _loading:
+            if self._waits and not name.startswith("__"):
+                self._waits = False  # loading asks for operators itself
+                try:
+                    load()
+                except BaseException:
+                    self._waits = True  # and the next one says why, too
+                    raise
+            # Another thread may have been here first.
+            return vars(self).get(name) or super().__getattr__(name)
+
+
+setattr(torch.ops, "kvcache_ops", _OpsOnDemand("kvcache_ops"))  # noqa: B010
 
 
 def op(name: str, where: Tensor) -> Callable[..., None]:
