@@ -178,7 +178,16 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+__all__ = ["__version__", "load", *sorted(_HOME_OF)]
+
+
+def load() -> None:
+    """Loads the native libraries, so that `torch.ops.communicators` has its operators.
+
+    Everything here does so when it needs them. This is for callers of the operators alone.
+    NativeLibraryError says why it cannot be done.
+    """
+    importlib.import_module(".native", __name__).load_ops()
 
 
 def __getattr__(name: str) -> Any:

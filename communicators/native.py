@@ -93,6 +93,26 @@ def load(name: str) -> Path:
     raise ValueError(f"no native library is named {name!r}; there are 'cpu' and 'cuda'")
 
 
+def has_cuda() -> bool:
+    """Whether this torch is built for GPUs and the CUDA library was built, too. Touches no GPU."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return False
+    try:
+        library_path("cuda")
+    except NativeLibraryError:
+        return False
+    return True
+
+
+def load_ops() -> None:
+    """Loads what torch.ops.communicators is made of: the CPU library, and CUDA's if it is there."""
+    from .shm import load as load_cpu
+
+    load_cpu()
+    if has_cuda():
+        load("cuda")
+
+
 @functools.cache
 def python_module(name: str) -> ModuleType | None:
     """A Python module that the CPU library holds (native/python); None where it cannot be had.

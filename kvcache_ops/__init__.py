@@ -1,9 +1,11 @@
 """KV-cache, attention, norm, RoPE and activation ops of tensor-parallel inference.
 
 Importing touches no GPU, no environment variable and no file; the native library is loaded by the
-first call. See docs/ops.md for every op's contract.
+first call, by the first use of `torch.ops.kvcache_ops.<op>`, or by load(). See docs/ops.md for
+every op's contract.
 """
 
+from kvcache_ops._native import load as load
 from kvcache_ops.activation import (
     fatrelu_and_mul,
     gelu_and_mul,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from communicators.native import has_cuda
+from communicators.native import load as load_library
 from kvcache_ops import reference
 
 # Every op has a kernel for these; tensors on other devices run kvcache_ops.reference.
 _NATIVE_DEVICES = ("cpu", "cuda")
 _loaded: set[str] = set()
+_loading = threading.RLock()
 _check_slots = False
 
 
@@ -43,21 +47,51 @@ def _load(device_type: str) -> bool:
     """Load the native library of a device type, once; True, so that a trace can keep it."""
     global _check_slots
     import kvcache_ops
-    from communicators.native import load
     from communicators.settings import Settings
 
-    load("cpu")  # holds the schemas
-    if "cpu" not in _loaded:
-        for name in kvcache_ops.__all__:
-            torch.library.register_fake(f"kvcache_ops::{name}", _fake(name))
-        _check_slots = Settings.from_environment().check_slot_bounds
-        _loaded.add("cpu")
-    if device_type != "cpu":
-        load(device_type)
-        batch = "swap_blocks_batch_cuda"
-        torch.library.register_fake(f"kvcache_ops::{batch}", _fake(batch, "swap_blocks_batch"))
-        _loaded.add(device_type)
+    with _loading:
+        load_library("cpu")  # holds the schemas
+        if "cpu" not in _loaded:
+            for name in kvcache_ops.__all__:
+                torch.library.register_fake(f"kvcache_ops::{name}", _fake(name))
+            _check_slots = Settings.from_environment().check_slot_bounds
+            _loaded.add("cpu")
+        if device_type not in _loaded:
+            load_library(device_type)
+            batch = "swap_blocks_batch_cuda"
+            torch.library.register_fake(f"kvcache_ops::{batch}", _fake(batch, "swap_blocks_batch"))
+            _loaded.add(device_type)
     return True
+
+
+def load() -> None:
+    """Loads the native libraries, CUDA's if it is there: `torch.ops.kvcache_ops` has its ops.
+
+    Every call of an op does so when it needs to, and so does `torch.ops.kvcache_ops.<op>` after
+    `import kvcache_ops`; call it to have it done by a certain time. NativeLibraryError says why it
+    cannot be done.
+    """
+    _load("cuda" if has_cuda() else "cpu")
+
+
+class _OpsOnDemand(type(torch.ops.aten)):  # type: ignore[misc]
+    """`torch.ops.kvcache_ops`: load() runs when the first operator is asked for."""
+
+    _waits = True
+
+    def __getattr__(self, name: str) -> Any:
+        with _loading:
+            if self._waits and not name.startswith("__"):
+                self._waits = False  # loading asks for operators itself
+                try:
+                    load()
+                except BaseException:
+                    self._waits = True  # and the next one says why, too
+                    raise
+            return super().__getattr__(name)
+
+
+setattr(torch.ops, "kvcache_ops", _OpsOnDemand("kvcache_ops"))  # noqa: B010
 
 
 def op(name: str, where: Tensor) -> Callable[..., None]:
