@@ -88,7 +88,8 @@ class _OpsOnDemand(type(torch.ops.aten)):  # type: ignore[misc]
                 except BaseException:
                     self._waits = True  # and the next one says why, too
                     raise
-            return super().__getattr__(name)
+            # Another thread may have been here first.
+            return vars(self).get(name) or super().__getattr__(name)
 
 
 setattr(torch.ops, "kvcache_ops", _OpsOnDemand("kvcache_ops"))  # noqa: B010
