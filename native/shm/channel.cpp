@@ -70,8 +70,8 @@ struct End {
       if (done < bytes) show();
     }
   }
-  // Copies the next bytes and leaves them in the ring. Not by move(), which shows the sender what was
-  // taken so far where a header wraps or comes in two pieces.
+  // Copies the next bytes and leaves them in the ring. Not by move(), which shows the sender what
+  // was taken so far where a header wraps or comes in two pieces.
   void peek(void* data, size_t bytes) {
     const uint32_t expected = count + static_cast<uint32_t>(bytes);
     if (!prim::reached(prim::load_acquire(channel.head), expected)) {
