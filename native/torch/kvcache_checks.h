@@ -109,9 +109,7 @@ class Launch {
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
   Stream stream = nullptr;
-
- private:
-  [[maybe_unused]] void* guard_ = nullptr;  // on GPUs
+  void* guard = nullptr;  // a gpu::DeviceGuard; null on the CPU
 };
 
 }  // namespace kvcache_glue

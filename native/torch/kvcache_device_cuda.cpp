@@ -6,9 +6,9 @@ namespace kvcache_glue {
 
 Launch::Launch(const Arg& where)
     : stream(torch_glue::current_stream(where.device_index)),
-      guard_(new gpu::DeviceGuard(where.device_index)) {}
+      guard(new gpu::DeviceGuard(where.device_index)) {}
 
-Launch::~Launch() { delete static_cast<gpu::DeviceGuard*>(guard_); }
+Launch::~Launch() { delete static_cast<gpu::DeviceGuard*>(guard); }
 
 Stream current_stream() {
   int device = 0;
