@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from communicators.native import has_cuda
-from communicators.native import load as load_library
 from kvcache_ops import reference
 
 # Every op has a kernel for these; tensors on other devices run kvcache_ops.reference.
@@ -47,6 +45,7 @@ def _load(device_type: str) -> bool:
     """Load the native library of a device type, once; True, so that a trace can keep it."""
     global _check_slots
     import kvcache_ops
+    from communicators.native import load as load_library
     from communicators.settings import Settings
 
     with _loading:
@@ -71,6 +70,8 @@ def load() -> None:
     `import kvcache_ops`; call it to have it done by a certain time. NativeLibraryError says why it
     cannot be done.
     """
+    from communicators.native import has_cuda
+
     _load("cuda" if has_cuda() else "cpu")
 
 

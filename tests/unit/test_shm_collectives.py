@@ -26,7 +26,9 @@ SIZES = (0, 1, 7, 12, 13, 1000, 32768, 65536, 65537, 131072 + 3, 700_003)
 
 def communicator(rank: Rank) -> CpuCommunicator:
     if "cpu" not in rank.cache:
-        opened = CpuCommunicator(rank.group(timeout_s=30.0), torch.device("cpu"))
+        opened = CpuCommunicator(
+            rank.group(timeout_s=120.0 if rank.world_size > 16 else 30.0), torch.device("cpu")
+        )
         assert opened.refusal is None, opened.refusal
         rank.cache["cpu"] = opened
     return rank.cache["cpu"]
@@ -368,7 +370,7 @@ def check_many_ranks(rank: Rank) -> None:
 def test_64_ranks() -> None:
     ranks = pool(64)
     try:
-        ranks.run(check_many_ranks, deadline_s=120)
+        ranks.run(check_many_ranks, deadline_s=300)
     finally:
         ranks.kill()
 

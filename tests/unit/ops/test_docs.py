@@ -27,7 +27,9 @@ def test_importing_loads_no_library() -> None:
     code = (
         "import sys, torch, kvcache_ops\n"
         "assert 'communicators' not in sys.modules\n"
-        "assert not hasattr(torch.ops.kvcache_ops, 'rms_norm')\n"
+        "assert '_native_cpu' not in open('/proc/self/maps').read()\n"
+        "assert hasattr(torch.ops.kvcache_ops, 'rms_norm')\n"
+        "assert '_native_cpu' in open('/proc/self/maps').read()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT

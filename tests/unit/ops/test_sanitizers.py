@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-BUILD = ROOT / "build" / "sanitize"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
+BUILD = ROOT / "build" / f"sanitize-{Path(COMPILER).name}"
+# Of AddressSanitizer and UBSan; clang's holds both.
+RUNTIMES = ["libasan.so", "libubsan.so"]
+if "clang" in Path(COMPILER).name:
+    RUNTIMES = [f"libclang_rt.asan-{platform.machine()}.so"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def runtime(name: str) -> Path | None:
     """The compiler's shared library of that name."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    command = [compiler, f"-print-file-name={name}"]
+    command = [COMPILER, f"-print-file-name={name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     path = Path(done.stdout.strip())
     return path if done.returncode == 0 and path.is_absolute() else None
@@ -34,7 +39,7 @@ def runtime(name: str) -> Path | None:
 def library() -> Path:
     if shutil.which("cmake", path=PATH) is None:
         pytest.skip("there is no cmake")
-    if runtime("libasan.so") is None or runtime("libubsan.so") is None:
+    if None in map(runtime, RUNTIMES):
         pytest.skip("this compiler has no shared runtime of AddressSanitizer and UBSan")
     BUILD.mkdir(parents=True, exist_ok=True)
     ninja = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
@@ -42,6 +47,7 @@ def library() -> Path:
         *("cmake", "-S", str(ROOT / "native"), "-B", str(BUILD), *ninja),
         "--log-level=WARNING",
         f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_CXX_COMPILER={COMPILER}",
         "-DCOMMUNICATORS_CUDA=OFF",
         "-DCOMMUNICATORS_SANITIZE=address,undefined",
     ]
@@ -62,7 +68,7 @@ def library() -> Path:
 
 def run(library: Path, what: str) -> subprocess.CompletedProcess[str]:
     # Python is not linked with libstdc++, whose throw AddressSanitizer must find.
-    preload = [runtime("libasan.so"), runtime("libubsan.so"), runtime("libstdc++.so.6")]
+    preload = map(runtime, [*RUNTIMES, "libstdc++.so.6"])
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(str(p) for p in preload if p),
