@@ -181,6 +181,7 @@ if mode == "exit":
 if rank == 0:
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGSTOP if mode == "stop" else signal.SIGKILL)
+    time.sleep(60.0)  # as pid 1 of a namespace, which ignores its own signals
 started = time.monotonic()
 try:
     group.barrier()
