@@ -170,27 +170,22 @@ class Group:
             refusal = error
             payload, mine = memoryview(b""), objects.Message(tag, 0, refusal=str(error))
 
-        def read(store: Store, found: list[bytes]) -> tuple[list[objects.Message], list[Any]]:
+        def read(store: Store, found: list[bytes]) -> tuple[CommunicatorError | None, list[Any]]:
             messages = [objects.Message.unpacked(raw) for raw in found]
+            problem = self._disagreement(tag, messages)
             payloads: list[Any] = []
-            if any(message.pieces for message in messages):
-                if self._disagreement(tag, messages) is None:
-                    payloads = self._read_round(store, keys, messages)
-                else:
-                    objects.erase(store, keys[self.rank], mine)  # nobody reads them
+            if problem is None:
+                payloads = self._read_round(store, keys, messages)
             else:
-                payloads = [message.inline for message in messages]
+                objects.erase(store, keys[self.rank], mine)  # nobody reads it
             if self._sequence > 0:
                 # Everybody has written this round, so everybody has read the one before.
                 store.delete_key(f"{self._sequence - 1}/{self.rank}")
-            return messages, payloads
+            return problem, payloads
 
         put = objects.stored(keys[self.rank], mine, payload)
-        messages, payloads = self._exchange(tag, put, dict(enumerate(keys)), timeout_s, read, True)
-        problem = self._disagreement(tag, messages)
-        values: list[Any] = []
-        if problem is None:
-            values = self._unpickled(tag, payloads, value)
+        problem, payloads = self._exchange(tag, put, dict(enumerate(keys)), timeout_s, read, True)
+        values = self._unpickled(tag, payloads, value) if problem is None else []
         self._sequence += 1
         if problem is not None:
             raise problem from refusal
@@ -218,6 +213,8 @@ class Group:
             None if rank == self.rank else objects.read(store, keys[rank], message)
             for rank, message in enumerate(messages)
         ]
+        if not any(message.pieces for message in messages):
+            return payloads
         readers = f"{self._sequence}/readers"
         if store.add(readers, 1) == self.world_size:
             for key, message in zip(keys, messages, strict=True):

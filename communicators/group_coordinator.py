@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from . import backends
 from .backends.pynccl import PyNcclCommunicator
-from .collectives import Collectives
 from .dispatcher import Dispatcher
 from .errors import CommunicatorError, TopologyError
 from .group import Group, rank_span
@@ -24,7 +23,7 @@ from .settings import Settings
 from .traced import order_tensor
 
 
-class GroupCoordinator(Collectives, GroupObjects):
+class GroupCoordinator(GroupObjects):
     """The collectives of one group of ranks, on one device a rank. Construction is collective.
 
     Args:

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .arguments import check_mapping, check_peer, check_root
+from .collectives import Collectives
 from .errors import InvalidArgumentError
 from .objects import Refused
 from .tensor_dict import Packed, TensorLike, as_bytes, pack, receive
 
 if TYPE_CHECKING:
-    from .group import Group
     from .object_broadcast import ObjectBroadcaster
 
 
-class GroupObjects:
-    """The part of GroupCoordinator that moves objects; tensors go by the calls of the other part.
+class GroupObjects(Collectives):
+    """The part of GroupCoordinator that moves objects; the tensors in them go by Collectives.
 
     Whatever is refused, on whichever rank, the ranks are in step afterwards.
     """
 
-    rank_in_group: int
-    world_size: int
-    device: torch.device
-    group: Group
     _objects: ObjectBroadcaster
-
-    if TYPE_CHECKING:  # GroupCoordinator has them
-
-        def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
-        def send(self, x: torch.Tensor, dst: int | None = None) -> None: ...
-        def recv(
-            self,
-            size: Sequence[int],
-            dtype: torch.dtype,
-            src: int | None = None,
-            device: torch.device | str | None = None,
-        ) -> torch.Tensor: ...
 
     def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
         """Rank `src`'s picklable object, on every rank.
@@ -116,7 +100,7 @@ class GroupObjects:
             raise
         self._objects.broadcast(message, src)
         for part in parts:
-            self.broadcast(as_bytes(part.to(self._home(part.device.type))), src)
+            self.broadcast(part, src)
         return tensors
 
     def send_tensor_dict(self, tensors: Mapping[str, Any], dst: int | None = None) -> None:
@@ -129,7 +113,7 @@ class GroupObjects:
         message, parts = self._packed("send_tensor_dict", tensors)
         self.send_object(message, dst)
         for part in parts:
-            self.send(as_bytes(part.to(self._home(part.device.type))), dst)
+            self.send(part, dst)
 
     def recv_tensor_dict(self, src: int | None = None) -> Any:
         """The next dict that rank `src` (default: the previous one) sent here.
@@ -141,14 +125,15 @@ class GroupObjects:
         check_peer("recv_tensor_dict", "src", src, self.rank_in_group, self.world_size)
         return self._recv_message("recv_tensor_dict", "tensor dict", src)
 
-    def _packed(self, call: str, tensors: Any) -> tuple[Packed, list[torch.Tensor]]:
+    def _packed(self, call: str, tensors: Any) -> tuple[Packed, Iterator[torch.Tensor]]:
+        """What tensor_dict.pack says, the tensors as bytes where they travel from, one by one."""
         check_mapping(call, tensors, self.rank_in_group)
         devices = {"cpu", self.device.type}
-        return pack(f"{call}(tensors)", "tensor dict", tensors, devices, self.rank_in_group)
-
-    def _home(self, device_type: str) -> torch.device:
-        """Where tensors of a device's type travel from and arrive."""
-        return torch.device("cpu") if device_type == "cpu" else self.device
+        packed, parts = pack(
+            f"{call}(tensors)", "tensor dict", tensors, devices, self.rank_in_group
+        )
+        pairs = zip(packed.likes, parts, strict=True)
+        return packed, (as_bytes(part.to(like.device_for(self.device))) for like, part in pairs)
 
     def _broadcast_message(self, call: str, kind: str | None, obj: Any, src: int) -> Any:
         message = self._objects.broadcast(obj, src)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,15 @@ def cannot_unpickle(call: str, sender: str, error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else repr(error)
+    return text_of(error, lambda: f"{type(error).__name__}: {error}" if str(error) else repr(error))
+
+
+def text_of(error: BaseException, text: Callable[[], str]) -> str:
+    """text(), or the error's class alone where the text's own code, the program's, fails."""
+    try:
+        return text()
+    except Exception:  # noqa: BLE001
+        return type(error).__name__
 
 
 @dataclass(frozen=True)

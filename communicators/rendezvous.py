@@ -185,9 +185,10 @@ _CHECKS: dict[str, Callable[[str, SplitResult, int], str]] = {
 def integer_of_environment(variable: str, least: int, most: int | None = None) -> int:
     """The integer in an environment variable; TopologyError, naming it, for anything else."""
     text = os.environ.get(variable)
-    span = f"of {least} or more" if most is None else f"from {least} to {most}"
     if text is None:
-        raise TopologyError(f"{variable} is not set; it takes an integer {span} (torchrun sets it)")
+        raise TopologyError(
+            f"{variable} is not set; it takes an integer {_span(least, most)} (torchrun sets it)"
+        )
     return checked_integer(variable, text, least, most)
 
 
@@ -203,6 +204,11 @@ def checked_integer(name: str, given: Any, least: int, most: int | None = None) 
         or value < least
         or (most is not None and value > most)
     ):
-        span = f"of {least} or more" if most is None else f"from {least} to {most}"
-        raise TopologyError(f"{name}={given!r} is not accepted; it takes an integer {span}")
+        raise TopologyError(
+            f"{name}={given!r} is not accepted; it takes an integer {_span(least, most)}"
+        )
     return value
+
+
+def _span(least: int, most: int | None) -> str:
+    return f"of {least} or more" if most is None else f"from {least} to {most}"

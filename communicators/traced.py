@@ -9,7 +9,7 @@ them share, `order`: what writes is kept, and what writes the same tensor keeps 
 group it is of. Nothing is ever written there.
 
 (torch's own effect tokens, `_register_effectful_op`, would say the same; inductor drops the order
-between them in torch 2.11 to 2.13, pytorch/pytorch#188301.)
+between them in torch 2.13, pytorch/pytorch#188301.)
 
 A new collective is one more entry below: its parameters, and what its result looks like.
 """

@@ -115,7 +115,7 @@ def cannot_pickle(obj: Any, error: Exception) -> InvalidArgumentError:
     """What enqueue() raises."""
     return InvalidArgumentError(
         f"enqueue(obj): a {type(obj).__name__} that holds something that cannot be pickled was "
-        f"given: {_text(error)}"
+        f"given: {objects.text_of(error, lambda: repr(error))}"
     )
 
 
@@ -131,13 +131,5 @@ def cannot_unpickle(error: Exception) -> CommunicatorError:
     """What dequeue() raises."""
     return CommunicatorError(
         "dequeue(): a message arrived whole and cannot be unpickled in this process: "
-        f"{_text(error)}"
+        f"{objects.text_of(error, lambda: repr(error))}"
     )
-
-
-def _text(error: Exception) -> str:
-    """Its class and text, whatever the text's own code does."""
-    try:
-        return repr(error)
-    except Exception:  # noqa: BLE001  # the program's own code: the class alone, then
-        return type(error).__name__

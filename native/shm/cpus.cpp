@@ -46,15 +46,18 @@ bool place(const std::vector<const Cpus*>& ranks, int rank, std::vector<int>* ow
 
 }  // namespace
 
+void read_affinity(CpuMask& mask) {
+  // The system call itself: glibc's takes a set of 1024 CPUs.
+  if (::syscall(SYS_sched_getaffinity, 0, sizeof mask, mask) > 0) return;
+  const size_t count = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kMaxCpus);
+  for (size_t cpu = 0; cpu < count; ++cpu) mask[cpu / 64] |= uint64_t{1} << (cpu % 64);
+}
+
 Cpus my_cpus(int threads) {
   Cpus cpus{};
   cpus.threads = threads;
   read_quota(&cpus);
-  // The system call itself: glibc's takes a set of 1024 CPUs.
-  if (::syscall(SYS_sched_getaffinity, 0, sizeof cpus.mask, cpus.mask) <= 0) {
-    const size_t count = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, kMaxCpus);
-    for (size_t cpu = 0; cpu < count; ++cpu) cpus.mask[cpu / 64] |= uint64_t{1} << (cpu % 64);
-  }
+  read_affinity(cpus.mask);
   return cpus;
 }
 

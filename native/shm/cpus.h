@@ -9,13 +9,17 @@ namespace shm {
 
 inline constexpr size_t kMaxCpus = 4096;
 
+// Bit by bit, the CPUs that this process may run on.
+using CpuMask = uint64_t[kMaxCpus / 64];
+void read_affinity(CpuMask& mask);
+
 // What one rank may use, as it tells the others when they meet: a rank that is pinned to one core
 // sees one, and whether the ranks have a core each is known to all of them together alone.
 struct Cpus {
-  uint64_t mask[kMaxCpus / 64];  // affinity; empty where the kernel does not tell
-  double quota;                  // of the cgroup, in CPUs; huge where there is none
-  uint64_t cgroup;               // which cgroup that is
-  int32_t threads;               // that it would work with if it were alone
+  CpuMask mask;     // affinity
+  double quota;     // of the cgroup, in CPUs; huge where there is none
+  uint64_t cgroup;  // which cgroup that is
+  int32_t threads;  // that it would work with if it were alone
   bool has(size_t cpu) const { return mask[cpu / 64] >> (cpu % 64) & 1; }
 };
 

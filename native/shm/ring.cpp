@@ -71,9 +71,10 @@ RingEnd::RingEnd(std::byte* base, prim::AtomicU32& cpu, SpinBudget spin)
       readers_(reader_lines(base)),
       spin_(spin),
       cpu_(cpu) {
-  const Cpus mine = my_cpus(1);
+  CpuMask mine = {};
+  read_affinity(mine);
   for (size_t i = 0; i < kRingCpuWords; ++i) {
-    if (mine.mask[i] != 0) header_->cpus[i].fetch_or(mine.mask[i], std::memory_order_relaxed);
+    if (mine[i] != 0) header_->cpus[i].fetch_or(mine[i], std::memory_order_relaxed);
   }
 }
 

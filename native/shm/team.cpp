@@ -9,7 +9,6 @@
 
 #include "prim/deadline.h"
 #include "prim/futex.h"
-#include "shm/collectives.h"
 #include "shm/interrupt.h"
 
 namespace shm {
@@ -129,11 +128,6 @@ void Team::meet() {
   layout_.set_lanes(plan.threads);
   tuning_.one_shot_bytes = one_shot_limit(world_size_, core_each_);
   for (int l = 0; l < kMaxLanes; ++l) lanes_.emplace_back(*this, l);
-}
-
-void Team::set_lanes(int count) {
-  barrier(*this);
-  layout_.set_lanes(count);
 }
 
 Team::Use Team::use(pthread_t exiting) const {

@@ -119,8 +119,8 @@ class Team {
 
   // What runs lanes side by side; torch's pool.
   void set_pool(ParallelFor run) { run_ = run; }
-  // Collective: the peers have read what lies in the slots when it returns.
-  void set_lanes(int count);
+  // Between calls, once all ranks have read what lies in the slots.
+  void set_lanes(int count) { layout_.set_lanes(count); }
   int lanes() const { return layout_.lanes; }
   bool core_each() const { return core_each_; }
 

@@ -221,6 +221,7 @@ void shm_set_tuning(int64_t handle, int64_t one_shot_bytes, int64_t chunk_bytes,
   }
   const TeamPtr team = teams().get(handle);
   team->set_tuning({static_cast<size_t>(one_shot_bytes), static_cast<size_t>(chunk_bytes)});
+  barrier(*team);
   team->set_lanes(static_cast<int>(threads));
 }
 

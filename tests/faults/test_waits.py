@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ def _wait(group: Group, kind: str) -> Any:
     if kind == "recv_object":
         return group.recv_object(1)
     return group.broadcast_object(None, src=1)
+
+
+def _ends(wait: Callable[[], Any]) -> tuple[str, str, float]:
+    """The class and text of the error that ends `wait`, and after how long."""
+    started = time.monotonic()
+    try:
+        wait()
+    except Exception as error:  # noqa: BLE001
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "nothing", "", 0.0
 
 
 KINDS = ["barrier", "gather_objects", "recv_object", "broadcast_object"]
@@ -78,12 +89,7 @@ def _lose_rank_1(rank: Rank, kind: str, met: bool, name: str) -> tuple[str, str,
     if rank.rank == 1:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
-    started = time.monotonic()
-    try:
-        _wait(group, kind)
-    except Exception as error:  # noqa: BLE001
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "nothing", "", 0.0
+    return _ends(lambda: _wait(group, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,12 +110,7 @@ def _come_and_die(rank: Rank) -> Any:
     group = rank.group("come and die", timeout_s=30.0)
     if rank.rank == 1:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    started = time.monotonic()
-    try:
-        group.barrier()
-    except Exception as error:  # noqa: BLE001
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "nothing", "", 0.0
+    return _ends(group.barrier)
 
 
 def test_one_who_has_come_and_dies_is_dead_while_another_is_missing() -> None:
@@ -143,12 +144,7 @@ def _stopped(rank: Rank) -> Any:
     if rank.rank == 1:
         return os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.5)
-    started = time.monotonic()
-    try:
-        group.barrier()
-    except Exception as error:  # noqa: BLE001
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "nothing", "", 0.0
+    return _ends(group.barrier)
 
 
 def test_a_stopped_peer_is_late_and_not_dead() -> None:

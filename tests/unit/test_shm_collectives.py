@@ -317,13 +317,18 @@ def test_several_groups_at_once() -> None:
     pool(3).run(check_two_groups)
 
 
-def check_least_memory(rank: Rank) -> None:
+def smallest(rank: Rank) -> CpuCommunicator:
+    """One with the least memory that is accepted."""
     device = torch.device("cpu")
     refusal = CpuCommunicator(rank.group("none"), device, Settings(shm_bytes=0)).refusal
     needed = re.search(r"(\d+) are needed", str(refusal))
     assert needed is not None, refusal
     small = Settings(shm_bytes=int(needed[1]), timeout_s=30.0)
-    cpu = CpuCommunicator(rank.group("least"), device, small)
+    return CpuCommunicator(rank.group("least"), device, small)
+
+
+def check_least_memory(rank: Rank) -> None:
+    cpu = smallest(rank)
     for size in (1, 100, 5001):
         parts = inputs(rank.world_size, size * rank.world_size, torch.float64, seed=size)
         expected = reference_sum(parts)

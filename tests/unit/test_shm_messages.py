@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from communicators import CpuCommunicator, Settings, shm
+from communicators import Settings, shm
 from tests.harness import Rank, pool
-from tests.unit.test_shm_collectives import communicator, inputs, reference_sum
+from tests.unit.test_shm_collectives import communicator, inputs, reference_sum, smallest
 
 DTYPES = (
     torch.float32,
@@ -127,12 +126,7 @@ def test_many_and_large_entries() -> None:
 
 def headers_that_wrap(rank: Rank) -> None:
     """Odd sizes through rings of 1 KB, many times around: some headers lie across the end."""
-    device = torch.device("cpu")
-    refusal = CpuCommunicator(rank.group("none"), device, Settings(shm_bytes=0)).refusal
-    needed = re.search(r"(\d+) are needed", str(refusal))
-    assert needed is not None, refusal
-    least = Settings(shm_bytes=int(needed[1]), timeout_s=30.0)
-    cpu = CpuCommunicator(rank.group("least"), device, least)
+    cpu = smallest(rank)
     for number in range(1000):
         text = "x" * (number % 97)
         if rank.rank == 0:
