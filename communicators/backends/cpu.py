@@ -178,6 +178,12 @@ class CpuCommunicator(Communicator):
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """The same in place; returns `x`."""
+        # Latency of the smallest: what the operator refuses is looked at once it has.
+        if type(x) is torch.Tensor and x.is_cpu and not is_compiling():
+            strided = x.layout is torch.strided and x.is_contiguous()
+            if strided and not (x.requires_grad or x.is_inference() or x.is_neg()):
+                self._do("all_reduce_", x)
+                return x
         staged = self._in_place("all_reduce_", x)
         self._call("all_reduce_", staged)
         return x if staged is x else x.copy_(staged)
