@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 from cases_addresses import address_cases
 from cases_attention import attention_cases
 from cases_cache import cache_cases
@@ -11,18 +14,20 @@ from cases_layouts import layout_cases
 from ops_maker import Case
 
 
-def all_cases() -> list[Case]:
+@functools.cache  # making them takes seconds, and arguments are made anew for each run
+def all_cases() -> tuple[Case, ...]:
     """Those that run on every device."""
     ordinary = (elementwise_cases, cache_cases, gather_cases, attention_cases)
-    return [case for cases in (*ordinary, layout_cases) for case in cases()]
+    return tuple(case for cases in (*ordinary, layout_cases) for case in cases())
 
 
-def cpu_cases() -> list[Case]:
+@functools.cache
+def cpu_cases() -> tuple[Case, ...]:
     """Those that run on the CPU alone too."""
-    return [*all_cases(), *address_cases()]
+    return (*all_cases(), *address_cases())
 
 
-def sample(per_op: int, cases: list[Case] | None = None) -> list[Case]:
+def sample(per_op: int, cases: Sequence[Case] | None = None) -> list[Case]:
     """A few cases of every op, spread over its list."""
     by_op: dict[str, list[Case]] = {}
     for case in all_cases() if cases is None else cases:

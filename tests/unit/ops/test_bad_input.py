@@ -3,6 +3,7 @@ has been written."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -121,6 +122,7 @@ ALSO_NAMED = {
 }
 
 
+@functools.cache
 def base_cases() -> list[Case]:
     chosen: dict[str, Case] = {}
     for case in cpu_cases():
