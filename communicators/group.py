@@ -36,7 +36,17 @@ _SETTLE_S = 1.0  # for the store to tell what became of a send that was cut shor
 class _NotUnpickled:
     """Stands for a value that arrived and cannot be had; what it raises waits for the end."""
 
-    error: CommunicatorError
+    error: BaseException
+
+
+def _unpickled(call: str, payload: Any, sender: int) -> Any:
+    """The value, or _NotUnpickled. Ctrl-C alone comes out: then the message stays the next one."""
+    try:
+        return objects.loads(call, payload, f"rank {sender}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  (raised once the message is used up)
+        return _NotUnpickled(error)
 
 
 class Group:
@@ -228,10 +238,7 @@ class Group:
             if rank == self.rank:
                 values.append(mine)
                 continue
-            try:
-                values.append(objects.loads(f"gather_objects({tag!r})", payload, f"rank {rank}"))
-            except CommunicatorError as error:
-                values.append(_NotUnpickled(error))
+            values.append(_unpickled(f"gather_objects({tag!r})", payload, rank))
         return values
 
     def barrier(self, timeout_s: float | None = None) -> None:
@@ -291,10 +298,7 @@ class Group:
             return message, objects.read(store, key, message)
 
         message, payload = self._exchange(tag, (), {src: key}, timeout_s, read)
-        try:
-            value = objects.loads(f"recv_object(src={src})", payload, f"rank {src}")
-        except CommunicatorError as error:
-            value = _NotUnpickled(error)
+        value = _unpickled(f"recv_object(src={src})", payload, src)
 
         def erase(store: Store, _: list[bytes]) -> None:
             objects.erase(store, key, message)

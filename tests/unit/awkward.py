@@ -21,14 +21,17 @@ class Sub(torch.Tensor):
 
 
 class Poison:
-    """Pickles, and cannot be unpickled."""
+    """Pickles, and raises where it is unpickled."""
+
+    def __init__(self, error: type[BaseException] = ZeroDivisionError) -> None:
+        self.error = error
 
     def __reduce__(self) -> Any:
-        return _explode, ("boom",)
+        return _explode, (self.error, "boom")
 
 
-def _explode(text: str) -> Any:
-    raise ZeroDivisionError(text)
+def _explode(error: type[BaseException], text: str) -> Any:
+    raise error(text)
 
 
 class Holder:

@@ -122,6 +122,13 @@ def check_ends(rank: Rank, ends: Ends) -> None:
             assert type(found) is CommunicatorError, found
             assert "rank 0" in str(found) and "boom" in str(found)
         goes_on(number)
+    for exit in (SystemExit, GeneratorExit):  # no Exception: as it is, and used up all the same
+        try:
+            call(ends.wrapped([torch.ones(3), Poison(exit)]) if gives else None)
+            assert gives
+        except exit:
+            assert not gives
+        goes_on(3)
 
 
 def on_group(rank: Rank, name: str) -> None:
