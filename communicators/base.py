@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from . import forks
 from .errors import CommunicatorError, RefusedError
+from .groups import forks
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .group import Group
+    from .groups.group import Group
 
 #: The collectives, by their field's names. `inp` and `out` are contiguous; n is inp.numel():
 #:   all_reduce       inp [n]      out [n], may be inp       sum over the ranks

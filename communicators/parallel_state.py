@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from . import inherited
-from .backends.quick_codecs import bits_of
+from .backends.quick.codecs import bits_of
 from .errors import TopologyError
-from .group import Group
-from .group_coordinator import GroupCoordinator
-from .open_groups import OPEN_GROUPS, open_group
-from .rendezvous import checked_integer, integer_of_environment, meet
+from .groups import inherited
+from .groups.coordinator import GroupCoordinator
+from .groups.group import Group
+from .groups.open_groups import OPEN_GROUPS, open_group
+from .groups.rendezvous import checked_integer, integer_of_environment, meet
 from .settings import Settings
 
 

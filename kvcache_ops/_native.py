@@ -45,7 +45,7 @@ def _load(device_type: str) -> bool:
     """Load the native library of a device type, once; True, so that a trace can keep it."""
     global _check_slots
     import kvcache_ops
-    from communicators.native import load as load_library
+    from communicators.bindings.native import load as load_library
     from communicators.settings import Settings
 
     with _loading:
@@ -70,7 +70,7 @@ def load() -> None:
     `import kvcache_ops`; call it to have it done by a certain time. NativeLibraryError says why it
     cannot be done.
     """
-    from communicators.native import has_cuda
+    from communicators.bindings.native import has_cuda
 
     _load("cuda" if has_cuda() else "cpu")
 

@@ -1,6 +1,6 @@
 """The quantized all-reduce beside the exact one, us a call in a CUDA graph.
 
-communicators/timing.py says how they are timed.
+communicators/selection/timing.py says how they are timed.
 
 torchrun --nproc-per-node 2 scripts/bench_quick_all_reduce.py
 """
@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from communicators import Group
-from communicators.backends import quick_codecs
 from communicators.backends.custom_all_reduce import CustomAllreduce
-from communicators.backends.quick_all_reduce import QuickAllReduce
+from communicators.backends.quick import codecs as quick_codecs
+from communicators.backends.quick.quick_all_reduce import QuickAllReduce
 from communicators.bindings.quick_ar import CODECS
-from communicators.timing import Timer
+from communicators.selection.timing import Timer
 
 SIZES = [1 << shift for shift in range(20, 29)]
 

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from communicators.backends import quick_codecs as quick
+from communicators.backends.quick import codecs as quick
 
 TOKENS, HIDDEN = 64, 8192
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from communicators.backends import quick_codecs as quick
+from communicators.backends.quick import codecs as quick
 from communicators.base import dtype_name
 
 from .tp_llama.train import VALIDATION_EVERY_NTH_FILE, Corpus, source_files

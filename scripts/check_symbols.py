@@ -42,8 +42,8 @@ def breaches(library: Path) -> list[str]:
 
 def libraries() -> list[Path]:
     sys.path.insert(0, str(ROOT))
+    from communicators.bindings.native import library_path
     from communicators.errors import NativeLibraryError
-    from communicators.native import library_path
 
     found = [library_path("cpu")]
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from communicators.backends import driver_version
+from communicators.selection.opening import driver_version
 
 from .tp_llama.config import LlamaConfig
 

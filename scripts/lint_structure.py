@@ -17,7 +17,7 @@ MAX_LINES = 400
 #: the others are to be split, and none may grow.
 LARGER = {
     "communicators/backends/custom_all_reduce.py": 450,
-    "communicators/shm_broadcast.py": 460,
+    "communicators/message_queue/queue.py": 460,
     "native/attention/paged_attention.cuh": 560,
 }
 
@@ -77,10 +77,10 @@ FORBIDDEN = [
 MAY_READ_ENVIRONMENT = {
     "communicators/settings.py",
     "communicators/parallel_state.py",  # WORLD_SIZE, RANK, LOCAL_RANK: torchrun's
-    "communicators/rendezvous.py",  # MASTER_ADDR, MASTER_PORT
+    "communicators/groups/rendezvous.py",  # MASTER_ADDR, MASTER_PORT
     "communicators/cli/doctor.py",  # passes its own on to the trial ranks
     "communicators/cli/trial.py",
-    "communicators/p2p_worker.py",  # sets CUDA_VISIBLE_DEVICES of the probe's own processes
+    "communicators/peer_access/p2p_worker.py",  # CUDA_VISIBLE_DEVICES of its processes
 }
 
 

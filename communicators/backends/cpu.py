@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from .. import native, shm
-from ..arguments import (
+from ..base import OPS, Capability, Communicator, Refusal
+from ..bindings import native
+from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
+from ..functional import shm
+from ..groups.arguments import (
     check_dim,
     check_in_place,
     check_mapping,
@@ -21,12 +24,10 @@ from ..arguments import (
     check_summed,
     check_tensor,
 )
-from ..base import OPS, Capability, Communicator, Refusal
-from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
-from ..group import Group
-from ..hosts import Home
+from ..groups.group import Group
+from ..groups.hosts import Home
+from ..groups.traced import order_tensor
 from ..settings import Settings
-from ..traced import order_tensor
 
 
 class CpuCommunicator(Communicator):

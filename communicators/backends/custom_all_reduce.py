@@ -16,21 +16,16 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from .. import p2p
-from ..arguments import check_in_place, check_tensor
 from ..base import Capability, Communicator, Refusal, dtype_name
 from ..bindings import custom_ar
-from ..errors import (
-    CommMismatchError,
-    CommunicatorError,
-    InvalidArgumentError,
-    NativeLibraryError,
-)
-from ..group import Group
+from ..bindings.workspace import LAYOUT, SharedBuffer
+from ..errors import CommMismatchError, CommunicatorError, InvalidArgumentError, NativeLibraryError
+from ..groups.arguments import check_in_place, check_tensor
+from ..groups.group import Group
+from ..groups.traced import order_tensor
+from ..peer_access import p2p
+from ..peer_access.topology import Verdict
 from ..settings import Settings
-from ..topology import Verdict
-from ..traced import order_tensor
-from ..workspace import LAYOUT, SharedBuffer
 
 WORLD_SIZES = (2, 4, 6, 8)
 

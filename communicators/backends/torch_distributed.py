@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..arguments import check_tensor
 from ..base import OPS, REDUCTIONS, Capability, Communicator, Refusal
 from ..errors import CommTimeoutError, CommunicatorError
-from ..group import Group
+from ..groups.arguments import check_tensor
+from ..groups.group import Group
 from ..settings import Settings
 
 # torch 2.13 renamed these two and warns at each call of the old names.

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..arguments import check_dim, check_in_place, check_root, check_tensor
 from ..base import Capability, Refusal
 from ..errors import CommMismatchError, InvalidArgumentError
-from ..group import Group
+from ..groups.arguments import check_dim, check_in_place, check_root, check_tensor
+from ..groups.group import Group
 from ..settings import Settings
 from .torch_distributed import TorchDistributedCommunicator
 

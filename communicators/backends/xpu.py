@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..arguments import check_dim, check_root, check_tensor
 from ..base import Refusal
 from ..errors import InvalidArgumentError
+from ..groups.arguments import check_dim, check_root, check_tensor
 from .vendor import VendorCommunicator
 
 

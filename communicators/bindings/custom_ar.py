@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import native
-from ..traced import keep
+from ..groups.traced import keep
+from . import native
 from .collectives_library import NUMBER, POINTER, SIZE, CollectivesLibrary
 
 #: collectives::Dtype

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import native
 from ..errors import CommMismatchError, CommunicatorError, NativeLibraryError, RefusedError
 from ..settings import Settings
+from . import native
 from .cuda_wrapper import CudaRTLibrary
 from .pynccl_wrapper import find_nccl_library
 
 if TYPE_CHECKING:
-    from ..backends.pynccl import PyNcclCommunicator
-    from ..group_coordinator import GroupCoordinator
+    from ..backends.nccl.pynccl import PyNcclCommunicator
+    from ..groups.coordinator import GroupCoordinator
 
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 

@@ -10,8 +10,8 @@ import functools
 
 import torch
 
-from .. import native
-from ..traced import keep
+from ..groups.traced import keep
+from . import native
 from .collectives_library import NUMBER, POINTER, SIZE, CollectivesLibrary
 
 #: quick::Codec

@@ -21,8 +21,8 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import hosts
 from ..catalog import CATALOG
+from ..groups import hosts
 
 _PACKAGES = ("torch", "numpy", "pyzmq", "nvidia-ml-py", "rich", "mscclpp")
 _OPTIONAL = {
@@ -138,8 +138,8 @@ def _libraries() -> list[Finding]:
     try:
         import torch
 
+        from ..bindings.native import load
         from ..errors import NativeLibraryError
-        from ..native import load
     except ImportError as error:
         return [*found, Finding("libraries", "torch import", False, str(error))]
     for library, needed in (("cpu", True), ("cuda", torch.cuda.is_available())):
@@ -198,7 +198,7 @@ def _size(count: int) -> str:
 
 def _cache() -> list[Finding]:
     from ..errors import SettingsError
-    from ..p2p_cache import folder_problem
+    from ..peer_access.p2p_cache import folder_problem
     from ..settings import Settings
 
     try:
@@ -228,7 +228,7 @@ def _gpus() -> list[Finding]:
                 Finding("gpus", f"cuda:{index}", True, torch.cuda.get_device_name(index))
                 for index in range(torch.cuda.device_count())
             ]
-        from ..topology import Unknown, probe_gpus
+        from ..peer_access.topology import Unknown, probe_gpus
 
         there = probe_gpus()
         if isinstance(there, Unknown) or not there:

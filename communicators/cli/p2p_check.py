@@ -14,8 +14,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch is imported when the command runs, not when its options are listed
+    from ..peer_access.topology import GpuFacts, Unknown
     from ..settings import Settings
-    from ..topology import GpuFacts, Unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +39,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the matrix; 1 when access that the driver claims does not work or was not tried."""
-    from ..p2p import survey
+    from ..peer_access.p2p import survey
+    from ..peer_access.topology import RankFacts, Unknown, VisibleGpu, decide, probe_host
     from ..settings import Settings
-    from ..topology import RankFacts, Unknown, VisibleGpu, decide, probe_host
     from .p2p_report import as_json, as_text, broken, plot
 
     settings = dataclasses.replace(
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _visible(settings: Settings) -> list[GpuFacts] | Unknown:
     """The GPUs that CUDA may use here, each once; MIG instances have no peer access."""
-    from ..topology import Unknown, probe_gpus, visible_gpus
+    from ..peer_access.topology import Unknown, probe_gpus, visible_gpus
 
     gpus = probe_gpus()
     if isinstance(gpus, Unknown):

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..base import Refusal
 from ..errors import SettingsError
-from ..p2p_cache import PairResult
-from ..topology import GpuFacts, Unknown, Verdict, probe_host
+from ..peer_access.p2p_cache import PairResult
+from ..peer_access.topology import GpuFacts, Unknown, Verdict, probe_host
 
 Results = Mapping[tuple[str, str], PairResult]
 

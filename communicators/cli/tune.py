@@ -2,7 +2,7 @@
 
     communicators tune --ranks 2 --output h200-nv18-2.json
 
-Put the file into `communicators/tables/` or a directory that COMMUNICATORS_TABLE_DIR names.
+Put the file into `communicators/selection/data/` or a directory that COMMUNICATORS_TABLE_DIR names.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
 def _rank(args: argparse.Namespace) -> int:
     import torch
 
-    from .. import backends, parallel_state, tuning
+    from .. import parallel_state
+    from ..selection import opening, tuning
 
     world = parallel_state.init_distributed_environment()
     dispatcher = world.dispatcher()
@@ -63,14 +64,14 @@ def _rank(args: argparse.Namespace) -> int:
             times = "  ".join(f"{name} {us:.1f} us" for name, us in sorted(cell.us.items()))
             failed = "  ".join(f"({name}: {why})" for name, why in cell.failed.items())
             print(f"{cell.request}: {times} {failed}", flush=True)
-    device, link = backends.machine_shape(world.group, world.device)  # collective
+    device, link = opening.machine_shape(world.group, world.device)  # collective
     if world.is_first_rank:
         rows = [asdict(row) for row in tuning.rows(cells)]
         table = {
             "machine": {"device": device, "link": link, "world_size": world.world_size},
             "measured": {
                 "date": datetime.date.today().isoformat(),
-                "driver": backends.driver_version(world.device),
+                "driver": opening.driver_version(world.device),
                 "commit": args.commit or _commit(),
                 "command": "communicators " + " ".join(args.given),
             },

@@ -1,4 +1,4 @@
-"""The parts of MessageQueue; communicators/shm_broadcast.py is what programs import.
+"""The parts of MessageQueue; communicators/message_queue/queue.py is what programs import.
 
 ring.py         the shared memory            native_ring.py    ctypes over native/shm/ring_api.cpp
 ends.py         its writer and its readers   blocks.py         large messages in its arena

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import objects
 from ..errors import CommunicatorError, InvalidArgumentError
+from ..groups import objects
 
 #: After a stream of more bytes the pickler is renewed.
 RENEW_BYTES = 1 << 14

@@ -6,9 +6,9 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommunicatorError, InvalidArgumentError, RefusedError
-from ..group import Group
-from ..shm_broadcast import MessageQueue
+from ..groups.group import Group
 from .process import pid_space
+from .queue import MessageQueue
 
 if TYPE_CHECKING:
     import torch.distributed as dist

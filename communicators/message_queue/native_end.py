@@ -17,7 +17,7 @@ from collections import deque
 from types import ModuleType
 from typing import Any
 
-from .. import native
+from ..bindings import native
 from . import plain
 from .codec import cannot_unpickle
 from .ends import RingReader, RingWriter

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .. import native
+from ..bindings import native
 
 # The enumerations of native/shm/ring.h.
 INLINE, RAW, BLOCK, RAW_BLOCK = 1, 2, 3, 4  # SlotKind

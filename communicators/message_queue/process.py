@@ -12,7 +12,7 @@ import secrets
 import select
 from pathlib import Path
 
-from ..hosts import boot_id, namespace
+from ..groups.hosts import boot_id, namespace
 
 
 def proc_problem() -> str | None:

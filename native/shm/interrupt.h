@@ -9,7 +9,7 @@
 
 namespace shm {
 
-// Thrown after a Python handler raised. The Python exception is kept; communicators/native.py asks
+// Thrown after a Python handler raised. The Python exception is kept; communicators/bindings/native.py asks
 // for it (communicators_reraise) and raises it in place of this one.
 class Interrupted : public std::runtime_error {
  public:

@@ -18,7 +18,7 @@ using torch_glue::check;
 using torch_glue::dtype_of;
 
 // `order` is written to a compiler alone, which keeps the order of what writes it
-// (communicators/traced.py).
+// (communicators/groups/traced.py).
 void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec,
                       std::optional<Tensor> /*order*/) {
   constexpr const char* op = "quick_all_reduce(fa, inp, out, codec)";

@@ -25,7 +25,7 @@ using torch::stable::Tensor;
 using TeamPtr = std::shared_ptr<shm::Team>;
 
 // What every collective writes, to a compiler, and none reads or writes: it keeps their order
-// (communicators/traced.py).
+// (communicators/groups/traced.py).
 using Order = std::optional<Tensor>;
 
 // Handles are indices and are not used again, so a stale one is noticed.

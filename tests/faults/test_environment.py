@@ -10,7 +10,7 @@ import pytest
 
 from communicators import CommTimeoutError, InvalidArgumentError, TopologyError
 from communicators import parallel_state as ps
-from communicators.stateless import StatelessProcessGroup
+from communicators.groups.stateless import StatelessProcessGroup
 
 START = "from communicators import parallel_state as ps; ps.init_distributed_environment({})"
 

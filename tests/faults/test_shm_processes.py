@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from communicators import CommunicatorError, Settings, shm
-from communicators.calls import Call
+from communicators.groups.calls import Call
 from tests.faults import exits
 from tests.faults.test_shm_faults import opened
 from tests.harness import Rank, run_fresh

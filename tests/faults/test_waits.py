@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import Group, hosts
+from communicators import Group
 from communicators.backends.cpu import CpuCommunicator
-from communicators.backends.peer_watch import own_process, watchable
+from communicators.backends.nccl.peer_watch import own_process, watchable
 from communicators.errors import RefusedError
-from communicators.hosts import Home
-from communicators.p2p_cache import P2PCache, PairResult, folder_problem
-from communicators.topology import HostFacts, probe_host
+from communicators.groups import hosts
+from communicators.groups.hosts import Home
+from communicators.peer_access.p2p_cache import P2PCache, PairResult, folder_problem
+from communicators.peer_access.topology import HostFacts, probe_host
 from tests.harness import Rank, Ranks, run_fresh
 from tests.unit.test_stateless import free_port
 
@@ -163,7 +164,7 @@ def test_a_stopped_peer_is_late_and_not_dead() -> None:
 MEMBER = """
 import os, signal, sys, threading, time
 from communicators import Settings
-from communicators.stateless import StatelessProcessGroup
+from communicators.groups.stateless import StatelessProcessGroup
 rank, port, mode = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 deadline = 1.0 if mode == "stop" and rank else 60.0
 group = StatelessProcessGroup.create("127.0.0.1", port, rank, 2, timeout_s=60.0,

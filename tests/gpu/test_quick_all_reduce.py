@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from communicators.backends import quick_codecs
+from communicators.backends.quick import codecs as quick_codecs
 from communicators.bindings import quick_ar
+from communicators.bindings.workspace import SharedBuffer
 from communicators.errors import CommTimeoutError, CommunicatorError
-from communicators.workspace import SharedBuffer
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from communicators import Group
-from communicators.timing import Timer, queued_us
+from communicators.selection.timing import Timer, queued_us
 from tests.threads import run_ranks
 
 pytestmark = pytest.mark.gpu

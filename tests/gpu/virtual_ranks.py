@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from communicators.bindings import custom_ar
-from communicators.workspace import LAYOUT, SharedBuffer
+from communicators.bindings.workspace import LAYOUT, SharedBuffer
 
 
 class VirtualRanks:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from communicators.group import Group
+from communicators.groups.group import Group
 from communicators.settings import Settings
 
 

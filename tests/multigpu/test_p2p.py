@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import cli, p2p
+from communicators import cli
 from communicators.bindings.cuda_wrapper import CudaError, CudaRTLibrary
+from communicators.peer_access import p2p
+from communicators.peer_access.topology import Unknown, is_full_nvlink, local_facts, probe_gpus
 from communicators.settings import Settings
-from communicators.topology import Unknown, is_full_nvlink, local_facts, probe_gpus
 from tests.harness import Rank, run_fresh
 
 pytestmark = [

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from communicators.backends.custom_all_reduce import CustomAllreduce
-from communicators.topology import Unknown, Verdict, probe_gpus
-from communicators.workspace import SharedBuffer
+from communicators.bindings.workspace import SharedBuffer
+from communicators.peer_access.topology import Unknown, Verdict, probe_gpus
 from tests.multigpu import test_custom_all_reduce as two
 from tests.multigpu.harness import Rank, Ranks
 

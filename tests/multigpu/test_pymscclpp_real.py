@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from communicators.backends import mscclpp_functions as functions
-from communicators.backends.mscclpp_context import ALGORITHMS
-from communicators.backends.pymscclpp import PyMscclppCommunicator, mscclpp_bench_time
-from communicators.dispatcher import Dispatcher
+from communicators.backends.mscclpp.context import ALGORITHMS
+from communicators.backends.mscclpp.pymscclpp import PyMscclppCommunicator, mscclpp_bench_time
 from communicators.errors import RefusedError
+from communicators.functional import mscclpp as functions
+from communicators.selection.dispatcher import Dispatcher
 from tests.multigpu.harness import Rank, Ranks
 
 pytestmark = pytest.mark.multigpu

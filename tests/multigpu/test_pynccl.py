@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed import ReduceOp
 
-from communicators.backends.pynccl import PyNcclCommunicator
+from communicators.backends.nccl.pynccl import PyNcclCommunicator
 from communicators.bindings import pynccl_allocator
 from communicators.bindings.pynccl_allocator import set_graph_pool_id, use_symmetric_memory
 from communicators.errors import CommunicatorError, RefusedError
-from communicators.stateless import StatelessProcessGroup
+from communicators.groups.stateless import StatelessProcessGroup
 from tests.harness import Rank, pool, run_fresh
 
 pytestmark = [

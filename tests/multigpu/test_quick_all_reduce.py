@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from communicators.backends import quick_codecs
-from communicators.backends.quick_all_reduce import QuickAllReduce
+from communicators.backends.quick import codecs as quick_codecs
+from communicators.backends.quick.quick_all_reduce import QuickAllReduce
 from communicators.errors import CommTimeoutError, InvalidArgumentError, RefusedError
 from tests.gpu.test_quick_all_reduce import random_inputs, same
 from tests.multigpu.harness import Rank, Ranks

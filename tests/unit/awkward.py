@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from communicators.tensor_dict import TensorLike
+from communicators.groups.tensor_dict import TensorLike
 
 Point = namedtuple("Point", "x y")
 

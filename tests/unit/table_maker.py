@@ -2,7 +2,7 @@
 
 import json
 
-from communicators.tables import parse
+from communicators.selection.tables import parse
 
 
 def table_text(**changes):

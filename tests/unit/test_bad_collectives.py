@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from communicators import InvalidArgumentError, shm
-from communicators.arguments import check_in_place, check_plain
 from communicators.errors import CommMismatchError, CommTimeoutError
+from communicators.groups.arguments import check_in_place, check_plain
 from tests.harness import Rank, pool, run_fresh
 from tests.unit.test_group_coordinator import world_of
 from tests.unit.test_shm_collectives import communicator

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import allreduce, native
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.base import Refusal
-from communicators.bindings import collectives_library, custom_ar
+from communicators.bindings import collectives_library, custom_ar, native
 from communicators.errors import (
     CommTimeoutError,
     CommunicatorError,
     InvalidArgumentError,
     RefusedError,
 )
-from communicators.topology import Verdict
+from communicators.functional import allreduce
+from communicators.peer_access.topology import Verdict
 from tests.threads import run_ranks
 
 _ALLOWED = Verdict(2, None, None, None, None)

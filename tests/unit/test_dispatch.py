@@ -14,10 +14,10 @@ from communicators import (
     Settings,
 )
 from communicators.base import OPS, Communicator
-from communicators.dispatcher import Dispatcher
 from communicators.errors import InvalidArgumentError
-from communicators.policy import choose
-from communicators.tables import EMPTY, parse
+from communicators.selection.dispatcher import Dispatcher
+from communicators.selection.policy import choose
+from communicators.selection.tables import EMPTY, parse
 from tests.threads import run_ranks
 from tests.unit.table_maker import rows_table, table_text
 

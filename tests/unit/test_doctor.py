@@ -11,11 +11,12 @@ import time
 import pytest
 import torch
 
-from communicators import native, topology
+from communicators.bindings import native
 from communicators.cli import doctor as module
 from communicators.cli import main
 from communicators.errors import NativeLibraryError
-from communicators.topology import Unknown
+from communicators.peer_access import topology
+from communicators.peer_access.topology import Unknown
 from tests.unit.test_topology import machine
 
 

@@ -25,7 +25,7 @@ from communicators.backends import custom_all_reduce
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.bindings.custom_ar import CustomArLibrary
 from communicators.bindings.quick_ar import QuickArLibrary
-from communicators.workspace import SharedBuffer
+from communicators.bindings.workspace import SharedBuffer
 from tests.threads import run_ranks
 
 _HERE = Path(__file__).parent / "emulated_gpu"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from communicators.backends import quick_codecs
+from communicators.backends.quick import codecs as quick_codecs
 
 _HERE = Path(__file__).parent / "emulated_gpu"
 _NATIVE = Path(__file__).parents[2] / "native"

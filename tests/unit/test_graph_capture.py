@@ -12,7 +12,7 @@ import torch
 
 from communicators import Capability, CommMismatchError, CommTimeoutError, Group, parallel_state
 from communicators.base import OPS, Communicator
-from communicators.dispatcher import Dispatcher
+from communicators.selection.dispatcher import Dispatcher
 from tests.threads import run_ranks
 
 

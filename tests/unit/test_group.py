@@ -16,8 +16,8 @@ from communicators import (
     InvalidArgumentError,
     Settings,
     TorchDistributedCommunicator,
-    objects,
 )
+from communicators.groups import objects
 from tests.harness import pool
 from tests.threads import run_ranks
 from tests.unit.awkward import Poison

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import communicators
-from communicators import native
+from communicators.bindings import native
 from communicators.errors import NativeLibraryError
 
 

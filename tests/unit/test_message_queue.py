@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from communicators.errors import (
-    CommTimeoutError,
-    InvalidArgumentError,
-)
+from communicators.errors import CommTimeoutError, InvalidArgumentError
 from communicators.message_queue import ends
 from communicators.message_queue.native_ring import api
 from communicators.shm_broadcast import MessageQueue, ShmRingBuffer

@@ -129,14 +129,14 @@ ROCM_NAMES = [
 HOMES = {
     "cuda_wrapper": "communicators.bindings.cuda_wrapper",
     "custom_all_reduce": "communicators.backends.custom_all_reduce",
-    "custom_all_reduce_utils": "communicators.p2p",
+    "custom_all_reduce_utils": "communicators.peer_access.p2p",
     "hpu_communicator": "communicators.backends.hpu",
     "npu_communicator": "communicators.backends.npu",
-    "pymscclpp": "communicators.backends.pymscclpp",
-    "pynccl": "communicators.backends.pynccl",
+    "pymscclpp": "communicators.backends.mscclpp.pymscclpp",
+    "pynccl": "communicators.backends.nccl.pynccl",
     "pynccl_allocator": "communicators.bindings.pynccl_allocator",
     "pynccl_wrapper": "communicators.bindings.pynccl_wrapper",
-    "quick_all_reduce": "communicators.backends.quick_all_reduce",
+    "quick_all_reduce": "communicators.backends.quick.quick_all_reduce",
     "shm_broadcast": "communicators.shm_broadcast",
     "xpu_communicator": "communicators.backends.xpu",
 }
@@ -149,7 +149,7 @@ MOVED = {
 REPLACED = {
     # sglang's is in place; all_reduce is vLLM's, of a new tensor (docs/engines.md).
     "pynccl.PyNcclCommunicator.all_reduce": (
-        "communicators.backends.pynccl",
+        "communicators.backends.nccl.pynccl",
         "PyNcclCommunicator.all_reduce_",
     ),
     "shm_broadcast.ShmRingBuffer.__del__": ("communicators.shm_broadcast", "ShmRingBuffer.close"),
@@ -217,8 +217,8 @@ def test_the_catalog_lists_the_communicators_that_there_are():
     assert set(catalogued) == LISTED | OURS
     holders = {place.partition(".")[2] for place in DEVICE_COMMUNICATORS}
     assert {name for name in LISTED if name in holders} == LISTED
-    for module in pkgutil.iter_modules(backends.__path__):
-        importlib.import_module(f"{backends.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(backends.__path__, f"{backends.__name__}."):
+        importlib.import_module(module.name)
     concrete, classes = set(), [Communicator]
     for kind in classes:
         classes += kind.__subclasses__()

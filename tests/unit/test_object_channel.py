@@ -10,16 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import (
-    CommMismatchError,
-    CommunicatorError,
-    InvalidArgumentError,
-    Settings,
-)
+from communicators import CommMismatchError, CommunicatorError, InvalidArgumentError, Settings
 from communicators import shm as shm_calls
 from communicators.base import Refusal
-from communicators.group_coordinator import GroupCoordinator
-from communicators.stateless import StatelessProcessGroup
+from communicators.groups.coordinator import GroupCoordinator
+from communicators.groups.stateless import StatelessProcessGroup
 from tests.harness import Rank, pool, run_fresh
 from tests.unit.awkward import OBJECTS, REFUSED, SLOW_TO_MAKE, TENSORS, Poison, same
 from tests.unit.test_group_coordinator import world_of

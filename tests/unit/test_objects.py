@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from communicators import InvalidArgumentError, objects
+from communicators import InvalidArgumentError
+from communicators.groups import objects
 from tests.unit.awkward import OBJECTS, REFUSED, TENSORS, big, same
 
 ROUND_TRIPS = TENSORS | OBJECTS

@@ -16,15 +16,14 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from communicators import p2p
 from communicators.base import Refusal
 from communicators.bindings.cuda_wrapper import CudaRTLibrary
 from communicators.errors import CommunicatorError
-from communicators.group import Group
-from communicators.p2p_cache import P2PCache, PairResult
-from communicators.p2p_worker import MEASURED_BYTES, PROOF_BYTES, Report
-from communicators.settings import Settings
-from communicators.topology import (
+from communicators.groups.group import Group
+from communicators.peer_access import p2p
+from communicators.peer_access.p2p_cache import P2PCache, PairResult
+from communicators.peer_access.p2p_worker import MEASURED_BYTES, PROOF_BYTES, Report
+from communicators.peer_access.topology import (
     GpuFacts,
     HostFacts,
     RankFacts,
@@ -32,6 +31,7 @@ from communicators.topology import (
     VisibleGpu,
     probe_host,
 )
+from communicators.settings import Settings
 from tests.unit.fakes import compile_fake
 from tests.unit.test_topology import machine, uuid
 

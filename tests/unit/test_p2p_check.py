@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from communicators import cli, p2p, topology
-from communicators.p2p_worker import PROOF_BYTES
-from communicators.topology import GpuFacts, Unknown
+from communicators import cli
+from communicators.peer_access import p2p, topology
+from communicators.peer_access.p2p_worker import PROOF_BYTES
+from communicators.peer_access.topology import GpuFacts, Unknown
 from tests.unit.fakes import compile_fake
 from tests.unit.test_topology import machine, uuid
 

@@ -9,7 +9,7 @@ import subprocess
 import threading
 from typing import Any
 
-from communicators.backends.peer_watch import PeerWatch, own_process, watchable
+from communicators.backends.nccl.peer_watch import PeerWatch, own_process, watchable
 
 
 def test_the_end_of_a_process_is_reported_once_and_at_once() -> None:

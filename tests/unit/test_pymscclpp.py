@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 
 from communicators import Group, RefusedError, Settings
-from communicators.backends import mscclpp_functions as functions
-from communicators.backends import pymscclpp
-from communicators.backends.mscclpp_context import ALGORITHMS
-from communicators.backends.pymscclpp import (
+from communicators.backends.mscclpp import pymscclpp
+from communicators.backends.mscclpp.context import ALGORITHMS
+from communicators.backends.mscclpp.pymscclpp import (
     PyMscclppCommunicator,
     mscclpp_bench_time,
     mscclpp_convert_to_bytes,
     mscclpp_is_weak_contiguous,
 )
-from communicators.dispatcher import Dispatcher
 from communicators.errors import InvalidArgumentError
+from communicators.functional import mscclpp as functions
+from communicators.selection.dispatcher import Dispatcher
 from tests import fake_mscclpp as fake
 from tests.threads import run_ranks
 

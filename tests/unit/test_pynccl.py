@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from communicators import Group
-from communicators.backends import nccl_comm
-from communicators.backends.nccl_checks import NcclHandle, check_handles
-from communicators.backends.peer_watch import own_process
-from communicators.backends.pynccl import PyNcclCommunicator
+from communicators.backends.nccl import comm as nccl_comm
+from communicators.backends.nccl.checks import NcclHandle, check_handles
+from communicators.backends.nccl.peer_watch import own_process
+from communicators.backends.nccl.pynccl import PyNcclCommunicator
 from communicators.base import Capability, Request
 from communicators.bindings.pynccl_wrapper import NcclError
 from communicators.errors import (

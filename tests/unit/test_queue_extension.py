@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from communicators import native
+from communicators.bindings import native
 from communicators.errors import CommTimeoutError, CommunicatorError, NativeLibraryError
 from communicators.message_queue import native_end
 from communicators.shm_broadcast import MessageQueue

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from communicators import Capability, QuickAllReduce, Settings, native
-from communicators.backends import candidates
-from communicators.backends import quick_codecs as quick
+from communicators import Capability, QuickAllReduce, Settings
+from communicators.backends.quick import codecs as quick
 from communicators.base import Communicator, Request
-from communicators.bindings import quick_ar
-from communicators.dispatcher import Dispatcher
+from communicators.bindings import native, quick_ar
 from communicators.errors import CommTimeoutError, InvalidArgumentError
-from communicators.policy import choose
-from communicators.tables import EMPTY
-from communicators.traced import order_tensor
+from communicators.groups.traced import order_tensor
+from communicators.selection.dispatcher import Dispatcher
+from communicators.selection.opening import candidates
+from communicators.selection.policy import choose
+from communicators.selection.tables import EMPTY
 from tests.threads import run_ranks
 
 LOSSY = ("Q8", "Q6", "Q4")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from communicators import native
-from communicators.backends import quick_codecs as quick
+from communicators.backends.quick import codecs as quick
+from communicators.bindings import native
 from communicators.errors import InvalidArgumentError
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])

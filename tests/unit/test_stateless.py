@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from communicators import Settings
 from communicators.errors import CommTimeoutError, InvalidArgumentError
-from communicators.stateless import StatelessProcessGroup
+from communicators.groups.stateless import StatelessProcessGroup
 
 SETTINGS = Settings(timeout_s=10.0)
 
@@ -107,7 +107,7 @@ def test_real_processes_meet() -> None:
     code = """
 import sys
 from communicators import Settings
-from communicators.stateless import StatelessProcessGroup
+from communicators.groups.stateless import StatelessProcessGroup
 rank = int(sys.argv[1])
 group = StatelessProcessGroup.create("127.0.0.1", int(sys.argv[2]), rank, 2,
                                      settings=Settings(timeout_s=30.0))

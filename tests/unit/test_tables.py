@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from communicators import Settings
-from communicators.backends import machine_table
 from communicators.errors import SettingsError
-from communicators.tables import EMPTY, load, parse
+from communicators.selection.opening import machine_table
+from communicators.selection.tables import EMPTY, load, parse
 from tests.threads import run_ranks
 from tests.unit.table_maker import table_text
 

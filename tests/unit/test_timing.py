@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import Group, timing
+from communicators import Group
+from communicators.selection import timing
 from tests.threads import run_ranks
 
 

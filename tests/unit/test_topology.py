@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import topology
 from communicators.base import Refusal
 from communicators.bindings import nvml as nvml_binding
-from communicators.settings import Settings
-from communicators.topology import (
+from communicators.peer_access import topology
+from communicators.peer_access.topology import (
     GpuFacts,
     HostFacts,
     PeerFacts,
@@ -24,6 +23,7 @@ from communicators.topology import (
     decide,
     visible_gpus,
 )
+from communicators.settings import Settings
 
 
 def uuid(index: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from communicators.group_coordinator import GroupCoordinator
-from communicators.traced import order_tensor
+from communicators.groups.coordinator import GroupCoordinator
+from communicators.groups.traced import order_tensor
 from tests.harness import Rank, pool
 from tests.unit.test_group_coordinator import part, world_of
 from tests.unit.test_shm_collectives import communicator

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import Group, tables, tuning
-from communicators.backends import candidates
+from communicators import Group
 from communicators.backends.torch_distributed import TorchDistributedCommunicator
 from communicators.base import MODES, OPS, Capability, Request
-from communicators.dispatcher import Dispatcher
-from communicators.policy import choose, preferred
+from communicators.selection import tables, tuning
+from communicators.selection.dispatcher import Dispatcher
+from communicators.selection.opening import candidates
+from communicators.selection.policy import choose, preferred
 from tests.threads import run_ranks
 
 

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from communicators import Capability, Group, RefusedError, Settings
-from communicators.backends import candidates
 from communicators.backends.hpu import HpuCommunicator
 from communicators.backends.npu import NpuCommunicator
 from communicators.backends.xpu import XpuCommunicator
-from communicators.dispatcher import Dispatcher
 from communicators.errors import CommMismatchError, InvalidArgumentError
+from communicators.selection.dispatcher import Dispatcher
+from communicators.selection.opening import candidates
 from tests.rank_pool import RankPool
 from tests.threads import run_ranks
 

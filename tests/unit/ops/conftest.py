@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from communicators.native import load
+from communicators.bindings.native import load
 
 
 @pytest.fixture(params=[1, 2, 3], ids=["portable", "AVX2", "AVX-512"])

@@ -19,7 +19,7 @@ from ops_cases import cpu_cases, sample
 from ops_maker import behind, storage
 
 import kvcache_ops
-from communicators import native
+from communicators.bindings import native
 
 
 def main() -> None:

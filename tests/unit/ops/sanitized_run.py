@@ -19,7 +19,7 @@ from ops_checks import check
 from ops_maker import Maker
 
 import kvcache_ops
-from communicators import native
+from communicators.bindings import native
 
 
 def cases() -> None:

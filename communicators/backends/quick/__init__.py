@@ -1,0 +1,1 @@
+"""Quantized all-reduce: the communicator, and its codecs in plain torch."""

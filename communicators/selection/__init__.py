@@ -1,0 +1,1 @@
+"""Which communicator serves a request: opening them, measured tables, the dispatcher, tuning."""
