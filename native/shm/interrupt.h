@@ -9,8 +9,9 @@
 
 namespace shm {
 
-// Thrown after a Python handler raised. The Python exception is kept; communicators/bindings/native.py asks
-// for it (communicators_reraise) and raises it in place of this one.
+// Thrown after a Python handler raised. The Python exception is kept;
+// communicators/bindings/native.py asks for it (communicators_reraise) and raises it in place of
+// this one.
 class Interrupted : public std::runtime_error {
  public:
   Interrupted() : std::runtime_error("Interrupted: a signal handler raised an exception") {}

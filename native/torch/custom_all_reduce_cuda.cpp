@@ -19,7 +19,8 @@ using torch_glue::check;
 using torch_glue::dtype_of;
 using torch_glue::fail;
 
-// Written to a compiler alone, which keeps the order of what writes it (communicators/groups/traced.py).
+// Written to a compiler alone, which keeps the order of what writes it
+// (communicators/groups/traced.py).
 using Order = std::optional<Tensor>;
 
 Communicator& communicator(int64_t fa, const char* op) {
