@@ -19,7 +19,7 @@ from ..groups.traced import keep
 from . import native
 from .collectives_library import NUMBER, POINTER, SIZE, CollectivesLibrary
 
-#: collectives::Dtype
+#: DType of native/prim/dtype.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 #: Takes the ordinal of a GPU, returns the address of its current stream; a CPU build has none.
@@ -31,7 +31,7 @@ AllReduceCall = Callable[[torch.Tensor, torch.Tensor], int]
 OTHERWISE = -1
 
 #: collectives::Algorithm
-ALGORITHMS = ("automatic", "one_shot", "streamed", "two_shot", "copy_engine")
+ALGORITHMS = ("automatic", "one_shot", "streamed", "two_shot")
 
 
 class CustomArLibrary(CollectivesLibrary):

@@ -138,7 +138,7 @@ int threads_for(uint64_t vectors) {
 
 uint64_t one_shot_limit(const Workspace& ws) { return ws.slot_stride; }
 
-void all_reduce_one_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
+void all_reduce_one_shot(const Workspace& ws, DType dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
   const int threads = shape.threads > 0 ? shape.threads : threads_for(vectors);

@@ -19,6 +19,7 @@ namespace collectives {
 namespace {
 
 constexpr int kMaxThreads = 512;
+constexpr int U = 2;  // vectors that a thread has in flight: 1 and 4 are slower
 
 // The cut into pieces of chunks of blockDim * U vectors. Pusher p sends the chunks p, p + pushers,
 // ... of every piece; reducer r adds r, r + reducers, ...
@@ -36,7 +37,7 @@ struct Cut {
   }
 };
 
-template <typename T, int U, bool kWhole>
+template <typename T, bool kWhole>
 __device__ __forceinline__ void push(const Workspace& ws, Call<>& call,
                                      const gpu::SpanOf<T, kWhole>& inp, const Cut& cut) {
   const uint32_t peer = 1 - ws.rank;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void push(const Workspace& ws, Call<>& call,
   if (cut.pieces >= 2 && blockIdx.x == 0) wait_consumed(epoch + cut.pieces - 1);
 }
 
-template <typename T, int U, bool kWhole>
+template <typename T, bool kWhole>
 __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
                                        const gpu::SpanOf<T, kWhole>& inp,
                                        const gpu::SpanOf<T, kWhole>& out, const Cut& cut) {
@@ -148,7 +149,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
   }
 }
 
-template <typename T, int U, bool kWhole>
+template <typename T, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads)
     streamed_kernel(const __grid_constant__ Workspace ws, const gpu::SpanOf<T, kWhole> inp,
                     const gpu::SpanOf<T, kWhole> out, const Cut cut) {
@@ -160,21 +161,20 @@ __global__ void __launch_bounds__(kMaxThreads)
     gpu::st_release_sys(&ws.control(1 - ws.rank).started[ws.rank], call.epoch + 1);
   }
   if (blockIdx.x < cut.pushers) {
-    push<T, U, kWhole>(ws, call, inp, cut);
+    push<T, kWhole>(ws, call, inp, cut);
   } else {
-    reduce<T, U, kWhole>(ws, call, inp, out, cut);
+    reduce<T, kWhole>(ws, call, inp, out, cut);
   }
   call.leave(cut.pieces);
 }
 
 }  // namespace
 
-void all_reduce_streamed(const Workspace& ws, Dtype dtype, const void* inp, void* out,
+void all_reduce_streamed(const Workspace& ws, DType dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   if (ws.world != 2) throw std::runtime_error("all_reduce_streamed is for two ranks");
   const int threads = shape.threads > 0 ? shape.threads : kMaxThreads;
-  const int unroll = shape.unroll > 0 ? shape.unroll : 2;
-  const uint64_t chunk = static_cast<uint64_t>(threads) * unroll;
+  const uint64_t chunk = static_cast<uint64_t>(threads) * U;
   const uint64_t vectors = vectors_of(bytes);
   if (vectors > (uint64_t{1} << 31)) {
     throw std::runtime_error("all_reduce_streamed: at most 32 GB a call");
@@ -198,21 +198,16 @@ void all_reduce_streamed(const Workspace& ws, Dtype dtype, const void* inp, void
   }
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto go = [&](auto number, auto whole) {
+    const auto go = [&](auto whole) {
       constexpr bool kWhole = decltype(whole)::value != 0;
-      gpu::launch<streamed_kernel<T, decltype(number)::value, kWhole>>(
+      gpu::launch<streamed_kernel<T, kWhole>>(
           {blocks, threads, stream, shape.overlap}, "all_reduce_streamed", ws,
           gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes), cut);
     };
-    const auto pick = [&](auto whole) {
-      if (unroll == 1) return go(Number<1>{}, whole);
-      if (unroll == 2) return go(Number<2>{}, whole);
-      return go(Number<4>{}, whole);
-    };
     if (gpu::SpanOf<T>(inp, bytes).all_whole() && gpu::SpanOf<T>(out, bytes).all_whole()) {
-      return pick(Number<1>{});
+      return go(Number<1>{});
     }
-    return pick(Number<0>{});
+    return go(Number<0>{});
   });
 }
 

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   call.leave();
 }
 
-void launch_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
+void launch_two_shot(const Workspace& ws, DType dtype, const void* inp, void* out,
                      const Slices& slices, bool share, const Shape& shape, gpu::Stream stream,
                      const char* name) {
   const int threads = shape.threads > 0 ? shape.threads : kMaxThreads;
@@ -187,7 +187,7 @@ uint64_t two_shot_limit(const Workspace& ws) {
   return (reduce_scatter_limit(ws) - 128) * ws.world;
 }
 
-void all_reduce_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void* out,
+void all_reduce_two_shot(const Workspace& ws, DType dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   if (vectors_of(bytes) < ws.world) {
     throw std::runtime_error("all_reduce_two_shot: at least 16 bytes a rank");
@@ -196,7 +196,7 @@ void all_reduce_two_shot(const Workspace& ws, Dtype dtype, const void* inp, void
                   "all_reduce_two_shot");
 }
 
-void reduce_scatter_push(const Workspace& ws, Dtype dtype, const void* inp, void* out,
+void reduce_scatter_push(const Workspace& ws, DType dtype, const void* inp, void* out,
                          uint64_t bytes, uint64_t stride, const Shape& shape, gpu::Stream stream) {
   launch_two_shot(ws, dtype, inp, out, Slices{bytes, stride}, false, shape, stream,
                   "reduce_scatter_push");

@@ -78,7 +78,7 @@ EXPORTED int communicators_ar_graphs(void* handle) { return of(handle).captures(
 EXPORTED int communicators_ar_all_reduce(void* handle, int dtype, const void* inp, void* out,
                                          uint64_t bytes, void* stream) {
   return on_device(handle, [&](auto& communicator) {
-    communicator.all_reduce(static_cast<collectives::Dtype>(dtype), inp, out, bytes,
+    communicator.all_reduce(static_cast<DType>(dtype), inp, out, bytes,
                             static_cast<gpu::Stream>(stream));
   });
 }
@@ -93,7 +93,7 @@ EXPORTED int communicators_ar_all_gather(void* handle, const void* inp, void* ou
 EXPORTED int communicators_ar_reduce_scatter(void* handle, int dtype, const void* inp, void* out,
                                              uint64_t bytes, void* stream) {
   return on_device(handle, [&](auto& communicator) {
-    communicator.reduce_scatter(static_cast<collectives::Dtype>(dtype), inp, out, bytes,
+    communicator.reduce_scatter(static_cast<DType>(dtype), inp, out, bytes,
                                 static_cast<gpu::Stream>(stream));
   });
 }

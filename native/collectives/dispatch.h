@@ -18,14 +18,16 @@ struct Number {
 };
 
 template <typename Body>
-void by_dtype(Dtype dtype, Body body) {
+void by_dtype(DType dtype, Body body) {
   switch (dtype) {
-    case Dtype::kFloat32:
+    case DType::kFloat32:
       return body(Type<float>{});
-    case Dtype::kFloat16:
+    case DType::kFloat16:
       return body(Type<gpu::Half>{});
-    case Dtype::kBFloat16:
+    case DType::kBFloat16:
       return body(Type<gpu::BFloat16>{});
+    case DType::kByte:
+      break;
   }
   throw std::runtime_error("the sums are of float32, float16 or bfloat16");
 }

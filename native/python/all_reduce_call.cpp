@@ -38,7 +38,7 @@ bool look(const AllReduceCall& call, PyObject* object, DLTensor* tensor) {
   return call.torch->dltensor_from_py_object_no_sync(object, tensor) == 0;
 }
 
-// collectives::Dtype, or kOtherwise.
+// DType (prim/dtype.h), or kOtherwise.
 int number_of(DLDataType dtype) {
   if (dtype.lanes != 1) return kOtherwise;
   if (dtype.code == kDLFloat && dtype.bits == 32) return 0;

@@ -12,7 +12,6 @@
 namespace {
 
 using collectives::Communicator;
-using collectives::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch_glue::check;
@@ -28,14 +27,14 @@ Communicator& communicator(int64_t fa, const char* op) {
   return *reinterpret_cast<Communicator*>(fa);
 }
 
-Dtype sum_dtype(const Tensor& x, const char* op) {
+DType sum_dtype(const Tensor& x, const char* op) {
   switch (dtype_of(x)) {
     case ScalarType::Float:
-      return Dtype::kFloat32;
+      return DType::kFloat32;
     case ScalarType::Half:
-      return Dtype::kFloat16;
+      return DType::kFloat16;
     case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
+      return DType::kBFloat16;
     default:
       fail(op, ": it sums float32, float16 and bfloat16");
   }

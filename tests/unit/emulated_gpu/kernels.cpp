@@ -90,7 +90,6 @@ void mixed_calls(int world, int turns, uint32_t seed) {
     shape.threads = 32;
     shape.blocks = 1 + static_cast<int>(random() % 3);
     shape.other_blocks = 1 + static_cast<int>(random() % 3);
-    shape.unroll = 1 << (random() % 3);
     shape.piece = 4096;
     const bool in_place = random() % 2 == 0 && kind <= 2;
     for (int r = 0; r < world; ++r) {
@@ -103,15 +102,15 @@ void mixed_calls(int world, int turns, uint32_t seed) {
       float* out = in_place ? inp : outputs[r].data();
       const uint64_t bytes = count * sizeof(float);
       if (kind == 1 && world == 2) {
-        all_reduce_streamed(ws, Dtype::kFloat32, inp, out, bytes, shape, nullptr);
+        all_reduce_streamed(ws, DType::kFloat32, inp, out, bytes, shape, nullptr);
       } else if (kind == 2) {
-        all_reduce_two_shot(ws, Dtype::kFloat32, inp, out, bytes, shape, nullptr);
+        all_reduce_two_shot(ws, DType::kFloat32, inp, out, bytes, shape, nullptr);
       } else if (kind == 3) {
-        reduce_scatter_push(ws, Dtype::kFloat32, inp, out, bytes, bytes, shape, nullptr);
+        reduce_scatter_push(ws, DType::kFloat32, inp, out, bytes, bytes, shape, nullptr);
       } else if (kind == 4) {
         (turn % 2 ? all_gather_small : all_gather_bulk)(ws, inp, out, bytes, bytes, shape, nullptr);
       } else {
-        all_reduce_one_shot(ws, Dtype::kFloat32, inp, out, bytes, shape, nullptr);
+        all_reduce_one_shot(ws, DType::kFloat32, inp, out, bytes, shape, nullptr);
       }
     });
     for (int r = 0; r < world; ++r) {
@@ -151,7 +150,7 @@ void missing_rank(int world) {
   Shape shape;
   shape.threads = 32;
   for (int call = 0; call < 2; ++call) {  // the second finds the workspace aborted and ends at once
-    all_reduce_one_shot(ranks[0]->ws, Dtype::kFloat32, x.data(), out.data(), 256, shape, nullptr);
+    all_reduce_one_shot(ranks[0]->ws, DType::kFloat32, x.data(), out.data(), 256, shape, nullptr);
   }
   expect(ranks[0]->report.code == gpu::kSpinLate, "late report", world, 0, 64);
   expect(ranks[0]->report.peer != 0, "late peer", world, 0, 64);
