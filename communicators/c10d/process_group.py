@@ -18,22 +18,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
-from torch.distributed import ReduceOp
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, ProcessGroupGloo, Store
 
 from ..backends.cpu import CpuCommunicator
 from ..base import Refusal
 from ..errors import CommunicatorError, InvalidArgumentError
 from ..groups.group import Group
 from ..settings import Settings
-from . import reductions
+from .memory import SharedMemory
 from .work import Work, Worker
 
 _CPU = torch.device("cpu")
-_DEFAULT = object()
 
 
-class ProcessGroup(dist.ProcessGroup):
+_Base: Any = dist.ProcessGroup  # its stubs name arguments that nobody passes by name
+
+
+class ProcessGroup(_Base):
     """A group of ranks for torch.distributed. Construction is collective; torch makes it.
 
     Args:
@@ -69,17 +70,17 @@ class ProcessGroup(dist.ProcessGroup):
             lambda: ProcessGroupGloo(PrefixStore("gloo", store), rank, world_size, timeout),
             "ProcessGroupGloo",
         )
-        self._shm: CpuCommunicator | None = None
+        self._memory: SharedMemory | None = None
         self.refusal: Refusal | None = Refusal("the group has one rank")
         if world_size > 1:
             cpu = CpuCommunicator(self.group, _CPU, settings)
             self.refusal = cpu.refusal
-            self._shm = cpu if cpu.refusal is None else None
+            self._memory = SharedMemory(cpu) if cpu.refusal is None else None
 
     def explain(self) -> str:
         """What serves this group's calls, and why."""
-        if self._shm is not None:
-            return f"{self._name}: {self._shm.name}; send and recv: gloo"
+        if self._memory is not None:
+            return f"{self._name}: {self._memory.name}; send and recv: gloo"
         return f"{self._name}: gloo, because CPU shared memory is refused: {self.refusal}"
 
     # -- what torch asks a group ----------------------------------------------------------------
@@ -93,7 +94,7 @@ class ProcessGroup(dist.ProcessGroup):
     def name(self) -> str:
         return "communicators"
 
-    def getBackendName(self) -> str:  # noqa: N802  (torch's name)
+    def getBackendName(self) -> str:
         return "communicators"
 
     @property
@@ -164,8 +165,8 @@ class ProcessGroup(dist.ProcessGroup):
             self._release()
 
     def _release(self) -> None:
-        if self._shm is not None:
-            self._shm.close()
+        if self._memory is not None:
+            self._memory.close()
         self._gloo = None
 
     # -- how a call is made ---------------------------------------------------------------------
@@ -192,158 +193,91 @@ class ProcessGroup(dist.ProcessGroup):
             )
         return getattr(self._gloo, name)(*arguments)
 
-    def _reduce(self, call: str, x: Tensor, reduce_op: Any) -> None:
-        """All ranks' `x` reduced into this rank's `x`."""
-        assert self._shm is not None
-        if x.is_complex():
-            reduce_op_ = reductions.kind(call, reduce_op, x, self._rank)
-            if reduce_op_ in (ReduceOp.SUM, ReduceOp.AVG):
-                return self._reduce(call, torch.view_as_real(x), reduce_op)
-        op = reductions.kind(call, reduce_op, x, self._rank)
-        summed = op in (ReduceOp.SUM, ReduceOp.AVG)
-        assert self._shm.capabilities is not None
-        if summed and x.dtype in (self._shm.capabilities.dtypes or ()):
-            self._shm.all_reduce_(x.detach())
-        else:
-            flat = x.detach().contiguous().view(-1)
-            step = ReduceOp.SUM if summed else op
-            reductions.reduce(step, flat, self._world_size, self._gather)
-            if flat.data_ptr() != x.data_ptr():
-                x.detach().copy_(flat.view_as(x))
-        if op == ReduceOp.AVG:
-            reductions.average(x.detach(), self._world_size)
-
-    def _gather(self, out: Tensor, inp: Tensor) -> None:
-        """Every rank's contiguous `inp` into the contiguous `out`, in rank order."""
-        assert self._shm is not None
-        self._shm.run("all_gather", out.view(-1), inp.reshape(-1))
-
     # -- reductions -----------------------------------------------------------------------------
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.AllreduceOptions()
         tensors = _listed(tensors)
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("allreduce", tensors, opts)
 
         def call() -> None:
             for x in tensors:
-                self._reduce("all_reduce", x, opts.reduceOp)
+                memory.reduce("all_reduce", x, opts.reduceOp)
 
         return self._call("all_reduce", tensors, opts, call)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
-        if self._shm is None:
+        if self._memory is None:
             return self._by_gloo("allreduce_coalesced", tensors, opts)
-
-        def call() -> None:
-            for x in tensors:
-                self._reduce("all_reduce_coalesced", x, opts.reduceOp)
-
-        return self._call("all_reduce_coalesced", tensors, opts, call)
+        return self.allreduce(tensors, opts)
 
     def reduce(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.ReduceOptions()
         tensors = _listed(tensors)
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("reduce", tensors, opts)
 
         def call() -> None:
             for x in tensors:
                 mine = x if opts.rootRank == self._rank else x.clone()
-                self._reduce("reduce", mine, opts.reduceOp)
+                memory.reduce("reduce", mine, opts.reduceOp)
 
         return self._call("reduce", tensors, opts, call)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.ReduceScatterOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("reduce_scatter", outputs, inputs, opts)
 
         def call() -> None:
             for out, parts in zip(outputs, inputs, strict=True):
                 if len({part.numel() for part in parts}) == 1:
                     whole = torch.cat([part.reshape(-1) for part in parts])
-                    self._reduce_scatter("reduce_scatter", out, whole, opts.reduceOp)
+                    memory.reduce_scatter("reduce_scatter", out, whole, opts.reduceOp)
                     continue
                 for rank, part in enumerate(parts):
                     mine = part.clone(memory_format=torch.contiguous_format)
-                    self._reduce("reduce_scatter", mine, opts.reduceOp)
+                    memory.reduce("reduce_scatter", mine, opts.reduceOp)
                     if rank == self._rank:
                         out.detach().copy_(mine.view_as(out))
 
         return self._call("reduce_scatter", outputs, opts, call)
-
-    def _reduce_scatter(self, name: str, out: Tensor, inp: Tensor, reduce_op: Any) -> None:
-        assert self._shm is not None and self._shm.capabilities is not None
-        if inp.numel() != out.numel() * self._world_size:
-            raise InvalidArgumentError(
-                f"{name} on rank {self._rank}: the input has {inp.numel()} elements and the output "
-                f"{out.numel()}; the input must have {self._world_size} times as many"
-            )
-        op = reductions.kind(name, reduce_op, inp, self._rank)
-        summed = op in (ReduceOp.SUM, ReduceOp.AVG)
-        if summed and inp.is_complex():
-            inp, out = torch.view_as_real(inp.resolve_conj()), torch.view_as_real(out)
-        if summed and inp.dtype in (self._shm.capabilities.dtypes or ()):
-            mine = out.detach() if out.is_contiguous() else torch.empty_like(out)
-            self._shm.run("reduce_scatter", mine.view(-1), inp.detach().reshape(-1))
-            if op == ReduceOp.AVG:
-                reductions.average(mine, self._world_size)
-        else:
-            whole = inp.detach().reshape(-1).clone()
-            self._reduce(name, whole, op)
-            mine = whole.view(self._world_size, -1)[self._rank]
-        if mine.data_ptr() != out.data_ptr():
-            out.detach().copy_(mine.view_as(out))
 
     def reduce_scatter_single(self, out: Tensor, inp: Tensor, opts: Any = None) -> Any:
         return self.reduce_scatter_tensor_coalesced([out], [inp], opts)
 
     def reduce_scatter_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.ReduceScatterOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("reduce_scatter_tensor_coalesced", outputs, inputs, opts)
 
         def call() -> None:
             for out, inp in zip(outputs, inputs, strict=True):
-                self._reduce_scatter("reduce_scatter_tensor", out, inp, opts.reduceOp)
+                memory.reduce_scatter("reduce_scatter_tensor", out, inp, opts.reduceOp)
 
         return self._call("reduce_scatter_tensor", outputs, opts, call)
 
     # -- gathering ------------------------------------------------------------------------------
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-        opts = opts if opts is not None else dist.AllgatherOptions()
-        if self._shm is None:
+        opts = opts if opts is not None else AllgatherOptions()
+        if (memory := self._memory) is None:
             return self._by_gloo("allgather", outputs, inputs, opts)
 
         def call() -> None:
             for parts, inp in zip(outputs, inputs, strict=True):
-                self._all_gather_into_list(parts, inp.detach())
+                memory.all_gather_into_list(parts, inp.detach())
 
         return self._call("all_gather", list(itertools.chain(*outputs)), opts, call)
-
-    def _all_gather_into_list(self, parts: Sequence[Tensor], inp: Tensor) -> None:
-        assert self._shm is not None
-        if len({part.numel() for part in parts}) == 1 and parts[0].numel() == inp.numel():
-            whole = inp.new_empty([self._world_size, inp.numel()])
-            self._gather(whole, inp)
-            for part, found in zip(parts, whole.unbind(0), strict=True):
-                part.detach().copy_(found.view_as(part))
-            return
-        for rank, part in enumerate(parts):  # of unequal sizes: each in turn
-            mine = inp.contiguous().clone() if rank == self._rank else part.detach().contiguous()
-            self._shm.broadcast(mine, rank)
-            part.detach().copy_(mine.view_as(part))
 
     def all_gather_single(self, out: Tensor, inp: Tensor, opts: Any = None) -> Any:
         return self.allgather_into_tensor_coalesced([out], [inp], opts)
 
     def allgather_into_tensor_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-        opts = opts if opts is not None else dist.AllgatherOptions()
-        if self._shm is None:
+        opts = opts if opts is not None else AllgatherOptions()
+        if (memory := self._memory) is None:
             return self._by_gloo("allgather_into_tensor_coalesced", outputs, inputs, opts)
 
         def call() -> None:
@@ -355,38 +289,31 @@ class ProcessGroup(dist.ProcessGroup):
                         f"{inp.numel()} of {inp.dtype} are needed"
                     )
                 whole = out.detach() if out.is_contiguous() else torch.empty_like(out)
-                self._gather(whole, inp.detach())
+                memory.all_gather(whole, inp.detach())
                 if whole.data_ptr() != out.data_ptr():
                     out.detach().copy_(whole)
 
         return self._call("all_gather_into_tensor", outputs, opts, call)
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-        opts = opts if opts is not None else dist.AllgatherOptions()
-        if self._shm is None:
+        opts = opts if opts is not None else AllgatherOptions()
+        if (memory := self._memory) is None:
             return self._by_gloo("allgather_coalesced", outputs, inputs, opts)
 
         def call() -> None:
             for rank_parts in zip(*outputs, inputs, strict=True):
                 *parts, inp = rank_parts
-                self._all_gather_into_list(parts, inp.detach())
+                memory.all_gather_into_list(parts, inp.detach())
 
         return self._call("all_gather_coalesced", list(itertools.chain(*outputs)), opts, call)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.GatherOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("gather", outputs, inputs, opts)
 
         def call() -> None:
-            assert self._shm is not None
-            inp = inputs[0].detach().contiguous().view(-1)
-            mine = opts.rootRank == self._rank
-            whole = inp.new_empty([self._world_size, inp.numel()]) if mine else None
-            self._shm.run("gather", whole, inp, opts.rootRank)
-            if whole is not None:
-                for part, found in zip(outputs[0], whole.unbind(0), strict=True):
-                    part.detach().copy_(found.view_as(part))
+            memory.gather(outputs[0] if outputs else [], inputs[0], opts.rootRank)
 
         return self._call("gather", [*itertools.chain(*outputs), *inputs], opts, call)
 
@@ -395,41 +322,32 @@ class ProcessGroup(dist.ProcessGroup):
     def broadcast(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.BroadcastOptions()
         tensors = _listed(tensors)
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("broadcast", tensors, opts)
 
         def call() -> None:
-            assert self._shm is not None
             for x in tensors:
-                self._shm.broadcast(x.detach(), opts.rootRank)
+                memory.broadcast(x, opts.rootRank)
 
         return self._call("broadcast", tensors, opts, call)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.ScatterOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("scatter", outputs, inputs, opts)
 
         def call() -> None:
-            out = outputs[0].detach()
-            if opts.rootRank != self._rank:
-                self._receive(out, opts.rootRank)
-                return
-            for rank, part in enumerate(inputs[0]):
-                if rank == self._rank:
-                    out.copy_(part.detach().view_as(out))
-                else:
-                    self._send(part.detach(), rank)
+            memory.scatter(outputs[0], inputs[0] if inputs else [], opts.rootRank)
 
         return self._call("scatter", [*outputs, *itertools.chain(*inputs)], opts, call)
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.AllToAllOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("alltoall", outputs, inputs, opts)
 
         def call() -> None:
-            self._exchange([x.detach() for x in outputs], [x.detach() for x in inputs])
+            memory.exchange([x.detach() for x in outputs], [x.detach() for x in inputs])
 
         return self._call("all_to_all", [*outputs, *inputs], opts, call)
 
@@ -437,58 +355,15 @@ class ProcessGroup(dist.ProcessGroup):
         self, out: Tensor, inp: Tensor, out_sizes: Any, in_sizes: Any, opts: Any = None
     ) -> Any:
         opts = opts if opts is not None else dist.AllToAllOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("alltoall_base", out, inp, out_sizes, in_sizes, opts)
-        parts = [self._parts("output", out, out_sizes), self._parts("input", inp, in_sizes)]
-        return self._call("all_to_all_single", [out, inp], opts, lambda: self._exchange(*parts))
-
-    def _parts(self, what: str, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """What of `x` goes to, or comes from, each rank, along dim 0."""
-        length = x.size(0) if x.dim() else 1
-        if not sizes and length % self._world_size:
-            raise InvalidArgumentError(
-                f"all_to_all_single on rank {self._rank}: size {length} of the {what} is not a "
-                f"multiple of the {self._world_size} ranks; split sizes are needed"
-            )
-        sizes = list(sizes) or [length // self._world_size] * self._world_size
-        if len(sizes) != self._world_size or sum(sizes) != length:
-            raise InvalidArgumentError(
-                f"all_to_all_single on rank {self._rank}: {what} split sizes {sizes} are not "
-                f"{self._world_size} sizes with the sum {length}"
-            )
-        return list(x.detach().split(sizes))
-
-    def _exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        """inputs[p] to rank p, outputs[p] from it. Pairs of ranks in turn, the lower sends first."""
-        outputs[self._rank].copy_(inputs[self._rank].view_as(outputs[self._rank]))
-        even = self._world_size + self._world_size % 2  # one sits out where the number is odd
-        for turn in range(even - 1):
-            peer = _partner(self._rank, turn, even)
-            if peer >= self._world_size:
-                continue
-            if self._rank < peer:
-                self._send(inputs[peer], peer)
-            self._receive(outputs[peer], peer)
-            if self._rank > peer:
-                self._send(inputs[peer], peer)
-
-    def _send(self, x: Tensor, peer: int) -> None:
-        assert self._shm is not None
-        if x.numel():
-            self._shm.run("send", None, x.contiguous().view(-1), peer)
-
-    def _receive(self, x: Tensor, peer: int) -> None:
-        assert self._shm is not None
-        if x.numel():
-            whole = x if x.is_contiguous() else torch.empty_like(x)
-            self._shm.run("recv", whole.view(-1), None, peer)
-            if whole is not x:
-                x.copy_(whole)
+        parts = [memory.parts("output", out, out_sizes), memory.parts("input", inp, in_sizes)]
+        return self._call("all_to_all_single", [out, inp], opts, lambda: memory.exchange(*parts))
 
     # -- one to one -----------------------------------------------------------------------------
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:
-        return self._by_gloo("send", [_whole("send", x) for x in tensors], dst, tag)
+        return self._by_gloo("send", [x.contiguous() for x in tensors], dst, tag)
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> Any:
         return self._by_gloo("recv", tensors, src, tag)
@@ -500,9 +375,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     def barrier(self, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.BarrierOptions()
-        if self._shm is None:
+        if (memory := self._memory) is None:
             return self._by_gloo("barrier", opts)
-        return self._call("barrier", [], opts, self._shm.barrier)
+        return self._call("barrier", [], opts, memory.barrier)
 
     def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         """barrier() over the store, in which CommTimeoutError names every rank that is late."""
@@ -520,17 +395,3 @@ class ProcessGroup(dist.ProcessGroup):
 
 def _listed(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _whole(_: str, x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
-
-
-def _partner(rank: int, turn: int, count: int) -> int:
-    """Whom `rank` of `count` (even) meets in this turn of count-1: each meets all others once."""
-    last = count - 1
-    if rank == last:
-        return turn
-    if rank == turn:
-        return last
-    return (2 * turn - rank) % last

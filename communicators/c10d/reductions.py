@@ -31,7 +31,7 @@ _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 
 def kind(call: str, reduce_op: Any, x: Tensor, rank: int) -> Any:
     """The RedOpType of `reduce_op`; InvalidArgumentError if it cannot be done with `x`'s dtype."""
-    op = reduce_op.op if isinstance(reduce_op, ReduceOp) else reduce_op
+    op = getattr(reduce_op, "op", reduce_op)
     given = f"{call}(tensor, op={op}) on rank {rank}"
     if op != ReduceOp.AVG and op not in _STEPS:
         names = ", ".join(sorted(step.name for step in [*_STEPS, ReduceOp.AVG]))
