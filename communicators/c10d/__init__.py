@@ -1,0 +1,36 @@
+"""A torch.distributed backend over the library's collectives.
+
+    import communicators.c10d
+    dist.init_process_group("communicators")                # or
+    dist.new_group(ranks, backend="communicators")
+
+Importing it registers the backend; process_group.py is the group that torch then makes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from .process_group import ProcessGroup
+
+__all__ = ["BACKEND", "ProcessGroup"]
+
+#: The name under which torch.distributed knows it.
+BACKEND = "communicators"
+
+
+def _create(options: Any, _: Any) -> ProcessGroup:
+    return ProcessGroup(
+        options.store,
+        options.group_rank,
+        options.group_size,
+        options.timeout,
+        name=options.group_id,
+        ranks=list(options.global_ranks_in_group),
+    )
+
+
+if BACKEND not in dist.Backend.backend_list:
+    dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
