@@ -29,6 +29,10 @@ OPS = {
     dist.ReduceOp.BOR: torch.bitwise_or,
     dist.ReduceOp.BXOR: torch.bitwise_xor,
 }
+# torch 2.13 renamed these two.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -105,7 +109,7 @@ def moves(rank: Rank) -> None:
             dist.all_gather(parts, mine)
             assert all(map(torch.equal, parts, every))
             whole = torch.empty(w * n, 2)
-            dist.all_gather_single(whole, mine)
+            all_gather_single(whole, mine)
             assert torch.equal(whole, torch.cat(every))
             uneven = [torch.empty(p + n) for p in range(w)]
             dist.all_gather(uneven, torch.full((me + n,), float(me)))
@@ -123,7 +127,7 @@ def moves(rank: Rank) -> None:
             total = sum(lists[p][me] for p in range(w))
             dist.reduce_scatter(x, list(lists[me]))
             assert torch.equal(x, total)
-            dist.reduce_scatter_single(x, torch.cat(lists[me]))
+            reduce_scatter_single(x, torch.cat(lists[me]))
             assert torch.equal(x, total)
             outs = [torch.empty_like(mine) for _ in range(w)]
             dist.all_to_all(outs, list(lists[me]))
