@@ -13,6 +13,7 @@ TOP_LEVEL = {
     ".gitignore", ".clang-format",
 }  # fmt: skip
 MAX_LINES = 400
+MAX_COLUMNS = 100  # of prose in Markdown pages; ruff and clang-format see to the sources
 #: Files above that, with their own bound. References and case generators are lists of small things;
 #: the others are to be split, and none may grow.
 LARGER = {
@@ -99,6 +100,18 @@ def breaches(path: Path) -> list[str]:
     return found
 
 
+def unwrapped(path: Path) -> list[str]:
+    """The lines of a Markdown page that are too long: all but tables, code and single words."""
+    found = []
+    code = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = line.strip()
+        code ^= text.startswith("```")
+        if len(line) > MAX_COLUMNS and not code and not text.startswith("|") and " " in text:
+            found.append(f"{path}:{number}: {len(line)} columns; prose is wrapped at {MAX_COLUMNS}")
+    return found
+
+
 def main() -> int:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -115,6 +128,8 @@ def main() -> int:
         sources = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc"}
         if path.suffix in sources and path.exists() and len(path.parts) > 1:
             found += breaches(path)
+        if path.suffix == ".md" and path.exists():
+            found += unwrapped(path)
     print("\n".join(found), end="\n" if found else "")
     return 1 if found else 0
 
