@@ -123,7 +123,7 @@ class Settings:
     """The NCCL library to load, instead of the one that torch brings."""
 
     p2p_probe: bool = _setting(True, "COMMUNICATORS_P2P_PROBE", _flag, "0 or 1")
-    """Prove peer access with a real copy, once a machine and boot; 0 trusts the driver's claims."""
+    """Prove peer access with a real copy, once per machine and boot; 0 trusts the driver alone."""
 
     p2p_probe_timeout_s: float = _setting(
         60.0, "COMMUNICATORS_P2P_PROBE_TIMEOUT_S", _seconds, "seconds, a positive number"
@@ -147,7 +147,7 @@ class Settings:
     quick_codec: str = _setting(
         "", "COMMUNICATORS_QUICK_CODEC", _one_of("", "FP", "Q8", "Q6", "Q4"), "FP, Q8, Q6 or Q4"
     )
-    """Allows the quantized all-reduce, with 16 (FP), 8, 6 or 4 bits a value. Unset: not used."""
+    """Allows the quantized all-reduce, with 16 (FP), 8, 6 or 4 bits per value. Unset: not used."""
 
     quick_least_bytes: int = _setting(
         2 << 20,

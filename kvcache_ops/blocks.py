@@ -1,4 +1,4 @@
-"""Whole blocks of the cache moved, or converted between floats and 8-bit codes."""
+"""Whole blocks of the cache moved, or converted between floats and fp8 values."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def swap_blocks_batch(
 
 
 def convert_fp8(output: Tensor, input: Tensor, scale: float = 1.0, kv_dtype: str = "fp8") -> None:
-    """Convert a cache between a float dtype and 8-bit codes.
+    """Convert a cache between a float dtype and fp8 values.
 
     Args:
         output: as many elements as ``input``, written. The memory of each is without holes or

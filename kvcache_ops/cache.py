@@ -6,7 +6,7 @@ token. A slot past the cache is skipped too; with ``KVCACHE_OPS_CHECK_BOUNDS=1``
 tokens of one slot: which one stays is undefined.
 
 kv_cache_dtype: ``auto``, ``float16`` and ``bfloat16`` copy (the cache has the dtype of the input);
-``fp8`` and ``fp8_e4m3`` store e4m3fn codes, ``fp8_e5m2`` e5m2 codes, in a uint8 cache:
+``fp8`` and ``fp8_e4m3`` store e4m3fn values, ``fp8_e5m2`` e5m2 values, in a uint8 cache:
 ``code = round(fp32(x) / scale)``, saturated to the largest finite value, NaN kept.
 """
 
@@ -144,7 +144,7 @@ def concat_and_cache_mla(
     Layout of an ``fp8_ds_mla`` entry (R = 512, P = 64 or 0, 16-bit inputs)::
 
         bytes   0..511   512 e4m3 codes, 4 tiles of 128
-        bytes 512..527   4 fp32 scales, one a tile: 2^ceil(log2(max(amax / 448, 1e-4)))
+        bytes 512..527   4 fp32 scales, one per tile: 2^ceil(log2(max(amax / 448, 1e-4)))
         bytes 528..655   64 16-bit rotary values, as they came (zeros when P = 0)
 
     Raises:
@@ -286,7 +286,7 @@ def concat_and_cache_mla_rope_fused(
 def indexer_k_quant_and_cache(
     k: Tensor, kv_cache: Tensor, slot_mapping: Tensor, quant_block_size: int, kv_cache_dtype: str
 ) -> None:
-    """Quantize the indexer's keys to e4m3 with a scale a group and write them into their cache.
+    """Quantize the indexer's keys to e4m3 with a scale per group and write them into their cache.
 
     Args:
         k: ``[N >= T, D]``, fp16 or bf16, contiguous.

@@ -4,7 +4,7 @@ The systems run in the same processes and take turns within every cell, so that 
 machine does falls on all of them. Every result is compared with its reference before it is timed.
 A cell is the median over the rounds of the slowest rank's time a call.
 
-`bytes` is what one rank contributes. busbw is nccl-tests' (docs/PERFORMANCE.md there): the bytes
+`bytes` is what one rank contributes. busbw is nccl-tests' (doc/PERFORMANCE.md there): the bytes
 that must cross between ranks, by the time: all_reduce bytes * 2(W-1)/W, the others bytes * (W-1).
 """
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 TOP_LEVEL = {
     "pyproject.toml", "communicators", "native", "kvcache_ops", "tests", "scripts",
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs", ".ci",
-    ".gitignore", ".clang-format",
+    ".gitignore", ".clang-format", ".pre-commit-config.yaml",
 }  # fmt: skip
 MAX_LINES = 400
+MAX_COLUMNS = 100  # of prose in Markdown pages; ruff and clang-format see to the sources
 #: Files above that, with their own bound. References and case generators are lists of small things;
 #: the others are to be split, and none may grow.
 LARGER = {
@@ -83,6 +87,17 @@ MAY_READ_ENVIRONMENT = {
     "communicators/peer_access/p2p_worker.py",  # CUDA_VISIBLE_DEVICES of its processes
 }
 
+#: What counts as a name of a file: in sources a full path; in Markdown also any path into a
+#: top-level folder, a link, and the end of a path (`prim/gpu.h`).
+_FOLDERS = r"(?:communicators|native|kvcache_ops|tests|scripts|docs)/"
+_KINDS = r"\.(?:py|pyi|h|cpp|cu|cuh|inc|md)"
+_FILE = re.compile(rf"(?<![\w./*-]){_FOLDERS}[\w/*.-]*{_KINDS}\b")
+_MENTION = re.compile(rf"(?<![\w./*-])(?:{_FOLDERS}[\w/*.-]*[\w*]|[a-z][\w/*-]*{_KINDS}\b)")
+_LINK = re.compile(r"\]\((?!\w+:)([^)#]+)")
+#: Names in pages that are not ours: torch's header, nccl-tests' page, what a user writes.
+_FOREIGN = {"torch/csrc/inductor/aoti_torch/c/shim.h", "doc/PERFORMANCE.md",
+            "driver_types.h", "first.py", "nccl.h", "table.md"}  # fmt: skip
+
 
 def breaches(path: Path) -> list[str]:
     """The rules that one source file breaks, each with its line."""
@@ -99,6 +114,38 @@ def breaches(path: Path) -> list[str]:
     return found
 
 
+def unwrapped(path: Path) -> list[str]:
+    """The lines of a Markdown page that are too long: all but tables, code and single words."""
+    found = []
+    code = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = line.strip()
+        code ^= text.startswith("```")
+        if len(line) > MAX_COLUMNS and not code and not text.startswith("|") and " " in text:
+            found.append(f"{path}:{number}: {len(line)} columns; prose is wrapped at {MAX_COLUMNS}")
+    return found
+
+
+@functools.lru_cache
+def _known(name: str, files: frozenset[str]) -> bool:
+    if name in _FOREIGN or name.endswith(".so"):  # libraries are built, and in no list
+        return True
+    ends = (name, f"{name}/*", f"*/{name}")
+    return any(fnmatch.fnmatch(file, end) for end in ends for file in files)
+
+
+def missing(path: Path, files: frozenset[str]) -> Iterator[str]:
+    """Names of files in the file at `path` that are none of `files`, each with its line."""
+    page = path.suffix == ".md"
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        names = (_MENTION if page else _FILE).findall(line)
+        wrong = [name for name in names if not _known(name.rstrip("/."), files)]
+        if page:
+            wrong += [link for link in _LINK.findall(line) if not (path.parent / link).exists()]
+        for name in wrong:
+            yield f"{path}:{number}: no file of this repository: {name}"
+
+
 def main() -> int:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -110,11 +157,16 @@ def main() -> int:
         f"{name}: the top level holds only {', '.join(sorted(TOP_LEVEL))}"
         for name in sorted({line.split("/")[0] for line in listed} - TOP_LEVEL)
     ]
-    for name in listed:
-        path = Path(name)
-        sources = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc"}
-        if path.suffix in sources and path.exists() and len(path.parts) > 1:
+    sources = {".py", ".pyi", ".cpp", ".cu", ".cuh", ".h", ".inc"}
+    present = [path for path in map(Path, listed) if path.exists()]
+    files = frozenset(map(str, present))
+    for path in present:
+        if path.suffix in sources and len(path.parts) > 1:
             found += breaches(path)
+            found += missing(path, files)
+        if path.suffix == ".md":
+            found += unwrapped(path)
+            found += missing(path, files)
     print("\n".join(found), end="\n" if found else "")
     return 1 if found else 0
 

@@ -150,7 +150,8 @@ class CustomAllreduce(Communicator):
             buffer.close()
 
     def _launched(self, inp: torch.Tensor, out: torch.Tensor) -> bool:
-        """An all-reduce of tensors as they mostly come; False, with nothing done, for others."""
+        """The fast path. False, with nothing done, unless both tensors are contiguous, on this GPU,
+        of one size and of one dtype that is summed."""
         if self._fast is None or torch.compiler.is_compiling():
             return False
         status = self._fast(inp, out)
@@ -365,7 +366,7 @@ class CustomAllreduce(Communicator):
     def create_shared_buffer(
         size_in_bytes: int, group: Group | dist.ProcessGroup | None = None
     ) -> list[int]:
-        """Addresses of one new buffer a rank, mapped into this process; on the current device.
+        """Addresses of one new buffer per rank, mapped into this process; on the current device.
 
         Collective. Free it with `free_shared_buffer`.
         """

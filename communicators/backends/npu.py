@@ -11,7 +11,7 @@ from ..base import Refusal, dtype_name
 from ..errors import InvalidArgumentError
 from .vendor import VendorCommunicator
 
-_SCALE_BYTES = 4  # one fp32 a row travels behind its int8 values
+_SCALE_BYTES = 4  # one fp32 per row travels behind its int8 values
 
 
 class NpuCommunicator(VendorCommunicator):

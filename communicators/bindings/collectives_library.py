@@ -62,7 +62,7 @@ class CollectivesLibrary:
         return found
 
     def create(self, pointers: Sequence[int], rank: int, layout: Sequence[int]) -> int:
-        """A handle over the memory at `pointers`, one a rank, of the sizes `layout` in bytes.
+        """A handle over the memory at `pointers`, one per rank, of the sizes `layout` in bytes.
 
         The current device is the one that launches go to.
         """

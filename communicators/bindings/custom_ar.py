@@ -25,8 +25,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Takes the ordinal of a GPU, returns the address of its current stream; a CPU build has none.
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
-#: (inp, out) -> 0, a collectives::Failure, or OTHERWISE with nothing done: not two contiguous
-#: tensors on the GPU, of one size and one of DTYPES.
+#: (inp, out) -> 0, a collectives::Failure, or OTHERWISE, not applicable: nothing was done, for they
+#: are not two contiguous tensors on the GPU, of one size and one of DTYPES.
 AllReduceCall = Callable[[torch.Tensor, torch.Tensor], int]
 OTHERWISE = -1
 

@@ -207,7 +207,7 @@ def is_full_nvlink(physical_device_ids: list[int], world_size: int) -> bool:
     """True when each of these GPUs reaches each other one over NVLink, as NVML claims it.
 
     Args:
-        physical_device_ids: NVML indices, one a rank.
+        physical_device_ids: NVML indices, one per rank.
         world_size: number of ranks; with one rank there is nothing to link, and the answer is True.
     Raises ImportError without pynvml, pynvml.NVMLError without NVML or for a wrong index.
     """

@@ -65,9 +65,9 @@ class Hooks:
         )
 
 
-_hooks: Hooks | None = None  # one a process: it knows which NCCL to free with
+_hooks: Hooks | None = None  # one per process: it knows which NCCL to free with
 _allocator: Any = None
-_pools: dict[int, torch.cuda.MemPool] = {}  # one a device, for the life of the process
+_pools: dict[int, torch.cuda.MemPool] = {}  # one per device, for the life of the process
 _graph_pool_id: Any = None
 
 

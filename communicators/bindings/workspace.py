@@ -13,14 +13,14 @@ import torch
 from ..errors import CommunicatorError, InvalidArgumentError
 from . import native
 
-#: Bytes of a slot, of a region for tagged packets and of a bulk region. A workspace has two of each
+#: Bytes of a slot, of a region for LL packets and of a bulk region. A workspace has two of each
 #: and 64 KB of control words (native/collectives/workspace.h): 50 MB.
 LAYOUT = (16 << 20, 1 << 20, 8 << 20)
 
 
 @dataclass
 class SharedBuffer:
-    """One buffer a rank, each mapped into this process.
+    """One buffer per rank, each mapped into this process.
 
     Attributes:
         pointers: this process's address of every rank's buffer, in rank order. Empty before
@@ -54,7 +54,7 @@ class SharedBuffer:
         """Maps every peer's buffer. Local; on failure nothing stays mapped.
 
         Args:
-            handles: one a rank, in rank order, this rank's own included.
+            handles: one per rank, in rank order, this rank's own included.
             own: address of this rank's memory when somebody else owns it.
         """
         mapped: list[int] = []

@@ -1,6 +1,6 @@
 """One rank of the doctor's trial group: sums a tensor, checks it, prints what it uses.
 
-Arguments: the store, seconds that a wait may take, and "cpu" or, for one GPU a rank, "cuda".
+Arguments: the store, seconds that a wait may take, and "cpu" or, for one GPU per rank, "cuda".
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def shm_allreduce(handle: int, data: torch.Tensor) -> None:
 def shm_gather(
     handle: int, data: torch.Tensor, outputs: Sequence[torch.Tensor] | None, dst: int
 ) -> None:
-    """Every rank's `data`, of one shape, in the `outputs` of rank `dst`, one tensor a rank.
+    """Every rank's `data`, of one shape, in the `outputs` of rank `dst`, one tensor per rank.
 
     On the other ranks `outputs` is None.
     """

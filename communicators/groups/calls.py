@@ -2,7 +2,7 @@
 
 torch's stores and its rendezvous wait inside C++, where neither a signal handler nor a deadline of
 ours is heard, and a store whose host is stopped never answers. So a `Call` runs on a worker thread,
-and the caller waits in poll(2), beside whatever else it wants to hear of: about 10 us a call.
+and the caller waits in poll(2), beside whatever else it wants to hear of: about 10 us per call.
 
 A thread that comes back from C++ while the interpreter ends aborts the process (up to Python 3.13
 it is unwound through frames of C++ that allow no exceptions). So at exit the threads are waited

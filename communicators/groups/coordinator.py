@@ -24,7 +24,7 @@ from .traced import order_tensor
 
 
 class GroupCoordinator(GroupObjects):
-    """The collectives of one group of ranks, on one device a rank. Construction is collective.
+    """The collectives of one group of ranks, on one device per rank. Construction is collective.
 
     Args:
         ranks: global ranks of the members, in group order; this process must be one of them.

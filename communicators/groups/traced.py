@@ -34,7 +34,7 @@ _order: list[Tensor] = []
 def order_tensor(device: torch.device | str = "cpu") -> Tensor:
     """What all collectives of this process write, to a compiler; made on the first `device`.
 
-    That is the one where the tensors are, in a job of one device a rank: inductor puts nothing in
+    That is the one where the tensors are, in a job of one device per rank: inductor puts nothing in
     a CUDA graph beside a tensor in host memory, or one that is written and has no fixed address.
     """
     if not _order:

@@ -1,4 +1,4 @@
-"""The ends of a ring for the calls of every message: in the native library, or the same in Python.
+"""The per-message fast path of a ring's ends: native, with a fallback in Python.
 
 The native ones (native/python) send and read plain data in one call each: None, bool, int, float,
 str, bytes, list, tuple and dict, of exactly these types. They cannot be had where the interpreter
@@ -23,7 +23,8 @@ from .codec import cannot_unpickle
 from .ends import RingReader, RingWriter
 from .native_ring import CANCELLED, EMPTY, IN_PLACE, INLINE, MESSAGE, READY, api
 
-#: What put() and try_put() say: to be pickled, sent, no slot is free, another thread is inside.
+#: What put() and try_put() say: not applicable (it is to be pickled), sent, no slot is free, busy
+#: (another thread is inside).
 OTHERWISE, SENT, FULL, BUSY = range(4)
 
 

@@ -302,7 +302,7 @@ _verdicts: weakref.WeakKeyDictionary[Group, Verdict] = weakref.WeakKeyDictionary
 
 
 def group_verdict(group: Group, device: torch.device) -> Verdict:
-    """What topology and proofs allow this group: the same answer on every rank, found once a group.
+    """What topology and proofs allow this group: the same answer on every rank, found once.
 
     Collective on the first call for a group. Rank 0 probes for all, unless COMMUNICATORS_P2P_PROBE
     is 0 there, or the claims alone already rule peer access out.

@@ -1,6 +1,6 @@
 """The file that remembers which pairs of GPUs were proven to reach each other's memory.
 
-One JSON file a boot and driver, to be read by hand; deleting it, or `communicators p2p-check
+One JSON file per boot and driver, to be read by hand; deleting it, or `communicators p2p-check
 --refresh`, makes the pairs be tried again. It is replaced as a whole, never written in place.
 """
 

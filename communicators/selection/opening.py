@@ -1,4 +1,4 @@
-"""The communicators, one file each, and their order of preference for each kind of device."""
+"""Opens the communicators of a group on a device, in order of preference, the fallback last."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def candidates(
         from ..backends.nccl.pynccl import PyNcclCommunicator
         from ..backends.quick.quick_all_reduce import QuickAllReduce
 
-        # QuickAllReduce refuses unless the user has allowed it, and then he wants it used.
+        # QuickAllReduce is live only if the user opted in, so it may come first.
         return [QuickAllReduce, CustomAllreduce, PyNcclCommunicator]
     if device_type in ("hpu", "npu", "xpu"):
         from ..backends.hpu import HpuCommunicator

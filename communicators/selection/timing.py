@@ -97,7 +97,7 @@ class Timer:
         samples: int = 15,
         scope: AbstractContextManager[object] | None = None,
     ) -> float:
-        """us a call, back to back in a graph."""
+        """us per call, back to back in a graph."""
         calls = calls_per_graph(nbytes)
         graph = self.capture(call, calls, scope)
         return self._median(self.replays(graph, samples)) / calls
@@ -119,7 +119,7 @@ class Timer:
         return (self._median(times[0]) - self._median(times[1])) / calls
 
     def eager_us(self, call: Call, samples: int = 15) -> float:
-        """us a call from Python, back to back, by the host's clock until the device is done."""
+        """us per call from Python, back to back, by the host's clock until the device is done."""
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             self._batch_us(call, 1)  # what only a first call does
             slowest = max(self.group.gather_objects("first look", self._batch_us(call, 3)))
@@ -127,7 +127,7 @@ class Timer:
             return self._median([self._batch_us(call, calls) for _ in range(samples)])
 
     def _batch_us(self, call: Call, calls: int) -> float:
-        """us a call, of `calls` calls that the ranks begin together."""
+        """us per call, of `calls` calls that the ranks begin together."""
         self.align()
         self._synchronize()
         self.group.barrier()

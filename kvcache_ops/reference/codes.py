@@ -1,4 +1,4 @@
-"""The 8-bit codes of the reference: quantized and restored with torch's own float8 types."""
+"""The fp8 values of the reference: quantized and restored with torch's own float8 types."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// `row_vecs` vectors a head.
+// `row_vecs` vectors per head.
 template <class T, bool kFp8, bool kAligned, int kUnroll, int kTokens, int kMinBlocks>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     merge(MergeArgs m, gpu::FastDivisor row_vecs, gpu::FastDivisor parts) {

@@ -38,7 +38,7 @@ struct Shares {
 // The time is waves of blocks times the tokens of a block, with what a block and the merge cost
 // besides, in tokens. A last wave that is not full takes less than a full one: a third of the waves
 // counts by the fraction. (H200, measured on sequences of 1024 to 131072 tokens, 1 to 256 of them.)
-// Two KV heads a block read longer pieces of a page, in fewer blocks: where nothing is split.
+// Two KV heads per block read longer pieces of a page, in fewer blocks: where nothing is split.
 Shares shares_of(const PagedAttentionArgs& a) {
   if (a.tmp_out != nullptr) {
     return {1,
@@ -48,7 +48,8 @@ Shares shares_of(const PagedAttentionArgs& a) {
   const int64_t group = a.heads / a.kv_heads;
   const int64_t processors = gpu::on_current_device<gpu::multiprocessors>();
   const int64_t work = a.sequences * a.kv_heads * gpu::ceil_div(group, group > 8 ? 16 : 8);
-  // Of three blocks a multiprocessor a few find no room at once.
+  // Blocks that are resident at once: one per multiprocessor above head size 128, two in 16 bits,
+  // three for fp8 less one in 48, for which there is no room.
   const int64_t at_once = a.head_size > 128 ? processors
                           : fp8             ? processors * 3 - processors / 16
                                             : processors * 2;
@@ -73,12 +74,12 @@ Shares shares_of(const PagedAttentionArgs& a) {
   return best;
 }
 
-// One query head a block, any dtype, layout and alignment: a warp takes every fourth token.
+// One query head per block, any dtype, layout and alignment: a warp takes every fourth token.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     decode_any(const __grid_constant__ PagedAttentionArgs a, Splits splits) {
   gpu::begin_overlapped();
-  constexpr int kMost = 8;  // elements a lane: head sizes up to 256
+  constexpr int kMost = 8;  // elements per lane: head sizes up to 256
   __shared__ float shares[kWarps][32 * kMost], tops[kWarps], sums[kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.x;
   const int64_t s = blockIdx.z, h = blockIdx.y, group = a.heads / a.kv_heads, kv_head = h / group;
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The partitions of paged_attention_v2, normalized and rounded already: a thread an element.
+// The partitions of paged_attention_v2, normalized and rounded already: a thread per element.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     merge_partitions(const __grid_constant__ PagedAttentionArgs a) {

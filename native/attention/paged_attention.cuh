@@ -4,7 +4,7 @@
 // softmax, so that the loop needs no block-wide barrier. The warps merge at the end, the splits in
 // a kernel of their own.
 //
-// 8-bit codes stay codes in shared memory and become fp16 in registers, exactly; their scales are
+// fp8 values stay fp8 in shared memory and become fp16 in registers, exactly; their scales are
 // factors of the logits and of the result. The query becomes fp16 too, as a power of two times
 // values of at most 1. Codes come four to a register, so the order of d inside 16 (and for the
 // packed values that of the tokens) is permuted alike on both sides of a product.
@@ -26,7 +26,7 @@ inline constexpr uint32_t kNowhere = 0xffffffffu;
 constexpr int ring_stages(bool fp8, int64_t d) { return fp8 ? 4 : d > 64 ? 2 : 3; }
 
 // kD: head size rounded up to 64, 128 or 256. kWide: more than 8 query heads a KV head. kHeads: KV
-// heads a block; kWays of its warps share the tokens of each.
+// heads per block; kWays of its warps share the tokens of each.
 template <class T, KvFormat kFormat, int kD, bool kPacked, bool kWide, int kHeads>
 struct Decode {
   static constexpr bool kFp8 = kFormat != KvFormat::kCopy;
@@ -131,7 +131,7 @@ struct Decode {
   // of each. All threads call it.
   __device__ static void stage_query(const PagedAttentionArgs& a, char* staging, float* powers,
                                      int64_t s, int64_t first_head, int heads) {
-    constexpr int kRowThreads = kD / 8;  // 8 elements each; 8 to 32 neighbouring lanes a row
+    constexpr int kRowThreads = kD / 8;  // 8 elements each; 8 to 32 neighbouring lanes per row
     constexpr int kPasses = (kAllRows * kRowThreads + kThreads - 1) / kThreads;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   }
   constexpr int kStride = W::kWays * kTile, kStages = W::kStages;
   int t = first + warp / kHeads * kTile, ahead = t, stage = 0, fill = 0;
-  // 16 bits a tile under way, the oldest lowest: whether each of its tokens exists.
+  // 16 bits per tile under way, the oldest lowest: whether each of its tokens exists.
   uint64_t known = 0;
   typename W::Row next = w.row_of(ahead);
   auto issue_next = [&](int position) {
@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
     }
   }
   __syncthreads();
-  // A few threads a row, four elements at a time.
+  // A few threads per row, four elements at a time.
   constexpr int kRowThreads = kThreads / W::kAllRows, kWayFloats = kHeads * W::kWarpBytes / 4;
   const int of_all = threadIdx.x / kRowThreads, g = of_all % W::kRows;
   const int head = W::head_of(of_all, heads);

@@ -5,8 +5,8 @@
 // One vector a thread is the fastest at every size: what a thread does once must be fetched by its
 // multiprocessor, so a microsecond's worth of kernel has no instruction to spare. Blocks that are
 // not resident yet start as others end; they start in order on every rank, so a block's
-// counterparts always come to run. With fewer blocks than that, or vectors that are not whole,
-// threads go round in a kernel of their own.
+// counterparts always come to run. Fewer blocks than that, and unaligned or partial vectors, use a
+// grid-stride kernel.
 #include <type_traits>
 
 #include "collectives/collectives.h"

@@ -1,4 +1,4 @@
-// Gated activations on the GPU: the vectors of all rows in one row of threads, a few a thread.
+// Gated activations on the GPU: the vectors of all rows in one row of threads, a few per thread.
 #include "elementwise/elementwise.h"
 #include "prim/gpu_floats.h"
 

@@ -12,7 +12,7 @@ constexpr int kMaxGroups = 128;  // of rows that are kept
 constexpr int kLongThreads = 512;
 constexpr int kAhead = 132;  // rows; more of them leave the L2 before they are read (H200)
 
-// The sums over the warp of kCount values a lane, each added as warp_sum() adds it. Lane l ends
+// The sums over the warp of kCount values per lane, each added as warp_sum() adds it. Lane l ends
 // with that of value owner_value<kCount>(l): at each step but the last ones a lane passes on half
 // of its values.
 template <int kCount>
@@ -41,8 +41,8 @@ __device__ int owner_value(int lane) {
   return lane / (32 / kCount);
 }
 
-// kHeld vectors a thread. kEarly loads the weights before the sum is known: quicker for a few rows;
-// for many rows their registers are worth more as further rows.
+// kHeld vectors per thread. kEarly loads the weights before the sum is known: quicker for a few
+// rows; for many rows their registers are worth more as further rows.
 template <class T, int kHeld, int kThreads, int kMinBlocks, bool kAligned, bool kFused, bool kEarly>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     norm(const T* input, T* out, T* residual, const T* weight, NormArgs a) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   T* z = kFused ? residual + at.residual : nullptr;
 
   // Rows that a later block will take come into the L2 meanwhile: the memory has work while blocks
-  // sum. The first blocks ask for their own, which the wait below covers.
+  // sum. The first blocks prefetch their own, which the wait below covers.
   if (kAligned && gridDim.x > kAhead && threadIdx.x == 0) {
     auto ask = [&](int64_t r) {
       const Row to = row_of(a, r);
@@ -171,7 +171,7 @@ void launch(const char* op, const FusedAddRmsNormArgs& args, const void* input, 
         go(norm_long<T, kAligned, kFused>, kLongThreads);
       } else if (vecs > 1024) {
         go(norm<T, kMaxHeld, 512, 1, kAligned, kFused, false>, 512);
-      } else if (rows <= 256) {  // few vectors a thread: the least to wait for
+      } else if (rows <= 256) {  // few vectors per thread: the least to wait for
         kFused ? go(norm<T, 2, 512, 1, kAligned, kFused, true>, 512)
                : go(norm<T, 1, 1024, 1, kAligned, kFused, true>, 1024);
       } else if constexpr (kFused) {

@@ -9,7 +9,7 @@
 namespace elementwise {
 
 inline constexpr int kMostBlocks = 8;       // a cluster; more are not portable
-inline constexpr int kMostInCluster = 256;  // threads a block
+inline constexpr int kMostInCluster = 256;  // threads per block
 
 template <class T, bool kFused>
 __global__ void __launch_bounds__(kMostInCluster)

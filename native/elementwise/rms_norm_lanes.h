@@ -47,8 +47,8 @@ LANES void scale_pair(T* out, const T* x, const T* weight, Floats factor) {
   store_pair<false, kStores>(out, v);
 }
 
-// Asks for the row that is read next while this one is written, if the first cache has room for it:
-// for two of 8 KB that are written where they were read, or for any that is streamed.
+// Prefetches the row that is read next while this one is written, if the first cache has room for
+// it: for two of 8 KB that are written where they were read, or for any that is streamed.
 template <cpu::Stores kStores, class T>
 LANES void scale_row(T* out, const T* x, const T* weight, int64_t n, float by, const T* next) {
   constexpr bool kStreamed = kStores == cpu::Stores::kStreamed;

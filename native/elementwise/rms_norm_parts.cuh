@@ -1,4 +1,4 @@
-// RMSNorm of a few rows on the GPU, without a residual: some blocks a row, each of which sums the
+// RMSNorm of a few rows on the GPU, without a residual: some blocks per row, each of which sums the
 // whole row for itself and scales a part of it. Reading a row of 16 KB again from the L2 is quicker
 // than any exchange between blocks: 0.3 us less than a cluster, 0.6 less than one block (H200).
 #pragma once
@@ -11,7 +11,7 @@ namespace elementwise {
 inline constexpr int kParts = 4;
 inline constexpr int kPartThreads = 512;
 
-// kHeld vectors a thread: the row has at most kHeld * kPartThreads.
+// kHeld vectors per thread: the row has at most kHeld * kPartThreads.
 template <class T, int kHeld>
 __global__ void __launch_bounds__(kPartThreads)
     norm_in_parts(const T* input, T* out, const T* weight, const __grid_constant__ FewRows a) {

@@ -23,13 +23,13 @@ struct Rotation {
   uint32_t query_heads, total;  // total: steps of a token
   float sign;
   gpu::FastDivisor steps;  // of a head
-  // How many tokens before it is rotated a token is asked for, and its bytes (streams alone).
+  // Prefetch distance in tokens, and bytes of a token (streams alone).
   uint32_t ahead = 0, query_bytes = 0, key_bytes = 0;
 };
 
 // kShared: a thread's steps all rotate the same pairs, whose angles it loads once. kStreams: more
-// than the L2 holds, heads side by side that are rotated from end to end: tokens are asked for
-// ahead of time, and plain loads and stores are better than those with hints (H200).
+// than the L2 holds, heads side by side that are rotated from end to end: tokens are
+// prefetched, and plain loads and stores are better than those with hints (H200).
 template <class T, class C, bool kNeox, class Stride, bool kAligned, bool kShared, int kUnroll,
           int kThreads, int kMinBlocks, bool kStreams>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-// A launch: kUnroll steps a thread, at most kThreads threads.
+// A launch: kUnroll steps per thread, at most kThreads threads.
 template <class T, class C, bool kNeox, class Stride, bool kAligned, bool kShared, int kUnroll,
           int kThreads, int kMinBlocks, bool kStreams = false>
 void launch(const RotaryArgs& a, int64_t steps, gpu::Stream stream) {

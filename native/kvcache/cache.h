@@ -28,7 +28,7 @@ struct ReshapeAndCacheFlashArgs {
   void *key_cache, *value_cache;
   const int64_t* slots;
   const float *k_scale, *v_scale;
-  int64_t scale_stride;  // 0: one scale, 1: one a head
+  int64_t scale_stride;  // 0: one scale, 1: one per head
   int64_t tokens, heads, head_size, num_blocks, block_size;
   int64_t key_stride, value_stride;
   int64_t key_block_stride, key_page_stride, key_head_stride;

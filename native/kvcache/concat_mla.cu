@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) write_mla(const __grid_constant__ En
   }
 }
 
-// The 656-byte entry: a warp a token, 8 lanes a tile of 128 values, 16 values a lane.
+// The 656-byte entry: a warp per token, 8 lanes a tile of 128 values, 16 values per lane.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(128)
     write_ds_mla(ConcatMlaArgs a, gpu::FastDivisor block_size, bool aligned_in) {
@@ -146,7 +146,7 @@ __global__ void write_grouped(ConcatMlaGroupedArgs a) {
   }
 }
 
-// A launch: kUnroll vectors a thread.
+// A launch: kUnroll vectors per thread.
 template <class T, KvFormat kFormat, class Stride, bool kAligned, int kUnroll, int kThreads>
 void launch(const ConcatMlaArgs& a, gpu::Stream stream) {
   constexpr int64_t kIn = sizeof(T), kOut = sizeof(gpu::CacheItem<kFormat, T>);

@@ -1,4 +1,4 @@
-// Between floats and 8-bit codes on the GPU: 8 elements a step, so that the 16-byte stores of a
+// Between floats and fp8 values on the GPU: 8 elements per step, so that the 16-byte stores of a
 // warp fill whole sectors.
 #include "kvcache/cache.h"
 #include "prim/gpu_fp8.h"

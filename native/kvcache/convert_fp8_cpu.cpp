@@ -1,4 +1,4 @@
-// Between floats and 8-bit codes on the CPU.
+// Between floats and fp8 values on the CPU.
 #include <algorithm>
 
 #include "kvcache/cache.h"

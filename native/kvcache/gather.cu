@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kGatherThreads)
       });
 }
 
-// Codes to floats, kN a step. Without kAsks nothing is asked for ahead of time.
+// fp8 values to floats, kN per step. Without kAsks nothing is prefetched.
 template <class T, KvFormat kFormat, int kRows, int kUnroll, int kN, bool kAsks>
 __global__ void __launch_bounds__(kGatherThreads)
     gather_fp8(GatherArgs a, gpu::FastDivisor steps, gpu::FastDivisor block_size, Ahead given) {
@@ -80,8 +80,8 @@ __device__ uint4 load_two_words(const uint8_t* p) {
   return {w[0], w[1], 0, 0};
 }
 
-// The 656-byte entries: 8 codes a step, then 8 rotary values a step. A step writes 16 bytes, a warp
-// whole sectors.
+// The 656-byte entries: 8 fp8 values per step, then 8 rotary values per step. A step writes 16
+// bytes, a warp whole sectors.
 template <bool kAligned, int kRows, int kUnroll>
 __global__ void __launch_bounds__(kGatherThreads)
     upconvert(GatherUpconvertArgs a, gpu::FastDivisor block_size, Ahead ahead) {
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kGatherThreads)
       });
 }
 
-// Codes in 16 bytes a step; each lane copies the scales of its own row.
+// fp8 values in 16 bytes per step; each lane copies the scales of its own row.
 template <int kRows, int kUnroll>
 __global__ void __launch_bounds__(kGatherThreads)
     gather_index(IndexerGatherArgs a, gpu::FastDivisor vecs, gpu::FastDivisor block_size,
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kGatherThreads)
   }
 }
 
-// Blocks for `rows` rows, kRows a warp.
+// Blocks for `rows` rows, kRows per warp.
 dim3 grid_for(int64_t rows, int rows_a_warp) {
   return dim3(static_cast<unsigned>(gpu::ceil_div(rows, rows_a_warp * (kGatherThreads / 32))));
 }

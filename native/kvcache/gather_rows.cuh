@@ -1,6 +1,6 @@
-// The rows of a gather on the GPU. A warp takes a few rows of the dense tensor: a lane a row finds
-// where its entry lies, then all lanes move the entries. Warps need nothing of each other, so some
-// look up while others move.
+// The rows of a gather on the GPU. A warp takes a few rows of the dense tensor: a lane per row
+// finds where its entry lies, then all lanes move the entries. Warps need nothing of each other, so
+// some look up while others move.
 #pragma once
 
 #include "kvcache/cache.h"
@@ -32,7 +32,7 @@ __device__ inline int64_t last_start(const GatherMap& m, int64_t row, int64_t lo
   return low - 1;
 }
 
-// The same of the rows of a warp, one a lane, from `first` or from `far` on. With up to 32
+// The same of the rows of a warp, one per lane, from `first` or from `far` on. With up to 32
 // sequences each lane loads the start of one: one load to wait for instead of one for each halving.
 // Early there is no search: some rows are not found then.
 template <bool kEarly>
@@ -77,7 +77,7 @@ struct Ahead {
   uint32_t blocks;  // 0: none
 };
 
-// The rows [first, first + kRows) of a warp, one a lane: `place` makes an int64 of the block and
+// The rows [first, first + kRows) of a warp, one per lane: `place` makes an int64 of the block and
 // the offset of each, -1 stands for a row to be left alone; `address` makes an address of it.
 // ask_early(), dependency_wait() and find_own() in this order stand for begin_overlapped(). kGiven:
 // the map says of each row which sequence it belongs to.
@@ -99,7 +99,7 @@ struct Rows {
     }
   }
 
-  // The first blocks ask for their rows, by what the maps hold by then.
+  // The first blocks prefetch their rows, by what the maps hold by then.
   template <class Place, class Address>
   __device__ void ask_early(const GatherMap& m, const gpu::FastDivisor& block_size,
                             const Ahead& ahead, const Place& place, const Address& address) const {
@@ -108,7 +108,7 @@ struct Rows {
     if (own >= 0) gpu::prefetch_range(address(own), ahead.bytes);
   }
 
-  // As many further lanes look up rows of a later block meanwhile and ask for them.
+  // As many further lanes look up rows of a later block meanwhile and prefetch them.
   template <class Place, class Address>
   __device__ int64_t find_own(const GatherMap& m, const gpu::FastDivisor& block_size,
                               const Ahead& ahead, const Place& place,

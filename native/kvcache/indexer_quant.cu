@@ -1,5 +1,5 @@
-// The indexer's keys into their cache on the GPU: 8 values a thread, group / 8 neighbouring lanes a
-// group.
+// The indexer's keys into their cache on the GPU: 8 values per thread, group / 8 neighbouring lanes
+// a group.
 #include "kvcache/cache.h"
 #include "prim/gpu_fp8.h"
 

@@ -1,4 +1,4 @@
-// The indexer's keys into their cache on the CPU: e4m3 codes with a scale a group.
+// The indexer's keys into their cache on the CPU: e4m3 values with a scale per group.
 #include <algorithm>
 #include <vector>
 

@@ -46,7 +46,7 @@ LANES void swap_items(__m512i (&rows)[16 / kItem]) {
 #endif
 
 // The keys of the 16 tokens of a block of 16, n items each that make up whole lines: 16 bytes of
-// each token in turn. Asks for `next`, which is read as these rows are.
+// each token in turn. Prefetches `next`, which is read as these rows are.
 template <cpu::Stores kStores, class C>
 void keys_of_block(C* block, const Rows<C>& rows, const Rows<C>& next, int64_t n) {
   constexpr int64_t kItems = 16 / sizeof(C);

@@ -43,7 +43,7 @@ struct Rows {
   int64_t stride;
 
   const C* row(int64_t i) const { return first + i * stride; }
-  // Asks for the cache line that holds item j of row i, if that is its first: so many streams at
+  // Prefetches the cache line that holds item j of row i, if that is its first: so many streams at
   // once are more than the processor follows by itself.
   void ask(int64_t i, int64_t j) const {
     constexpr int64_t kItems = cpu::kLine / sizeof(C);
@@ -142,7 +142,7 @@ int64_t side_by_side(const ReshapeAndCacheArgs& a, int64_t t, int64_t end) {
   return i - t;
 }
 
-// Asks for cache lines that will be written soon.
+// Prefetches cache lines that will be written soon.
 inline void ask_to_write(const void* at, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += cpu::kLine) {
     __builtin_prefetch(static_cast<const char*>(at) + i, 1);

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 }
 
 // A few tokens into a cache of the same dtype, whole rows of aligned vectors: a block takes the key
-// or the value of one, a thread a vector. What counts here is how soon the loads are on their way
+// or the value of one, a thread per vector. What counts here is how soon the loads are on their way
 // and how little follows them, parameters included. Strides in bytes.
 struct FewRows {
   struct Side {
@@ -117,7 +117,7 @@ __global__ void write_few(const __grid_constant__ FewRows a) {
   *reinterpret_cast<uint4*>(to) = v;
 }
 
-// Whether it is done that way.
+// Launches write_few and returns true where it applies; else does nothing.
 bool launch_few(const ReshapeAndCacheFlashArgs& a, int64_t item, gpu::Stream stream) {
   const int64_t vecs = a.heads * a.head_size * item / 16;
   const bool whole =
@@ -138,7 +138,7 @@ bool launch_few(const ReshapeAndCacheFlashArgs& a, int64_t item, gpu::Stream str
   return true;
 }
 
-// A launch: kTokens tokens a thread.
+// A launch: kTokens tokens per thread.
 template <class T, KvFormat kFormat, class Stride, bool kAligned, int kTokens, int kThreads,
           int kMinBlocks>
 void launch(const ReshapeAndCacheFlashArgs& a, gpu::Stream stream) {

@@ -1,7 +1,7 @@
 // Runs of elements quantized and dequantized, for one instruction set (see prim/cpu_lanes.h).
 
 // A copy in stores of whole vectors at their own alignment: with 64 bytes a whole cache line each,
-// which need not be read first. What lies behind the run, often the next, is asked for meanwhile.
+// which need not be read first. What lies behind the run, often the next, is prefetched meanwhile.
 inline void copy_run(char* out, const char* in, int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
   if (bytes < 4 * kBytes) {
@@ -26,7 +26,7 @@ void copy_two_runs(char* out, const char* in, char* other_out, const char* other
                    int64_t bytes) {
   constexpr int64_t kBytes = sizeof(Words);
   for (int64_t i = 0; i < bytes; i += kBytes) {
-    if constexpr (kStores == cpu::Stores::kStreamed) {  // what the caches hold comes sooner unasked
+    if constexpr (kStores == cpu::Stores::kStreamed) {  // of cached data it only costs issue slots
       prefetch<kStores>(in + i);
       prefetch<kStores>(other_in + i);
     }

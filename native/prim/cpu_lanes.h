@@ -1,5 +1,5 @@
 // One text of a kernel for several instruction sets, its vectors spelled out: for what the compiler
-// vectorises badly in a plain loop (16-bit floats, 8-bit codes, reductions).
+// vectorises badly in a plain loop (16-bit floats, fp8 values, reductions).
 //
 //     #define LANES_KERNEL "elementwise/gated_activation_lanes.h"
 //     #include "prim/cpu_each_isa.h"

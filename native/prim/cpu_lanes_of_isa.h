@@ -94,8 +94,8 @@ LANES float largest_of(Floats x) {
   return x[0];
 }
 
-// Asks for the cache lines of so many items, or the one line, 2 KB further on, whatever lies there;
-// for kStreamed into the first cache alone, as what is streamed passes once.
+// Prefetches the cache lines of so many items, or the one line, 2 KB further on, whatever lies
+// there; for kStreamed into the first cache alone, as what is streamed passes once.
 template <cpu::Stores kStores = cpu::Stores::kCached, int64_t kItems = 1, class T>
 LANES void prefetch(const T* at) {
   constexpr int kLocality = kStores == cpu::Stores::kCached ? 3 : 0;
@@ -220,7 +220,7 @@ LANES void store(cpu::Half* at, Floats x) {
   put<kStores>(at, bits);
 }
 
-// --- 8-bit codes, as in cpu_floats.h ---
+// --- fp8 values, as in cpu_floats.h ---
 
 // The codes of |x| in the low bytes, rubbish above. A code counts in units that double with every
 // power of two above the least normal number. Adding so large a power of two that its last bit is

@@ -12,7 +12,7 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kByte };
 #define ON_BOTH_SIDES
 #endif
 
-// How a cache entry is stored: a copy, or OCP 8-bit codes.
+// How a cache entry is stored: a copy, or OCP fp8 values.
 enum class KvFormat : int32_t { kCopy, kE4M3, kE5M2 };
 
 // The stream that work is queued on; null for the CPU, where a launch function returns when done.

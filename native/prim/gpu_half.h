@@ -1,4 +1,4 @@
-// The 16-bit dtypes and their conversions, two values a word. HIP's own headers for them call
+// The 16-bit dtypes and their conversions, two values per word. HIP's own headers for them call
 // library functions; there the compiler's _Float16 and plain integer arithmetic serve.
 #pragma once
 

@@ -31,7 +31,7 @@ void launch_typed(const LaunchConfig& config, const char* name, void (*)(Paramet
   check(hipGetLastError(), name, __FILE__, __LINE__);
 }
 
-// Whether `overlap` means anything on a device: no AMD GPU has it.
+// Whether a device has programmatic dependent launch (`overlap`): no AMD GPU has.
 inline bool has_dependent_launch(int) { return false; }
 
 inline int multiprocessors(int device) {
@@ -42,7 +42,7 @@ inline int multiprocessors(int device) {
 
 #else
 
-// Whether `overlap` means anything on a device.
+// Whether a device has programmatic dependent launch (`overlap`).
 inline bool has_dependent_launch(int device) {
   int major = 0;
   GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));

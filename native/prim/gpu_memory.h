@@ -145,7 +145,7 @@ __device__ __forceinline__ uint64_t clock_ns() {
 // Sleeps for up to twice as many nanoseconds.
 __device__ __forceinline__ void nap(uint32_t ns) { __nanosleep(ns); }
 
-// Stores to lines that nobody needs soon: the first to leave the L2 when it is full.
+// The L2 evict-first policy, for stores to lines that are not read again soon.
 __device__ __forceinline__ uint64_t first_to_leave() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -175,7 +175,7 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-// Asks for a line in the L2. Nothing is read, so it may stand before dependency_wait().
+// Prefetches a line into the L2. Nothing is read, so it may stand before dependency_wait().
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
@@ -187,27 +187,28 @@ __device__ __forceinline__ void prefetch_range(const void* address, uint32_t byt
 #endif
 }
 
-// A kernel that streams through memory asks for what its blocks will read about so many bytes ahead
-// of them: reads come in longer bursts between the writes. With less a load finds its line still on
-// its way, with more the lines leave the L2 again before they are read (H200).
+// Prefetch distance in bytes of a kernel that streams through memory: reads come in longer bursts
+// between the writes. With less a load finds its line still on its way, with more the lines are
+// evicted from the L2 before they are read (H200).
 inline constexpr int64_t kAheadBytes = 3 << 20;
 
-// Before dependency_wait(): what the first blocks of a large grid will read comes into the L2 while
-// the predecessor ends. Later blocks would only ask twice, and a small grid has no time to gain.
+// Before dependency_wait(): what the first blocks of a large grid will read is prefetched into the
+// L2 while the predecessor ends. Later blocks would prefetch twice, a small grid has no time to
+// gain.
 __device__ __forceinline__ bool starts_early() { return gridDim.x > 64 && blockIdx.x < 1024; }
 __device__ __forceinline__ void prefetch_early(const void* address) {
   if (starts_early()) prefetch(address);
 }
 
-// First line of a kernel that gpu::launch_overlapped() starts; or the two halves of it, with work
-// on the arguments alone between them. The successor may take the room that this kernel's last
-// blocks leave; it waits in its turn.
+// First line of a kernel that is launched by programmatic dependent launch (launch_overlapped());
+// or the two halves of it, with work on the arguments alone between them. The successor's blocks
+// become resident as this kernel's last ones end, and wait in their turn.
 __device__ __forceinline__ void begin_overlapped() {
   launch_dependents();
   dependency_wait();
 }
 
-// Memory that a kernel touches once: no room in the L1, and first to leave the L2. They keep their
+// Memory that a kernel touches once: L1 no-allocate loads, evict-first stores. They keep their
 // order among each other and after begin_overlapped().
 __device__ __forceinline__ uint4 ld_once(const uint4* address) {
   uint4 value;

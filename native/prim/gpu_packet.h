@@ -1,14 +1,14 @@
 // Two ways in which data is its own arrival flag, so that no fence, flag or barrier follows it.
 //
-// Marked vectors (sums): a slot at rest holds kEmpty in every 32-bit word. The sender replaces a
+// Lamport vectors (sums): a slot at rest holds kEmpty in every 32-bit word. The sender replaces a
 // word that happens to be kEmpty by another NaN; the reader has a word as soon as it is not kEmpty,
 // and writes kEmpty back. kEmpty is a NaN in fp32 and two NaNs in fp16 and bf16, and a sum with a
 // NaN is the one canonical NaN on these GPUs, so no result can tell the difference. The bytes are
 // those of the data. The technique is FlashInfer's and TensorRT-LLM's "lamport" all-reduce, with
 // their -0.0 replaced by a NaN, which needs no restoring.
 //
-// Tagged packets (copies, which must keep every bit): 4 bytes of data travel with 4 bytes of epoch
-// in one 64-bit store, NCCL's LL protocol. Twice the bytes, no reserved value.
+// LL packets (copies, which must keep every bit): 4 bytes of data travel with 4 bytes of epoch in
+// one 64-bit store, as in NCCL's LL protocol. Twice the bytes, no reserved value.
 #pragma once
 
 #include <cstdint>

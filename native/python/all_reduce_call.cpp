@@ -38,7 +38,7 @@ bool look(const AllReduceCall& call, PyObject* object, DLTensor* tensor) {
   return call.torch->dltensor_from_py_object_no_sync(object, tensor) == 0;
 }
 
-// DType (prim/dtype.h), or kOtherwise.
+// DType (prim/dtype.h), or kOtherwise (not applicable).
 int number_of(DLDataType dtype) {
   if (dtype.lanes != 1) return kOtherwise;
   if (dtype.code == kDLFloat && dtype.bits == 32) return 0;
@@ -67,8 +67,8 @@ char* data_of(const DLTensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
-// run(inp, out) -> the function's status, or kOtherwise, with nothing done, where the tensors are
-// not contiguous on the GPU, not of one size and dtype, or of a dtype that is not summed.
+// run(inp, out) -> the function's status, or kOtherwise (not applicable, nothing done) where they
+// are not contiguous on the GPU, not of one size and dtype, or of a dtype that is not summed.
 PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   const AllReduceCall& call = *of(self);
   if (count != 2) return PyErr_Format(PyExc_TypeError, "run(inp, out) takes two tensors");

@@ -19,7 +19,8 @@ struct WriterEnd {
 
 WriterEnd* of(PyObject* self) { return reinterpret_cast<WriterEnd*>(self); }
 
-// kOtherwise: it is to be pickled. kFull: no slot is free. kBusy: a longer call is under way.
+// kOtherwise: not applicable, it is to be pickled. kFull: no slot is free. kBusy: a longer call is
+// under way.
 enum Put : long { kOtherwise, kSent, kFull, kBusy };
 
 // The message is made in the slot itself: until publish() that is the writer's.

@@ -130,8 +130,8 @@ class Team {
   void end() { busy_.clear(std::memory_order_release); }
 
   Lane& lane(int index = 0) { return lanes_[index]; }
-  // work(lane, begin, end) for the parts of [0, count) that lanes take, `unit` bytes an item; parts
-  // begin at multiples of kPartAlign. The same parts on all ranks.
+  // work(lane, begin, end) for the parts of [0, count) that lanes take, `unit` bytes per item;
+  // parts begin at multiples of kPartAlign. The same parts on all ranks.
   template <typename Work>
   void on_lanes(size_t count, size_t unit, Work work) {
     const size_t most = std::max(count * unit / kLaneBytes, size_t{1});

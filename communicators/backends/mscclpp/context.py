@@ -18,9 +18,9 @@ import torch
 from ...base import Refusal
 from ...errors import CommunicatorError, InvalidArgumentError
 
-#: A packet algorithm counts its calls in this many 32-bit words, one a block; they start as 1.
+#: A packet algorithm counts its calls in this many 32-bit words, one per block; they start as 1.
 _FLAGS = 128
-#: all_gather moves blocks x threads x 64 bytes a rank at a time through the scratch buffer.
+#: all_gather moves blocks x threads x 64 bytes per rank at a time through the scratch buffer.
 _GATHER_BLOCKS, _GATHER_THREADS = 56, 1024  # the most that it takes
 UNIQUE_ID_BYTES = 128
 
@@ -33,8 +33,8 @@ class Algorithm:
 
     Attributes:
         package_name: its name in the package.
-        fits: (bytes a rank, world size, scratch bytes) -> why not, or None.
-        launches: (blocks, threads a block) worth trying for a world size.
+        fits: (bytes per rank, world size, scratch bytes) -> why not, or None.
+        launches: (blocks, threads per block) worth trying for a world size.
         accepts: (blocks, threads, world size) -> whether that launch is sound.
     """
 
@@ -158,7 +158,7 @@ class MscclppContext:
                 "this host; its algorithms that are used here need all of them on one"
             )
         self.communicator = package.Communicator(bootstrap)
-        # The package's own flags are one buffer a process: two communicators would count each
+        # The package's own flags are one buffer per process: two communicators would count each
         # other's calls. So the flags are ours, and the builder beneath its Python class is used.
         self.flags = torch.ones(_FLAGS, dtype=torch.int32, device=device)
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What PyNcclCommunicator checks before NCCL does: equal libraries, one GPU a rank, shapes."""
+"""What PyNcclCommunicator checks before NCCL does: equal libraries, one GPU per rank, shapes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _CLOSE_S = 30.0  # at most, for work in flight when the communicator is closed
 
 
 class PyNcclCommunicator(Communicator):
-    """NCCL over the ranks of a group, one GPU a rank.
+    """NCCL over the ranks of a group, one GPU per rank.
 
     Args:
         group: a torch ProcessGroup (only its store is used, so it may be gloo), a

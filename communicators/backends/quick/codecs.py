@@ -94,7 +94,7 @@ def all_reduce(inputs: Sequence[torch.Tensor], codec: str) -> torch.Tensor:
     """What the quantized two-shot all-reduce gives on every rank, bit for bit.
 
     Args:
-        inputs: one fp16 or bf16 tensor a rank, of one shape and on one device, whichever it is.
+        inputs: one fp16 or bf16 tensor per rank, of one shape and on one device, whichever it is.
     """
     dtype, numel, world_size = inputs[0].dtype, inputs[0].numel(), len(inputs)
     owner = owners(numel, world_size).to(inputs[0].device)

@@ -16,7 +16,7 @@ import kvcache_ops  # noqa: E402
 
 
 def many_rows(device: str) -> None:
-    """Calls large enough to ask ahead for what later blocks read, up to the last row.
+    """Calls large enough to prefetch what later blocks read, up to the last row.
 
     The maps name exactly what there is: a step past its end is a step out of its allocation.
     """

@@ -1,4 +1,4 @@
-"""Ops on rows enough for several waves of blocks, which ask ahead for what later ones will read,
+"""Ops on rows enough for several waves of blocks, which prefetch what later ones will read,
 and on few enough for the kernels that do nothing else."""
 
 from __future__ import annotations

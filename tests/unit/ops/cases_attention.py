@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def fill(m: Maker, cache: Tensor, kv: str) -> Tensor:
-    """Ordinary values in a cache (codes of them for fp8)."""
+    """Ordinary values in a cache (fp8 values of them for fp8 caches)."""
     if cache.dtype == U8:
         fmt = torch.float8_e5m2 if kv == "fp8_e5m2" else torch.float8_e4m3fn
         values = torch.randn(cache.shape, generator=m.generator)
