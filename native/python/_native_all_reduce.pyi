@@ -1,4 +1,4 @@
-"""An all-reduce of GPU tensors in one call, compiled into `_native_cpu.so` (all_reduce_call.cpp)."""
+"""An all-reduce of GPU tensors in one call, in `_native_cpu.so` (all_reduce_call.cpp)."""
 
 from torch import Tensor
 
