@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from ..backends.cpu import CpuCommunicator
 from ..errors import InvalidArgumentError
@@ -32,42 +31,42 @@ class SharedMemory:
 
     def reduce(self, call: str, x: Tensor, reduce_op: Any) -> None:
         """All ranks' `x` reduced into this rank's `x`."""
-        op = reductions.kind(call, reduce_op, x, self._rank)
-        summed = op in (ReduceOp.SUM, ReduceOp.AVG)
-        if summed and x.is_complex():
+        kind = reductions.kind(call, reduce_op, x, self._rank)
+        x = x.detach()
+        if kind.summed and x.is_complex():
             x = torch.view_as_real(x)
-        if summed and x.dtype in SUMMED:
-            self._cpu.all_reduce_(x.detach())
+        if kind.summed and x.dtype in SUMMED:
+            self._cpu.all_reduce_(x)
         else:
-            flat = x.detach().contiguous().view(-1)
-            step = ReduceOp.SUM if summed else op
-            reductions.reduce(step, flat, self._world_size, self.all_gather)
+            flat = x.contiguous().view(-1)
+            reductions.reduce(kind, flat, self._world_size, self.all_gather)
             if flat.data_ptr() != x.data_ptr():
-                x.detach().copy_(flat.view_as(x))
-        if op == ReduceOp.AVG:
-            reductions.average(x.detach(), self._world_size)
+                x.copy_(flat.view_as(x))
+        if kind.averaged:
+            reductions.average(x, self._world_size)
 
     def reduce_scatter(self, name: str, out: Tensor, inp: Tensor, reduce_op: Any) -> None:
+        """Part `rank` of the flat reduced `inp` into `out`."""
         if inp.numel() != out.numel() * self._world_size:
             raise InvalidArgumentError(
                 f"{name} on rank {self._rank}: the input has {inp.numel()} elements and the output "
                 f"{out.numel()}; the input must have {self._world_size} times as many"
             )
-        op = reductions.kind(name, reduce_op, inp, self._rank)
-        summed = op in (ReduceOp.SUM, ReduceOp.AVG)
-        if summed and inp.is_complex():
+        kind = reductions.kind(name, reduce_op, inp, self._rank)
+        inp, out = inp.detach(), out.detach()
+        if kind.summed and inp.is_complex():
             inp, out = torch.view_as_real(inp.resolve_conj()), torch.view_as_real(out)
-        if summed and inp.dtype in SUMMED:
-            mine = out.detach() if out.is_contiguous() else torch.empty_like(out)
-            self._cpu.run("reduce_scatter", mine.view(-1), inp.detach().reshape(-1))
-            if op == ReduceOp.AVG:
+        if kind.summed and inp.dtype in SUMMED:
+            mine = out if out.is_contiguous() else torch.empty_like(out)
+            self._cpu.run("reduce_scatter", mine.view(-1), inp.reshape(-1))
+            if kind.averaged:
                 reductions.average(mine, self._world_size)
         else:
-            whole = inp.detach().reshape(-1).clone()
-            self.reduce(name, whole, op)
+            whole = inp.reshape(-1).clone()
+            self.reduce(name, whole, reduce_op)
             mine = whole.view(self._world_size, -1)[self._rank]
         if mine.data_ptr() != out.data_ptr():
-            out.detach().copy_(mine.view_as(out))
+            out.copy_(mine.view_as(out))
 
     def all_gather(self, out: Tensor, inp: Tensor) -> None:
         """Every rank's contiguous `inp` into the contiguous `out`, in rank order."""

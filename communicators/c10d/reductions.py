@@ -6,6 +6,7 @@ In rank order, with torch's own operators, so every rank has the same bits; NaN 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,35 +18,58 @@ from ..errors import InvalidArgumentError
 #: Elements that are gathered at a time, of each rank: bounds the memory.
 _CHUNK = 1 << 20
 
-_STEPS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
-    ReduceOp.SUM: torch.add,
-    ReduceOp.PRODUCT: torch.mul,
-    ReduceOp.MIN: torch.minimum,
-    ReduceOp.MAX: torch.maximum,
-    ReduceOp.BAND: torch.bitwise_and,
-    ReduceOp.BOR: torch.bitwise_or,
-    ReduceOp.BXOR: torch.bitwise_xor,
+
+@dataclass(frozen=True)
+class Kind:
+    """A reduction, and what it takes."""
+
+    name: str
+    step: Callable[[Tensor, Tensor], Tensor]
+    summed: bool = False
+    averaged: bool = False
+    integers: bool = False  # alone, and bool
+    ordered: bool = False  # not complex
+
+
+def _number(op: Any) -> int:
+    return int(op)
+
+
+#: By number, since torch's enums take microseconds to compare.
+_KINDS = {
+    _number(ReduceOp.SUM): Kind("SUM", torch.add, summed=True),
+    _number(ReduceOp.AVG): Kind("AVG", torch.add, summed=True, averaged=True),
+    _number(ReduceOp.PRODUCT): Kind("PRODUCT", torch.mul),
+    _number(ReduceOp.MIN): Kind("MIN", torch.minimum, ordered=True),
+    _number(ReduceOp.MAX): Kind("MAX", torch.maximum, ordered=True),
+    _number(ReduceOp.BAND): Kind("BAND", torch.bitwise_and, integers=True),
+    _number(ReduceOp.BOR): Kind("BOR", torch.bitwise_or, integers=True),
+    _number(ReduceOp.BXOR): Kind("BXOR", torch.bitwise_xor, integers=True),
 }
-_BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 
 
-def kind(call: str, reduce_op: Any, x: Tensor, rank: int) -> Any:
-    """The RedOpType of `reduce_op`; InvalidArgumentError if it cannot be done with `x`'s dtype."""
+def kind(call: str, reduce_op: Any, x: Tensor, rank: int) -> Kind:
+    """What `reduce_op` stands for; InvalidArgumentError if it cannot be done with `x`'s dtype."""
     op = getattr(reduce_op, "op", reduce_op)
+    found = _KINDS.get(_number(op))
+    if found is not None and not (found.integers or found.ordered):
+        return found
     given = f"{call}(tensor, op={op}) on rank {rank}"
-    if op != ReduceOp.AVG and op not in _STEPS:
-        names = ", ".join(sorted(step.name for step in [*_STEPS, ReduceOp.AVG]))
+    if found is None:
+        names = ", ".join(sorted(known.name for known in _KINDS.values()))
         raise InvalidArgumentError(f"{given}: {names} are accepted")
-    if op in _BITWISE and (x.is_floating_point() or x.is_complex()):
+    if found.integers and (x.is_floating_point() or x.is_complex()):
         raise InvalidArgumentError(
             f"{given}: it takes integers and bool, and the tensor is of {x.dtype}"
         )
-    if op in (ReduceOp.MIN, ReduceOp.MAX) and x.is_complex():
+    if found.ordered and x.is_complex():
         raise InvalidArgumentError(f"{given}: complex numbers have no order")
-    return op
+    return found
 
 
-def reduce(op: Any, x: Tensor, world_size: int, gather: Callable[[Tensor, Tensor], None]) -> None:
+def reduce(
+    kind: Kind, x: Tensor, world_size: int, gather: Callable[[Tensor, Tensor], None]
+) -> None:
     """Reduces the flat `x` over the ranks, in place.
 
     Args:
@@ -56,7 +80,7 @@ def reduce(op: Any, x: Tensor, world_size: int, gather: Callable[[Tensor, Tensor
         gather(parts, part)
         total = parts[0]
         for rank in range(1, world_size):
-            total = _STEPS[op](total, parts[rank])
+            total = kind.step(total, parts[rank])
         part.copy_(total)
 
 
