@@ -34,11 +34,6 @@ KERNELS = {
     "all_reduce_one_shot": {"one_shot_kernel": (0, 0, 0), "one_shot_rounds_kernel": (0, 0, 0)},
     "all_reduce_two_shot": {"two_shot_kernel": (0, 0, 0)},
     "all_reduce_streamed": {"streamed_kernel": (1, 2, 4)},
-    "all_reduce_copy_engine": {
-        "begin_kernel": (0, 1, 0),
-        "turn_kernel": (0, 2, 2),
-        "add_kernel": (1, 1, 1),
-    },
     "all_gather": {"small_kernel": (0, 0, 0), "bulk_kernel": (1, 1, 1)},
     "meet": {"meet_kernel": (0, 0, 0)},
 }

@@ -31,7 +31,7 @@ AllReduceCall = Callable[[torch.Tensor, torch.Tensor], int]
 OTHERWISE = -1
 
 #: collectives::Algorithm
-ALGORITHMS = ("automatic", "one_shot", "streamed", "two_shot", "copy_engine")
+ALGORITHMS = ("automatic", "one_shot", "streamed", "two_shot")
 
 
 class CustomArLibrary(CollectivesLibrary):

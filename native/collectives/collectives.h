@@ -15,14 +15,11 @@ enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 inline constexpr uint64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// How many blocks and threads, and how the work is cut. Zero: the algorithm's own choice.
+// How many blocks work on a call. Zero: the algorithm's own choice.
 struct Shape {
   int blocks = 0;        // all, or those that push
   int other_blocks = 0;  // those that reduce
-  int threads = 0;
-  int unroll = 0;       // vectors a thread has in flight
-  uint64_t piece = 0;   // bytes a piece
-  bool overlap = true;  // programmatic dependent launch
+  bool overlap = true;   // programmatic dependent launch
 };
 
 // Largest `bytes` of one call. More is cut into several calls by the caller.
@@ -54,19 +51,5 @@ void all_gather_small(const Workspace& ws, const void* inp, void* out, uint64_t 
                       uint64_t stride, const Shape& shape, gpu::Stream stream);
 void all_gather_bulk(const Workspace& ws, const void* inp, void* out, uint64_t bytes,
                      uint64_t stride, const Shape& shape, gpu::Stream stream);
-
-// Two ranks, any size. The copy engines move the data; two side streams and events of `lanes` carry
-// them, so that it can be captured.
-struct CopyLanes {
-  gpu::Stream stream[kCopyLanes];
-  GPU_NAME(Event_t) begin;
-  GPU_NAME(Event_t) done[kCopyLanes];
-};
-// Loads its kernels. CUDA loads a kernel when it is first launched, which may wait for the device,
-// and the device may be running a kernel of the same call that waits for the one to be loaded.
-void load_copy_engine_kernels();
-void all_reduce_copy_engine(const Workspace& ws, Dtype dtype, const void* inp, void* out,
-                            uint64_t bytes, const Shape& shape, const CopyLanes& lanes,
-                            gpu::Stream stream);
 
 }  // namespace collectives

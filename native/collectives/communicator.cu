@@ -15,7 +15,6 @@ enum Op : uint32_t { kAllReduce = 0, kAllGather = 1, kReduceScatter = 2 };
 Tuning default_tuning(uint32_t world) {
   Tuning tuning;
   tuning.one_shot_most = world == 2 ? 16u << 20 : (1024 * 1024) / (world - 1);
-  tuning.copy_engine_least = 0;  // measured slower than stores of the multiprocessors
   tuning.gather_small_most = 128 * 1024 / (world - 1);
   return tuning;
 }
@@ -73,27 +72,7 @@ Communicator::Communicator(const std::vector<char*>& bases, int rank, const Layo
 
 Communicator::~Communicator() {
   // The caller has seen to it that no kernel of ours is in flight.
-  if (lanes_made_) {
-    for (int lane = 0; lane < kCopyLanes; ++lane) {
-      (void)GPU_NAME(StreamDestroy)(lanes_.stream[lane]);
-      (void)GPU_NAME(EventDestroy)(lanes_.done[lane]);
-    }
-    (void)GPU_NAME(EventDestroy)(lanes_.begin);
-  }
   (void)GPU_NAME(FreeHost)(report_);
-}
-
-CopyLanes& Communicator::lanes() {
-  if (!lanes_made_) {
-    load_copy_engine_kernels();
-    for (int lane = 0; lane < kCopyLanes; ++lane) {
-      GPU_CHECK(GPU_NAME(StreamCreateWithFlags)(&lanes_.stream[lane], cudaStreamNonBlocking));
-      GPU_CHECK(GPU_NAME(EventCreateWithFlags)(&lanes_.done[lane], cudaEventDisableTiming));
-    }
-    GPU_CHECK(GPU_NAME(EventCreateWithFlags)(&lanes_.begin, cudaEventDisableTiming));
-    lanes_made_ = true;
-  }
-  return lanes_;
 }
 
 Workspace Communicator::workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream) {
@@ -139,21 +118,12 @@ void Communicator::throw_report() const {
 }
 
 Algorithm Communicator::algorithm_for(uint64_t bytes) const {
-  const bool two = ws_.world == 2;
   Algorithm algorithm = tuning_.forced;
   if (algorithm == Algorithm::kAutomatic) {
-    if (bytes <= tuning_.one_shot_most) {
-      algorithm = Algorithm::kOneShot;
-    } else if (!two) {
-      algorithm = Algorithm::kTwoShot;
-    } else {
-      const bool copy = tuning_.copy_engine_least > 0 && bytes >= tuning_.copy_engine_least;
-      algorithm = copy ? Algorithm::kCopyEngine : Algorithm::kStreamed;
-    }
+    algorithm = bytes <= tuning_.one_shot_most ? Algorithm::kOneShot : Algorithm::kStreamed;
   }
-  // What was forced must still be right for the message.
-  const bool needs_two = algorithm == Algorithm::kStreamed || algorithm == Algorithm::kCopyEngine;
-  if (needs_two && !two) algorithm = Algorithm::kTwoShot;
+  // The message and the world must be right for it.
+  if (algorithm == Algorithm::kStreamed && ws_.world != 2) algorithm = Algorithm::kTwoShot;
   if (algorithm == Algorithm::kTwoShot && vectors_of(bytes) < ws_.world) {
     algorithm = Algorithm::kOneShot;
   }
@@ -170,9 +140,6 @@ void Communicator::all_reduce(Dtype dtype, const void* inp, void* out, uint64_t 
   const Algorithm algorithm = algorithm_for(bytes);
   if (algorithm == Algorithm::kStreamed) {
     return all_reduce_streamed(ws, dtype, inp, out, bytes, shape, stream);
-  }
-  if (algorithm == Algorithm::kCopyEngine) {
-    return all_reduce_copy_engine(ws, dtype, inp, out, bytes, shape, lanes(), stream);
   }
   const bool one_shot = algorithm == Algorithm::kOneShot;
   const uint64_t limit = one_shot ? one_shot_limit(ws) : two_shot_limit(ws);
@@ -223,26 +190,15 @@ void Communicator::reduce_scatter(Dtype dtype, const void* inp, void* out, uint6
 
 void Communicator::tune(const std::string& name, int64_t value) {
   if (value < 0) throw Error(Failure::kArgument, "tune(" + name + "): the value is negative");
-  const auto size = static_cast<uint64_t>(value);
   const auto number = static_cast<int>(value);
-  if (name == "algorithm" && number <= static_cast<int>(Algorithm::kCopyEngine)) {
+  if (name == "algorithm" && number <= static_cast<int>(Algorithm::kTwoShot)) {
     tuning_.forced = static_cast<Algorithm>(number);
-  } else if (name == "one_shot_most") {
-    tuning_.one_shot_most = size;
-  } else if (name == "copy_engine_least") {
-    tuning_.copy_engine_least = size;
   } else if (name == "gather_small_most") {
-    tuning_.gather_small_most = size;
+    tuning_.gather_small_most = static_cast<uint64_t>(value);
   } else if (name == "blocks") {
     tuning_.shape.blocks = number;
   } else if (name == "other_blocks" && number <= kMaxBlocks) {
     tuning_.shape.other_blocks = number;
-  } else if (name == "threads" && number <= 512 && number % 32 == 0) {
-    tuning_.shape.threads = number;
-  } else if (name == "unroll" && (number == 0 || number == 1 || number == 2 || number == 4)) {
-    tuning_.shape.unroll = number;
-  } else if (name == "piece") {
-    tuning_.shape.piece = size;
   } else if (name == "overlap") {
     tuning_.shape.overlap = number != 0;
   } else {

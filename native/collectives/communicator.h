@@ -17,7 +17,6 @@ enum class Algorithm : int {
   kOneShot = 1,
   kStreamed = 2,
   kTwoShot = 3,
-  kCopyEngine = 4,
 };
 
 // Thrown with one of the codes that the C interface returns.
@@ -31,8 +30,7 @@ class Error : public std::runtime_error {
 // Which algorithm from how many bytes on. Measured on 2 x H200; the same on all ranks.
 struct Tuning {
   Algorithm forced = Algorithm::kAutomatic;
-  uint64_t one_shot_most = 0;      // above: streamed (2 ranks) or two-shot
-  uint64_t copy_engine_least = 0;  // 2 ranks; 0: never
+  uint64_t one_shot_most = 0;  // above: streamed (2 ranks) or two-shot
   uint64_t gather_small_most = 0;
   Shape shape;  // overrides of the algorithms' own choice
 };
@@ -55,8 +53,8 @@ class Communicator {
   // Makes every kernel on this rank's workspace from now on end at once. Waits for those in flight.
   void retire();
   void set_timeout_ns(uint64_t timeout_ns) { ws_.spin.timeout_ns = timeout_ns; }
-  // Names: algorithm, one_shot_most, copy_engine_least, gather_small_most, blocks, other_blocks,
-  // threads, unroll, piece, overlap. A value of 0 in a shape is the algorithm's own choice.
+  // Names: algorithm, gather_small_most, and those of a Shape, where 0 is the algorithm's own
+  // choice.
   void tune(const std::string& name, int64_t value);
   Algorithm algorithm_for(uint64_t bytes) const;
   int device() const { return device_; }
@@ -68,15 +66,12 @@ class Communicator {
   // This rank's view for a call on `stream`, which waits for the peers before the first one. Notes
   // the call where a graph records it.
   Workspace workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream);
-  CopyLanes& lanes();
   [[noreturn]] void throw_report() const;
 
   Workspace ws_{};
   Tuning tuning_;
   int device_ = 0;
   gpu::SpinReport* report_ = nullptr;  // pinned
-  CopyLanes lanes_{};
-  bool lanes_made_ = false;
   bool programmatic_launch_ = true;
   Captures captures_;
   bool met_ = false;  // the peers have been waited for, outside of any graph

@@ -30,8 +30,6 @@
 // | consumed[b]     | rank  | peer's reducer b     | raised to the first unread piece | <= own epoch   |
 // | pushed[b]       | rank  | its own pusher b     | raised to (e, chunks sent)       | any            |
 // | arrived[p][b]   | rank  | peer p's pusher b    | raised to (e, chunks sent)       | any            |
-// | ready, sent,    | rank  | see all_reduce_copy_engine.cu                           |                |
-// | landed, taken   |       |                                                         |                |
 // clang-format on
 //
 // Epochs live here, in device memory, so that a CUDA graph can be replayed any number of times and
@@ -53,9 +51,12 @@ inline constexpr int kStateWords = COMMUNICATORS_STATE_WORDS;
 #else
 inline constexpr int kStateWords = 512;
 #endif
-inline constexpr int kMaxBlocks = 512;   // of kernels with counters a block
-inline constexpr int kCopyLanes = 2;     // copy streams of the copy-engine all-reduce
-inline constexpr int kCopyAdders = 128;  // most blocks of its adding kernel
+inline constexpr int kMaxBlocks = 512;  // of kernels with counters a block
+#ifdef COMMUNICATORS_BLOCK_THREADS      // tests, where each is a thread of the operating system
+inline constexpr int kMaxThreads = COMMUNICATORS_BLOCK_THREADS;
+#else
+inline constexpr int kMaxThreads = 512;  // of a block
+#endif
 
 // Every word of a workspace at rest holds the same value, so a block may read any of them; many, so
 // that not all blocks go to one place in the L2. Both halves are read in one load.
@@ -70,11 +71,6 @@ struct Control {
   uint64_t consumed[kMaxBlocks];
   uint64_t arrived[kMaxWorld][kMaxBlocks];
   uint64_t started[kMaxWorld];
-  uint64_t ready;
-  uint64_t copy_epoch;
-  uint64_t sent[kCopyLanes];
-  uint64_t landed[kCopyLanes];
-  uint64_t taken[kCopyAdders];
   uint32_t alive[kMaxWorld];
   uint32_t aborted;
   uint32_t entered;

@@ -53,11 +53,8 @@ EXPORTED void emulated_destroy_graph(void* graph) {
   delete gone;
 }
 
-// Not built here: two ranks use them for sizes, or on request, that no test of graphs has.
+// Not built here: two ranks use it for sizes that no test of graphs has.
 namespace collectives {
-void load_copy_engine_kernels() {}
-void all_reduce_copy_engine(const Workspace&, Dtype, const void*, void*, uint64_t, const Shape&,
-                            const CopyLanes&, gpu::Stream) {}
 void all_reduce_streamed(const Workspace&, Dtype, const void*, void*, uint64_t, const Shape&,
                          gpu::Stream) {}
 }  // namespace collectives
