@@ -1,6 +1,8 @@
 // All-gather, bit for bit. Small parts travel as tagged packets (twice the bytes, one trip, no
 // fence). Large ones are pushed as they are, chunk by chunk, behind a counter a pushing block;
 // other blocks copy chunks that have arrived into the output.
+#include <algorithm>
+
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
 #include "prim/gpu_launch.h"
@@ -8,7 +10,6 @@
 namespace collectives {
 namespace {
 
-constexpr int kMaxThreads = 512;
 constexpr int kUnroll = 4;
 
 // The parts of the output.
@@ -167,7 +168,7 @@ uint64_t all_gather_limit(const Workspace& ws) { return ws.bulk_stride; }
 void all_gather_small(const Workspace& ws, const void* inp, void* out, uint64_t bytes,
                       uint64_t stride, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
-  const int threads = shape.threads > 0 ? shape.threads : 256;
+  constexpr int threads = std::min(256, kMaxThreads);
   const int blocks =
       at_most((vectors + threads - 1) / threads, shape.blocks > 0 ? shape.blocks : 132);
   by_element(inp, out, bytes, stride, [&](auto element) {
@@ -184,8 +185,7 @@ void all_gather_small(const Workspace& ws, const void* inp, void* out, uint64_t 
 void all_gather_bulk(const Workspace& ws, const void* inp, void* out, uint64_t bytes,
                      uint64_t stride, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
-  const int threads = shape.threads > 0 ? shape.threads : kMaxThreads;
-  const uint64_t chunk = static_cast<uint64_t>(threads) * kUnroll;
+  constexpr uint64_t chunk = kMaxThreads * kUnroll;
   const uint64_t chunks = (vectors + chunk - 1) / chunk;
   const int pushers = at_most(chunks, shape.blocks > 0 ? shape.blocks : 66);
   const int collectors = at_most(chunks, shape.other_blocks > 0 ? shape.other_blocks : 66);
@@ -193,7 +193,7 @@ void all_gather_bulk(const Workspace& ws, const void* inp, void* out, uint64_t b
     by_world(ws.world, [&](auto world) {
       using Element = decltype(element);
       gpu::launch<bulk_kernel<Element, decltype(world)::value>>(
-          {pushers + collectors, threads, stream, shape.overlap}, "all_gather_bulk", ws,
+          {pushers + collectors, kMaxThreads, stream, shape.overlap}, "all_gather_bulk", ws,
           gpu::Span<Element>(inp, bytes), Parts{static_cast<char*>(out), bytes, stride},
           static_cast<uint32_t>(vectors), static_cast<uint32_t>(chunks),
           static_cast<uint32_t>(pushers), static_cast<uint32_t>(collectors));

@@ -5,8 +5,9 @@
 // One vector a thread is the fastest at every size: what a thread does once must be fetched by its
 // multiprocessor, so a microsecond's worth of kernel has no instruction to spare. Blocks that are
 // not resident yet start as others end; they start in order on every rank, so a block's
-// counterparts always come to run. Fewer blocks than that, and unaligned or partial vectors, use a
-// grid-stride kernel.
+// counterparts always come to run. With fewer blocks than that, or vectors that are not whole,
+// threads go round in a kernel of their own.
+#include <algorithm>
 #include <type_traits>
 
 #include "collectives/collectives.h"
@@ -16,8 +17,6 @@
 
 namespace collectives {
 namespace {
-
-constexpr int kMaxThreads = 512;
 
 // What the number of blocks decides.
 //   kSmall  one poll at a time
@@ -141,7 +140,7 @@ uint64_t one_shot_limit(const Workspace& ws) { return ws.slot_stride; }
 void all_reduce_one_shot(const Workspace& ws, DType dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   const uint64_t vectors = vectors_of(bytes);
-  const int threads = shape.threads > 0 ? shape.threads : threads_for(vectors);
+  const int threads = std::min(threads_for(vectors), kMaxThreads);
   const uint64_t needed = (vectors + threads - 1) / threads;
   const int blocks = at_most(needed, shape.blocks > 0 ? shape.blocks : needed);
   const gpu::LaunchConfig config{blocks, threads, stream, shape.overlap};

@@ -18,11 +18,10 @@
 namespace collectives {
 namespace {
 
-constexpr int kMaxThreads = 512;
-constexpr int U = 2;  // vectors that a thread has in flight: 1 and 4 are slower
+constexpr int kUnroll = 2;  // vectors a thread has in flight
 
-// The cut into pieces of chunks of blockDim * U vectors. Pusher p sends the chunks p, p + pushers,
-// ... of every piece; reducer r adds r, r + reducers, ...
+// The cut into pieces of chunks of blockDim * kUnroll vectors. Of every piece pusher p sends the
+// chunks p, p + pushers, ..., and reducer r adds r, r + reducers, ...
 struct Cut {
   uint32_t vectors;
   uint32_t pieces;
@@ -61,18 +60,18 @@ __device__ __forceinline__ void push(const Workspace& ws, Call<>& call,
       wait_consumed(epoch + piece - 1);
     }
     uint4* area = reinterpret_cast<uint4*>(ws.slot_area(peer, ws.rank) + ws.slot_of(epoch + piece));
-    const uint32_t base = piece * cut.piece_chunks * blockDim.x * U;
+    const uint32_t base = piece * cut.piece_chunks * blockDim.x * kUnroll;
     const uint32_t chunks = cut.chunks_in(piece);
     for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += cut.pushers) {
-      const uint32_t first = chunk * blockDim.x * U + threadIdx.x;
-      uint4 values[U];
+      const uint32_t first = chunk * blockDim.x * kUnroll + threadIdx.x;
+      uint4 values[kUnroll];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         const uint32_t i = first + u * blockDim.x;
         if (base + i < cut.vectors) values[u] = inp.load(base + i);
       }
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         const uint32_t i = first + u * blockDim.x;
         if (base + i < cut.vectors) {
           gpu::send_marked(area + i, values[u]);
@@ -104,21 +103,21 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
   call.settle(ws);
   for (uint32_t piece = 0; piece < cut.pieces; ++piece) {
     uint4* area = reinterpret_cast<uint4*>(ws.slot_area(ws.rank, peer) + ws.slot_of(epoch + piece));
-    const uint32_t base = piece * cut.piece_chunks * blockDim.x * U;
+    const uint32_t base = piece * cut.piece_chunks * blockDim.x * kUnroll;
     const uint32_t chunks = cut.chunks_in(piece);
     for (uint32_t chunk = block; chunk < chunks; chunk += cut.reducers) {
-      const uint32_t first = chunk * blockDim.x * U + threadIdx.x;
-      uint4 own[U];
-      uint4 theirs[U];
-      uint4* slots[U];
+      const uint32_t first = chunk * blockDim.x * kUnroll + threadIdx.x;
+      uint4 own[kUnroll];
+      uint4 theirs[kUnroll];
+      uint4* slots[kUnroll];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         const uint32_t i = first + u * blockDim.x;
         const bool inside = base + i < cut.vectors;
         slots[u] = inside ? area + i : nullptr;
         if (inside) own[u] = inp.load(base + i);
       }
-      wait_for_warp(slots[U - 1], ws, spin, epoch, first, peer);
+      wait_for_warp(slots[kUnroll - 1], ws, spin, epoch, first, peer);
       receive_marked(theirs, slots, ws, spin, epoch, first, [&](int) { return peer; });
       if (cut.in_place) {
         if (threadIdx.x == 0) {
@@ -131,7 +130,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
         __syncthreads();
       }
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         if (slots[u] != nullptr) {
           const uint4 peer_value[1] = {theirs[u]};
           out.store(base + first + u * blockDim.x,
@@ -173,18 +172,15 @@ __global__ void __launch_bounds__(kMaxThreads)
 void all_reduce_streamed(const Workspace& ws, DType dtype, const void* inp, void* out,
                          uint64_t bytes, const Shape& shape, gpu::Stream stream) {
   if (ws.world != 2) throw std::runtime_error("all_reduce_streamed is for two ranks");
-  const int threads = shape.threads > 0 ? shape.threads : kMaxThreads;
-  const uint64_t chunk = static_cast<uint64_t>(threads) * U;
+  constexpr uint64_t chunk = kMaxThreads * kUnroll;  // vectors
   const uint64_t vectors = vectors_of(bytes);
   if (vectors > (uint64_t{1} << 31)) {
     throw std::runtime_error("all_reduce_streamed: at most 32 GB a call");
   }
-  uint64_t piece = shape.piece > 0 ? shape.piece : ws.layout.slot / 2;
-  if (piece > ws.layout.slot) piece = ws.layout.slot;
   const uint64_t chunks = (vectors + chunk - 1) / chunk;
   Cut cut;
   cut.vectors = static_cast<uint32_t>(vectors);
-  cut.piece_chunks = at_most(piece / gpu::kVectorBytes / chunk, chunks);
+  cut.piece_chunks = at_most(ws.layout.slot / 2 / gpu::kVectorBytes / chunk, chunks);
   cut.pieces = static_cast<uint32_t>((chunks + cut.piece_chunks - 1) / cut.piece_chunks);
   cut.last_chunks = static_cast<uint32_t>(chunks) - (cut.pieces - 1) * cut.piece_chunks;
   cut.pushers = at_most(cut.piece_chunks, shape.blocks > 0 ? shape.blocks : 32);
@@ -199,15 +195,14 @@ void all_reduce_streamed(const Workspace& ws, DType dtype, const void* inp, void
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto go = [&](auto whole) {
-      constexpr bool kWhole = decltype(whole)::value != 0;
+      constexpr bool kWhole = decltype(whole)::value;
       gpu::launch<streamed_kernel<T, kWhole>>(
-          {blocks, threads, stream, shape.overlap}, "all_reduce_streamed", ws,
+          {blocks, kMaxThreads, stream, shape.overlap}, "all_reduce_streamed", ws,
           gpu::SpanOf<T, kWhole>(inp, bytes), gpu::SpanOf<T, kWhole>(out, bytes), cut);
     };
-    if (gpu::SpanOf<T>(inp, bytes).all_whole() && gpu::SpanOf<T>(out, bytes).all_whole()) {
-      return go(Number<1>{});
-    }
-    return go(Number<0>{});
+    const bool whole =
+        gpu::SpanOf<T>(inp, bytes).all_whole() && gpu::SpanOf<T>(out, bytes).all_whole();
+    whole ? go(std::true_type{}) : go(std::false_type{});
   });
 }
 

@@ -14,8 +14,6 @@
 namespace collectives {
 namespace {
 
-constexpr int kMaxThreads = 512;
-
 // Where the slices lie in the tensor.
 struct Slices {
   uint64_t bytes;   // of the whole tensor, or of one part
@@ -156,13 +154,12 @@ __global__ void __launch_bounds__(kMaxThreads)
 void launch_two_shot(const Workspace& ws, DType dtype, const void* inp, void* out,
                      const Slices& slices, bool share, const Shape& shape, gpu::Stream stream,
                      const char* name) {
-  const int threads = shape.threads > 0 ? shape.threads : kMaxThreads;
   by_dtype(dtype, [&](auto type) {
     by_world(ws.world, [&](auto world) {
       using T = typename decltype(type)::type;
       constexpr int W = decltype(world)::value;
       const uint64_t longest = slices.longest<W>();
-      const uint64_t needed = (longest + threads - 1) / threads;
+      const uint64_t needed = (longest + kMaxThreads - 1) / kMaxThreads;
       // Measured on four H200: up to 2 MB as many as make one wave, above twice as many.
       const int usual = share && longest * W > 128 * 1024 ? 88 : 44;
       Roles roles;
@@ -171,7 +168,7 @@ void launch_two_shot(const Workspace& ws, DType dtype, const void* inp, void* ou
       roles.collectors = share ? roles.owners : 0;
       const int blocks = roles.pushers + roles.owners + roles.collectors;
       if (blocks > kMaxBlocks) throw std::runtime_error("two_shot: the shape has too many blocks");
-      gpu::launch<two_shot_kernel<T, W>>({blocks, threads, stream, shape.overlap}, name, ws,
+      gpu::launch<two_shot_kernel<T, W>>({blocks, kMaxThreads, stream, shape.overlap}, name, ws,
                                          static_cast<const char*>(inp), static_cast<char*>(out),
                                          slices, roles);
     });

@@ -12,13 +12,15 @@
 
 namespace collectives {
 
-// How many blocks and threads, and how the work is cut. Zero: the algorithm's own choice.
+enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+inline constexpr uint64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// How many blocks work on a call. Zero: the algorithm's own choice.
 struct Shape {
   int blocks = 0;        // all, or those that push
   int other_blocks = 0;  // those that reduce
-  int threads = 0;
-  uint64_t piece = 0;   // bytes a piece
-  bool overlap = true;  // programmatic dependent launch
+  bool overlap = true;   // programmatic dependent launch
 };
 
 // Largest `bytes` of one call. More is cut into several calls by the caller.

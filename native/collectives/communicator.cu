@@ -75,7 +75,7 @@ Communicator::~Communicator() {
   (void)GPU_NAME(FreeHost)(report_);
 }
 
-Workspace Communicator::workspace(uint32_t op, DType dtype, uint64_t bytes, gpu::Stream stream) {
+Workspace Communicator::workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream) {
   Workspace ws = ws_;
   ws.spin.op = op;
   const bool recorded = captures_.note(stream, op, static_cast<uint64_t>(dtype), bytes);
@@ -118,17 +118,12 @@ void Communicator::throw_report() const {
 }
 
 Algorithm Communicator::algorithm_for(uint64_t bytes) const {
-  const bool two = ws_.world == 2;
   Algorithm algorithm = tuning_.forced;
   if (algorithm == Algorithm::kAutomatic) {
-    if (bytes <= tuning_.one_shot_most) {
-      algorithm = Algorithm::kOneShot;
-    } else {
-      algorithm = two ? Algorithm::kStreamed : Algorithm::kTwoShot;
-    }
+    algorithm = bytes <= tuning_.one_shot_most ? Algorithm::kOneShot : Algorithm::kStreamed;
   }
-  // What was forced must still be right for the message.
-  if (algorithm == Algorithm::kStreamed && !two) algorithm = Algorithm::kTwoShot;
+  // The message and the world must be right for it.
+  if (algorithm == Algorithm::kStreamed && ws_.world != 2) algorithm = Algorithm::kTwoShot;
   if (algorithm == Algorithm::kTwoShot && vectors_of(bytes) < ws_.world) {
     algorithm = Algorithm::kOneShot;
   }
@@ -195,20 +190,15 @@ void Communicator::reduce_scatter(DType dtype, const void* inp, void* out, uint6
 
 void Communicator::tune(const std::string& name, int64_t value) {
   if (value < 0) throw Error(Failure::kArgument, "tune(" + name + "): the value is negative");
-  const auto size = static_cast<uint64_t>(value);
   const auto number = static_cast<int>(value);
   if (name == "algorithm" && number <= static_cast<int>(Algorithm::kTwoShot)) {
     tuning_.forced = static_cast<Algorithm>(number);
   } else if (name == "gather_small_most") {
-    tuning_.gather_small_most = size;
+    tuning_.gather_small_most = static_cast<uint64_t>(value);
   } else if (name == "blocks") {
     tuning_.shape.blocks = number;
   } else if (name == "other_blocks" && number <= kMaxBlocks) {
     tuning_.shape.other_blocks = number;
-  } else if (name == "threads" && number <= 512 && number % 32 == 0) {
-    tuning_.shape.threads = number;
-  } else if (name == "piece") {
-    tuning_.shape.piece = size;
   } else if (name == "overlap") {
     tuning_.shape.overlap = number != 0;
   } else {

@@ -53,8 +53,8 @@ class Communicator {
   // Makes every kernel on this rank's workspace from now on end at once. Waits for those in flight.
   void retire();
   void set_timeout_ns(uint64_t timeout_ns) { ws_.spin.timeout_ns = timeout_ns; }
-  // Names: algorithm, gather_small_most, blocks, other_blocks, threads, piece, overlap. A value of
-  // 0 in a shape is the algorithm's own choice.
+  // Names: algorithm, gather_small_most, and those of a Shape, where 0 is the algorithm's own
+  // choice.
   void tune(const std::string& name, int64_t value);
   Algorithm algorithm_for(uint64_t bytes) const;
   int device() const { return device_; }
@@ -65,7 +65,7 @@ class Communicator {
  private:
   // This rank's view for a call on `stream`, which waits for the peers before the first one. Notes
   // the call where a graph records it.
-  Workspace workspace(uint32_t op, DType dtype, uint64_t bytes, gpu::Stream stream);
+  Workspace workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream);
   [[noreturn]] void throw_report() const;
 
   Workspace ws_{};

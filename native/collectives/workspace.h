@@ -52,6 +52,11 @@ inline constexpr int kStateWords = COMMUNICATORS_STATE_WORDS;
 inline constexpr int kStateWords = 512;
 #endif
 inline constexpr int kMaxBlocks = 512;  // of kernels with counters a block
+#ifdef COMMUNICATORS_BLOCK_THREADS      // tests, where each is a thread of the operating system
+inline constexpr int kMaxThreads = COMMUNICATORS_BLOCK_THREADS;
+#else
+inline constexpr int kMaxThreads = 512;  // of a block
+#endif
 
 // Every word of a workspace at rest holds the same value, so a block may read any of them; many, so
 // that not all blocks go to one place in the L2. Both halves are read in one load.

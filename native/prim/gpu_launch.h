@@ -211,11 +211,4 @@ void launch(const LaunchConfig& config, const char* name, Arguments... arguments
   launch_typed<kernel>(config, name, kernel, arguments...);
 }
 
-// Loads a kernel that its first launch would load, which may wait for the device.
-template <auto kernel>
-void preload() {
-  GPU_NAME(FuncAttributes) attributes;
-  GPU_CHECK(GPU_NAME(FuncGetAttributes)(&attributes, reinterpret_cast<const void*>(kernel)));
-}
-
 }  // namespace gpu

@@ -194,8 +194,8 @@ def test_native_refusals_are_raised(library: custom_ar.CustomArLibrary) -> None:
     with pytest.raises(InvalidArgumentError):
         library.create([1, 2, 3], 0, (1, 2, 3))
     with pytest.raises(InvalidArgumentError):
-        library.tune(1, "piece", -1)
-    library.tune(1, "piece", 4096)
+        library.tune(1, "blocks", -1)
+    library.tune(1, "blocks", 16)
 
 
 def test_every_exported_function_is_bound() -> None:

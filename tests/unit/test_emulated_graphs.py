@@ -50,8 +50,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     def compiled(source: Path) -> str:
         target = directory / f"{source.stem}.o"
         command = [
-            "c++", "-std=c++20", "-O0", "-fPIC", "-pthread", f"-I{_HERE}",
-            f"-I{_NATIVE.parent}", "-x", "c++", "-c", str(source), "-o", str(target),
+            "c++", "-std=c++20", "-O0", "-fPIC", "-pthread", "-DCOMMUNICATORS_BLOCK_THREADS=32",
+            f"-I{_HERE}", f"-I{_NATIVE.parent}", "-x", "c++", "-c", str(source), "-o", str(target),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -118,7 +118,6 @@ class Exact(Ranks):
         for handle in self.handles:
             for name in ("blocks", "other_blocks"):
                 self.exact.tune(handle, name, 1)
-            self.exact.tune(handle, "threads", 32)
 
     def call(self, op: str, rank: int, inp: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         handle, at = self.handles[rank], (inp.data_ptr(), out.data_ptr())

@@ -21,6 +21,7 @@ _KERNELS = ("all_reduce_one_shot", "all_reduce_streamed", "all_reduce_two_shot",
 def _compile(source: Path, target: Path, state_words: int) -> Path:
     command = [
         "c++", "-std=c++20", "-O1", "-pthread", f"-DCOMMUNICATORS_STATE_WORDS={state_words}",
+        "-DCOMMUNICATORS_BLOCK_THREADS=32",
         f"-I{_HERE}", f"-I{_NATIVE}", "-x", "c++", "-c", str(source), "-o", str(target),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -68,7 +68,7 @@ void expect(bool right, const char* what, int world, int turn, size_t count) {
 }
 
 void mixed_calls(int world, int turns, uint32_t seed) {
-  const Ranks ranks = open_ranks(world, Layout{32768, 8192, 8192}, 60);
+  const Ranks ranks = open_ranks(world, Layout{8192, 8192, 8192}, 60);
   std::mt19937 random(seed);
   uint64_t epoch = 0;
   for (int turn = 0; turn < turns; ++turn) {
@@ -87,10 +87,8 @@ void mixed_calls(int world, int turns, uint32_t seed) {
       for (size_t i = 0; i < whole; ++i) sum[i] += inputs[r][i];
     }
     Shape shape;
-    shape.threads = 32;
     shape.blocks = 1 + static_cast<int>(random() % 3);
     shape.other_blocks = 1 + static_cast<int>(random() % 3);
-    shape.piece = 4096;
     const bool in_place = random() % 2 == 0 && kind <= 2;
     for (int r = 0; r < world; ++r) {
       outputs[r].assign(kind == 4 ? count * world : count, -1.0f);
@@ -147,8 +145,7 @@ void mixed_calls(int world, int turns, uint32_t seed) {
 void missing_rank(int world) {
   const Ranks ranks = open_ranks(world, Layout{32768, 8192, 8192}, 0.2);
   std::vector<float> x(64, 1.0f), out(64);
-  Shape shape;
-  shape.threads = 32;
+  const Shape shape;
   for (int call = 0; call < 2; ++call) {  // the second finds the workspace aborted and ends at once
     all_reduce_one_shot(ranks[0]->ws, DType::kFloat32, x.data(), out.data(), 256, shape, nullptr);
   }

@@ -29,7 +29,6 @@
 #define GPU_NAME(name) emulated_##name
 #define GPU_NAME_OF_CAPTURE_INFO emulated_StreamGetCaptureInfo
 #define GPU_CHECK(call) (void)(call)
-using emulated_Event_t = void*;
 
 struct Dim {
   uint32_t x;

@@ -50,7 +50,6 @@ inline constexpr int emulated_UserObjectNoDestructorSync = 1;
 inline constexpr int emulated_GraphUserObjectMove = 1;
 inline constexpr int emulated_MemcpyHostToDevice = 1;
 inline constexpr int emulated_HostAllocMapped = 2, cudaHostAllocMapped = 2;
-inline constexpr int cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
 
 inline int emulated_StreamIsCapturing(void* stream, int* status) {
   *status = emulated::graph_of(stream) != nullptr;
@@ -105,7 +104,3 @@ inline int emulated_Memcpy(void* to, const void* from, size_t bytes, int) {
   return 0;
 }
 inline int emulated_DeviceSynchronize() { return emulated::synchronize(); }
-inline int emulated_StreamCreateWithFlags(void** made, int) { return *made = nullptr, 0; }
-inline int emulated_StreamDestroy(void*) { return 0; }
-inline int emulated_EventCreateWithFlags(void** made, int) { return *made = nullptr, 0; }
-inline int emulated_EventDestroy(void*) { return 0; }
