@@ -12,10 +12,6 @@
 
 namespace collectives {
 
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-inline constexpr uint64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // How many blocks work on a call. Zero: the algorithm's own choice.
 struct Shape {
   int blocks = 0;        // all, or those that push

@@ -75,7 +75,7 @@ Communicator::~Communicator() {
   (void)GPU_NAME(FreeHost)(report_);
 }
 
-Workspace Communicator::workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream) {
+Workspace Communicator::workspace(uint32_t op, DType dtype, uint64_t bytes, gpu::Stream stream) {
   Workspace ws = ws_;
   ws.spin.op = op;
   const bool recorded = captures_.note(stream, op, static_cast<uint64_t>(dtype), bytes);

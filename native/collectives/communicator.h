@@ -65,7 +65,7 @@ class Communicator {
  private:
   // This rank's view for a call on `stream`, which waits for the peers before the first one. Notes
   // the call where a graph records it.
-  Workspace workspace(uint32_t op, Dtype dtype, uint64_t bytes, gpu::Stream stream);
+  Workspace workspace(uint32_t op, DType dtype, uint64_t bytes, gpu::Stream stream);
   [[noreturn]] void throw_report() const;
 
   Workspace ws_{};

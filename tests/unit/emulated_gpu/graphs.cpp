@@ -55,6 +55,6 @@ EXPORTED void emulated_destroy_graph(void* graph) {
 
 // Not built here: two ranks use it for sizes that no test of graphs has.
 namespace collectives {
-void all_reduce_streamed(const Workspace&, Dtype, const void*, void*, uint64_t, const Shape&,
+void all_reduce_streamed(const Workspace&, DType, const void*, void*, uint64_t, const Shape&,
                          gpu::Stream) {}
 }  // namespace collectives
