@@ -18,7 +18,7 @@ from torch import nn
 
 import communicators.c10d
 from communicators import CommMismatchError, InvalidArgumentError, PeerDiedError
-from tests.harness import Rank, pool, run_fresh
+from tests.ranks import Rank, pool, run_fresh
 
 OPS = {
     dist.ReduceOp.SUM: torch.add,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from communicators import CommTimeoutError, CommunicatorError, CpuCommunicator, Settings, shm
-from tests.harness import Outcome, Rank, Ranks, run_fresh
+from tests.ranks import Outcome, Rank, Ranks, run_fresh
 
 TIMEOUT_S = 1.5
 SOON_S = 5.0  # what takes 20 ms on an idle machine; far below the deadlines it is held against

@@ -20,7 +20,7 @@ from communicators import CommunicatorError, Settings, shm
 from communicators.groups.calls import Call
 from tests.faults import exits
 from tests.faults.test_shm_faults import opened
-from tests.harness import Rank, run_fresh
+from tests.ranks import Rank, run_fresh
 
 DEAD_S = 2.0
 

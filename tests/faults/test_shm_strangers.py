@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from communicators import CpuCommunicator, Settings, shm
-from tests.harness import Outcome, Rank, run_fresh
+from tests.ranks import Outcome, Rank, run_fresh
 
 STRANGER = 65534
 TIMEOUT_S = 1.5

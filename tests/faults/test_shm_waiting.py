@@ -13,7 +13,7 @@ import torch
 
 from communicators import CommunicatorError
 from tests.faults.test_shm_faults import opened
-from tests.harness import Rank, run_fresh
+from tests.ranks import Rank, run_fresh
 
 
 def two_threads(rank: Rank) -> list[str]:

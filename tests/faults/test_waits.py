@@ -26,7 +26,7 @@ from communicators.groups import hosts
 from communicators.groups.hosts import Home
 from communicators.peer_access.p2p_cache import P2PCache, PairResult, folder_problem
 from communicators.peer_access.topology import HostFacts, probe_host
-from tests.harness import Rank, Ranks, run_fresh
+from tests.ranks import Rank, Ranks, run_fresh
 from tests.unit.test_stateless import free_port
 
 SOON_S = 2.0

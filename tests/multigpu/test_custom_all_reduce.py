@@ -10,7 +10,7 @@ import torch
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.errors import InvalidArgumentError, RefusedError
 from tests.gpu.virtual_ranks import rank_ordered_sum, same_bits
-from tests.multigpu.harness import Rank, Ranks
+from tests.ranks import Rank, Ranks
 
 # A mark and not a skip of the module, which ranks that see one GPU import too.
 pytestmark = [
@@ -24,21 +24,21 @@ SIZES = (1, 8, 333, 4096, 65536, 262145, 1 << 20, (3 << 20) + 5, 12 << 20)
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    made = Ranks(2)
-    made.run(_open, timeout_s=120)
+    made = Ranks(2, gpus=True)
+    made.run(_open, deadline_s=120)
     yield made
     made.run(_close)
-    made.close()
+    made.kill()
 
 
 def _open(me: Rank) -> None:
-    me.kept["comm"] = CustomAllreduce(me.group, me.device)
-    assert not me.kept["comm"].disabled, me.kept["comm"].refusal
-    me.kept["comm"].set_timeout(10)
+    me.cache["comm"] = CustomAllreduce(me.world, me.device)
+    assert not me.cache["comm"].disabled, me.cache["comm"].refusal
+    me.cache["comm"].set_timeout(10)
 
 
 def _close(me: Rank) -> None:
-    comm = me.kept.pop("comm")
+    comm = me.cache.pop("comm")
     comm.close()
     comm.close()
     with pytest.raises(RefusedError, match="was closed"):
@@ -55,7 +55,7 @@ def _inputs(me: Rank, count: int, dtype: torch.dtype, seed: int) -> list[torch.T
 
 
 def _sums(me: Rank, algorithm: int) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     comm.tune("algorithm", algorithm)
     for number, count in enumerate(SIZES):
         for dtype in DTYPES:
@@ -77,11 +77,11 @@ def _sums(me: Rank, algorithm: int) -> None:
 
 @pytest.mark.parametrize("algorithm", range(4))
 def test_sums(ranks: Ranks, algorithm: int) -> None:
-    ranks.run(_sums, algorithm, timeout_s=120)
+    ranks.run(_sums, algorithm, deadline_s=120)
 
 
 def _special(me: Rank, algorithm: int) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     comm.tune("algorithm", algorithm)
     for dtype in DTYPES:
         integers = torch.int32 if dtype == torch.float32 else torch.int16
@@ -94,7 +94,7 @@ def _special(me: Rank, algorithm: int) -> None:
         comm.synchronize()
         assert same_bits(out, rank_ordered_sum(inputs)), dtype
         checksum = out.view(integers).long().sum().item()
-        assert len(set(me.group.gather_objects("bits", checksum))) == 1
+        assert len(set(me.world.gather_objects("bits", checksum))) == 1
     comm.tune("algorithm", 0)
 
 
@@ -104,7 +104,7 @@ def test_every_bit_pattern(ranks: Ranks, algorithm: int) -> None:
 
 
 def _gather_and_scatter(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     for number, count in enumerate(SIZES):
         inputs = _inputs(me, count * me.world_size, torch.bfloat16, number)
         got = comm.reduce_scatter(inputs[me.rank])
@@ -120,7 +120,7 @@ def test_gather_and_scatter(ranks: Ranks) -> None:
 
 
 def _graph(me: Rank, algorithm: int, count: int) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     comm.tune("algorithm", algorithm)
     x = torch.zeros(count, device=me.device, dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
@@ -151,7 +151,7 @@ def test_graph_replays_between_eager_calls(ranks: Ranks, algorithm: int, count: 
 
 def _skewed(me: Rank) -> None:
     """Ranks drift apart by a few hundred calls and by milliseconds of other work."""
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     inputs = _inputs(me, 20_000, torch.bfloat16, 9)
     expected = rank_ordered_sum(inputs)
     outputs = []
@@ -168,7 +168,7 @@ def test_skewed_ranks(ranks: Ranks) -> None:
 
 
 def _bad_input(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     x = torch.ones(64, device=me.device)
     with pytest.raises(InvalidArgumentError, match="it sums bfloat16, float16, float32"):
         comm.all_reduce(x.long())
@@ -195,7 +195,7 @@ def test_bad_input(ranks: Ranks) -> None:
 
 
 def _compiled(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         return comm.all_reduce(x * 2) + 1
@@ -212,11 +212,11 @@ def _compiled(me: Rank) -> None:
 
 
 def test_compile(ranks: Ranks) -> None:
-    ranks.run(_compiled, timeout_s=120)
+    ranks.run(_compiled, deadline_s=120)
 
 
 def _expandable(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     try:
         pool = torch.cuda.MemPool()
@@ -233,7 +233,7 @@ def test_expandable_segments_need_nothing(ranks: Ranks) -> None:
 
 def _freed_input(me: Rank) -> None:
     """The memory of a captured input goes back to the allocator; somebody else writes there."""
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     x = torch.zeros(1 << 20, device=me.device)
     graph = torch.cuda.CUDAGraph()
     with comm.capture(), torch.cuda.graph(graph):
@@ -243,7 +243,7 @@ def _freed_input(me: Rank) -> None:
     y = torch.full((1 << 20,), me.rank + 1.0, device=me.device)
     graph.replay()
     comm.synchronize()  # the replay ended, on every rank, and reports nothing
-    if me.group.gather_objects("reused", y.data_ptr() == address) == [True] * me.world_size:
+    if me.world.gather_objects("reused", y.data_ptr() == address) == [True] * me.world_size:
         assert (out == sum(range(1, me.world_size + 1))).all()  # it summed what now lies there
     assert torch.equal(comm.all_reduce(torch.ones(8, device=me.device)).cpu(),
                        torch.full((8,), float(me.world_size)))  # fmt: skip

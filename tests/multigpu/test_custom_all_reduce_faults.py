@@ -15,8 +15,8 @@ import torch
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.errors import CommMismatchError, CommTimeoutError, CommunicatorError
 from communicators.settings import Settings
-from tests.multigpu.harness import Rank, Ranks
 from tests.multigpu.test_custom_all_reduce import _open
+from tests.ranks import Rank, Ranks
 
 pytestmark = [
     pytest.mark.multigpu,
@@ -26,14 +26,14 @@ pytestmark = [
 
 @pytest.fixture
 def doomed() -> Iterator[Ranks]:
-    made = Ranks(2)
-    made.run(_open, timeout_s=120)
+    made = Ranks(2, gpus=True)
+    made.run(_open, deadline_s=120)
     yield made
-    made.close()
+    made.kill()
 
 
 def _mismatch(me: Rank) -> str:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     comm.set_timeout(0.5)
     with pytest.raises(CommTimeoutError) as caught:
         comm.all_reduce(torch.ones(100_000 if me.rank == 0 else 1000, device=me.device))
@@ -54,7 +54,7 @@ def test_different_sizes_meet_the_deadline(doomed: Ranks) -> None:
 
 
 def _debug(me: Rank) -> None:
-    comm = CustomAllreduce(me.group, me.device, settings=Settings(debug=True))
+    comm = CustomAllreduce(me.world, me.device, settings=Settings(debug=True))
     with pytest.raises(CommMismatchError, match=r"of (8|16) .* all_reduce of (16|8) "):
         comm.all_reduce(torch.ones(8 * (me.rank + 1), device=me.device))
     comm.close()
@@ -65,7 +65,7 @@ def test_different_sizes_in_debug_mode(doomed: Ranks) -> None:
 
 
 def _uneven_capture(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     x = torch.ones(64, device=me.device)
     graph = torch.cuda.CUDAGraph()
     uneven = pytest.raises(CommMismatchError, match="rank 0: 1, rank 1: 2")
@@ -79,7 +79,7 @@ def test_uneven_captures(doomed: Ranks) -> None:
 
 
 def _failed_capture(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     if me.rank == 0:
         with pytest.raises(ZeroDivisionError), comm.capture():
             raise ZeroDivisionError  # no exchange follows, or rank 1 would be missed
@@ -90,19 +90,19 @@ def test_a_failed_capture_exchanges_nothing(doomed: Ranks) -> None:
 
 
 def _replay_after_close(me: Rank, scope: bool) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     x = torch.ones(64, device=me.device)
     graph = torch.cuda.CUDAGraph()
     with comm.capture() if scope else nullcontext(), torch.cuda.graph(graph):
         out = comm.all_reduce(x)
-    me.group.barrier()
+    me.world.barrier()
     comm.close()
     out.fill_(-7)
     graph.replay()
     torch.cuda.synchronize()
     assert (out == -7).all()
     assert torch.ones(8, device=me.device).sum().item() == 8
-    me.group.barrier()
+    me.world.barrier()
 
 
 @pytest.mark.parametrize("scope", [True, False])
@@ -111,7 +111,7 @@ def test_replay_after_close_does_not_fault(doomed: Ranks, scope: bool) -> None:
 
 
 def _two_streams(me: Rank) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     x = torch.ones(64, device=me.device)
     if me.rank == 1:
         time.sleep(1)  # rank 0's first call is in flight meanwhile
@@ -130,7 +130,7 @@ def test_two_streams_at_once(doomed: Ranks) -> None:
 
 
 def _with_a_dying_peer(me: Rank, when: str) -> Any:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     comm.set_timeout(1.0)
     x = torch.ones(3 << 20, device=me.device)
     if when != "before":
@@ -155,25 +155,25 @@ def _with_a_dying_peer(me: Rank, when: str) -> Any:
 
 @pytest.mark.parametrize("when", ("before", "during", "after"))
 def test_a_peer_dies(doomed: Ranks, when: str) -> None:
-    survivor, victim = doomed.attempt(_with_a_dying_peer, when)
-    assert victim[0] == "died"
-    assert survivor[0] == "ok", survivor[1]
-    assert survivor[1] < 10
+    survivor, victim = doomed.outcomes(_with_a_dying_peer, when)
+    assert victim.killed
+    assert not survivor.error, survivor.trace
+    assert survivor.value < 10
 
 
 def _cycles(me: Rank, cycles: int) -> int:
     before = 0
     for cycle in range(cycles):
-        comm = CustomAllreduce(me.group, me.device)
+        comm = CustomAllreduce(me.world, me.device)
         x = torch.ones(1000, device=me.device)
         assert torch.equal(comm.all_reduce(x), x * 2)
         comm.close()
         if cycle == 9:
-            me.group.barrier()
+            me.world.barrier()
             before = torch.cuda.mem_get_info(me.device)[0]
-    me.group.barrier()
+    me.world.barrier()
     return before - torch.cuda.mem_get_info(me.device)[0]
 
 
 def test_open_and_close_leak_nothing(doomed: Ranks) -> None:
-    assert all(lost < 32 << 20 for lost in doomed.run(_cycles, 200, timeout_s=120))
+    assert all(lost < 32 << 20 for lost in doomed.run(_cycles, 200, deadline_s=120))

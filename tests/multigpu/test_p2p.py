@@ -16,7 +16,7 @@ from communicators.bindings.cuda_wrapper import CudaError, CudaRTLibrary
 from communicators.peer_access import p2p
 from communicators.peer_access.topology import Unknown, is_full_nvlink, local_facts, probe_gpus
 from communicators.settings import Settings
-from tests.harness import Rank, run_fresh
+from tests.ranks import Rank, run_fresh
 
 pytestmark = [
     pytest.mark.multigpu,

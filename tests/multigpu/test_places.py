@@ -15,7 +15,7 @@ from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.bindings.workspace import SharedBuffer
 from communicators.peer_access.topology import Unknown, Verdict, probe_gpus
 from tests.multigpu import test_custom_all_reduce as two
-from tests.multigpu.harness import Rank, Ranks
+from tests.ranks import Rank, Ranks
 
 pytestmark = [
     pytest.mark.multigpu,
@@ -29,23 +29,23 @@ pytestmark = [
 
 def _open_shared(me: Rank) -> None:
     verdict = Verdict(me.world_size, None, None, None, None)
-    comm = CustomAllreduce(me.group, me.device, verdict=verdict)
+    comm = CustomAllreduce(me.world, me.device, verdict=verdict)
     assert not comm.disabled, comm.refusal
     comm.set_timeout(30)
-    me.kept["comm"] = comm
+    me.cache["comm"] = comm
 
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Ranks]:
-    made = Ranks(4)
-    made.run(_open_shared, timeout_s=120)
+    made = Ranks(4, gpus=True)
+    made.run(_open_shared, deadline_s=120)
     yield made
     made.run(two._close)
-    made.close()
+    made.kill()
 
 
 def _refused(me: Rank) -> str:
-    comm = CustomAllreduce(me.group, me.device)
+    comm = CustomAllreduce(me.world, me.device)
     assert comm.refusal is not None
     comm.close()
     return str(comm.refusal)
@@ -60,7 +60,7 @@ def test_two_ranks_of_one_gpu_are_a_refusal(four: Ranks) -> None:
 
 @pytest.mark.parametrize("algorithm", (0, 1, 3))
 def test_sums_of_four(four: Ranks, algorithm: int) -> None:
-    four.run(two._sums, algorithm, timeout_s=120)
+    four.run(two._sums, algorithm, deadline_s=120)
 
 
 def test_every_bit_pattern_of_four(four: Ranks) -> None:
@@ -90,7 +90,7 @@ def _uuids() -> list[str]:
 
 
 def _reduce(me: Rank) -> str:
-    comm = CustomAllreduce(me.group, me.device)
+    comm = CustomAllreduce(me.world, me.device)
     if comm.refusal is not None:
         return str(comm.refusal)
     x = torch.full((5000,), me.rank + 1.0, device=me.device)
@@ -100,17 +100,19 @@ def _reduce(me: Rank) -> str:
 
 
 def test_gpus_by_uuid_in_another_order() -> None:
-    ranks = Ranks(2, environments=[{"CUDA_VISIBLE_DEVICES": ",".join(reversed(_uuids()))}] * 2)
-    assert ranks.run(_reduce, timeout_s=45) == ["", ""]
-    ranks.close()
+    ranks = Ranks(
+        2, gpus=True, environments=[{"CUDA_VISIBLE_DEVICES": ",".join(reversed(_uuids()))}] * 2
+    )
+    assert ranks.run(_reduce, deadline_s=45) == ["", ""]
+    ranks.kill()
 
 
 @pytest.mark.parametrize("by", ("uuid", "index"))
 def test_ranks_that_see_one_gpu_each(by: str) -> None:
     names = _uuids() if by == "uuid" else ["0", "1"]
-    ranks = Ranks(2, environments=[{"CUDA_VISIBLE_DEVICES": name} for name in names])
-    assert ranks.run(_reduce, timeout_s=45) == ["", ""]
-    ranks.close()
+    ranks = Ranks(2, gpus=True, environments=[{"CUDA_VISIBLE_DEVICES": name} for name in names])
+    assert ranks.run(_reduce, deadline_s=45) == ["", ""]
+    ranks.kill()
 
 
 # A peer whose memory may not be mapped: what the driver is asked for is spoilt on one rank.
@@ -124,7 +126,7 @@ def _without_permission(me: Rank) -> str:
             original(buffer, [bytes(64) for _ in handles], own)
 
         SharedBuffer.map_peers = spoilt  # type: ignore[method-assign, assignment]
-    comm = CustomAllreduce(me.group, me.device)
+    comm = CustomAllreduce(me.world, me.device)
     assert comm.disabled
     comm.close()
     assert torch.ones(8, device=me.device).sum().item() == 8  # the context is not poisoned
@@ -132,8 +134,8 @@ def _without_permission(me: Rank) -> str:
 
 
 def test_memory_that_cannot_be_mapped_is_a_refusal_on_all_ranks() -> None:
-    ranks = Ranks(2)
-    reasons = ranks.run(_without_permission, timeout_s=120)
+    ranks = Ranks(2, gpus=True)
+    reasons = ranks.run(_without_permission, deadline_s=120)
     assert reasons[0] == reasons[1]
     assert "rank 1" in reasons[0] and "cannot map the memory of rank 0" in reasons[0]
-    ranks.close()
+    ranks.kill()

@@ -17,7 +17,7 @@ from communicators.backends.mscclpp.pymscclpp import PyMscclppCommunicator, mscc
 from communicators.errors import RefusedError
 from communicators.functional import mscclpp as functions
 from communicators.selection.dispatcher import Dispatcher
-from tests.multigpu.harness import Rank, Ranks
+from tests.ranks import Rank, Ranks
 
 pytestmark = pytest.mark.multigpu
 
@@ -34,24 +34,24 @@ SUMS = ("allpair_packet", "packet", "rsag")
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    made = Ranks(2)
-    made.run(_open, timeout_s=120)
+    made = Ranks(2, gpus=True)
+    made.run(_open, deadline_s=120)
     yield made
     made.run(_close)
-    made.close()
+    made.kill()
 
 
 def _open(me: Rank) -> None:
-    comm = PyMscclppCommunicator(me.group, me.device, LARGEST)
+    comm = PyMscclppCommunicator(me.world, me.device, LARGEST)
     assert comm.refusal is None, comm.refusal
     assert comm.context is not None
     assert set(comm.context.algorithms) == {*SUMS, "fullmesh"}
     assert not any("nvls" in algorithm.name for algorithm in comm.context.algorithms.values())
-    me.kept["comm"] = comm
+    me.cache["comm"] = comm
 
 
 def _close(me: Rank) -> None:
-    comm = me.kept.pop("comm")
+    comm = me.cache.pop("comm")
     comm.close()
     comm.close()
     with pytest.raises(RefusedError, match="closed"):
@@ -69,7 +69,7 @@ def both(me: Rank, nbytes: int, dtype: torch.dtype, seed: int = 0) -> list[torch
 
 
 def _tuned(me: Rank) -> list[tuple[int, tuple[str, int, int]]]:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     for dtype in (torch.float16, torch.float32):
         assert comm.pre_tune_config(dtype)
     sizes = [1 << shift for shift in range(10, 25)]
@@ -81,12 +81,12 @@ def _tuned(me: Rank) -> list[tuple[int, tuple[str, int, int]]]:
 
 
 def test_tuning_agrees_on_all_ranks(ranks: Ranks) -> None:
-    first, second = ranks.run(_tuned, timeout_s=180)
+    first, second = ranks.run(_tuned, deadline_s=180)
     assert first == second
 
 
 def _sums(me: Rank, dtype: torch.dtype) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     for seed, nbytes in enumerate(SIZES):
         inputs = both(me, nbytes, dtype, seed)
         expected = inputs[0] + inputs[1]
@@ -110,12 +110,12 @@ def _sums(me: Rank, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_sums_and_gathers(ranks: Ranks, dtype: torch.dtype) -> None:
-    ranks.run(_sums, dtype, timeout_s=120)
+    ranks.run(_sums, dtype, deadline_s=120)
 
 
 def _limits(me: Rank, name: str) -> None:
     """Every launch that may be tried, at the smallest sizes and at the largest one it takes."""
-    context = me.kept["comm"].context
+    context = me.cache["comm"].context
     largest = LARGEST
     while context.why_not(name, largest) is not None:
         largest -= 16
@@ -133,15 +133,15 @@ def _limits(me: Rank, name: str) -> None:
 
 @pytest.mark.parametrize("name", SUMS)
 def test_each_algorithm_up_to_its_limit(ranks: Ranks, name: str) -> None:
-    ranks.run(_limits, name, timeout_s=120)
+    ranks.run(_limits, name, deadline_s=120)
 
 
 def _graph(me: Rank, nbytes: int) -> None:
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     static = torch.zeros(nbytes // 2, device=me.device, dtype=torch.bfloat16)
     comm.all_reduce(static)
     torch.cuda.synchronize()
-    me.group.barrier()
+    me.world.barrier()
     graph = torch.cuda.CUDAGraph()
     with comm.capture(), torch.cuda.graph(graph):
         first = comm.all_reduce(static)
@@ -159,20 +159,20 @@ def _graph(me: Rank, nbytes: int) -> None:
 
 @pytest.mark.parametrize("nbytes", [1 << 10, 64 << 10, 4 << 20])
 def test_graphs_replay_between_eager_calls(ranks: Ranks, nbytes: int) -> None:
-    ranks.run(_graph, nbytes, timeout_s=120)
+    ranks.run(_graph, nbytes, deadline_s=120)
 
 
 def _two(me: Rank) -> None:
     """A second communicator counts its own calls; in a dispatcher it is what runs."""
-    other = PyMscclppCommunicator(me.group, me.device, "64KB")
+    other = PyMscclppCommunicator(me.world, me.device, "64KB")
     assert other.refusal is None, other.refusal
-    comm = me.kept["comm"]
+    comm = me.cache["comm"]
     inputs = both(me, 4 << 10, torch.float16)
     total = inputs[0] + inputs[1]
     for turn in range(20):
         for one in (comm, other)[: 1 + (turn % 3 > 0)]:
             assert torch.equal(one.all_reduce(inputs[me.rank]), total)
-    dispatcher = Dispatcher(me.group, me.device, [other])
+    dispatcher = Dispatcher(me.world, me.device, [other])
     x = inputs[me.rank].clone()
     dispatcher.run("all_reduce", x, x)
     assert torch.equal(x, total)
@@ -182,17 +182,17 @@ def _two(me: Rank) -> None:
 
 
 def test_two_communicators(ranks: Ranks) -> None:
-    ranks.run(_two, timeout_s=120)
+    ranks.run(_two, deadline_s=120)
 
 
 def _functions(me: Rank) -> None:
     made = functions.mscclpp_generate_unique_id() if me.rank == 0 else None
-    identity = me.group.gather_objects("mscclpp id", made)[0]
+    identity = me.world.gather_objects("mscclpp id", made)[0]
     scratch = torch.zeros(12 << 20, dtype=torch.uint8, device=me.device)
     for selection in (1, 2):
         if selection == 2:
             made = functions.mscclpp_generate_unique_id() if me.rank == 0 else None
-            identity = me.group.gather_objects("mscclpp id", made)[0]
+            identity = me.world.gather_objects("mscclpp id", made)[0]
         handle = functions.mscclpp_init_context(
             identity, me.rank, 2, scratch, torch.empty(0, device=me.device), 2, [0, 0], [0, 1],
             selection,
@@ -203,15 +203,15 @@ def _functions(me: Rank) -> None:
             functions.mscclpp_allreduce(handle, inputs[me.rank], out, 0, 0)
             assert torch.equal(out, inputs[0] + inputs[1])
         torch.cuda.synchronize()
-        me.group.barrier()
+        me.world.barrier()
 
 
 def test_the_functions_of_the_kernel_library(ranks: Ranks) -> None:
-    ranks.run(_functions, timeout_s=120)
+    ranks.run(_functions, deadline_s=120)
 
 
 def _times(me: Rank) -> list[tuple[int, str, float]]:
-    comm, found = me.kept["comm"], []
+    comm, found = me.cache["comm"], []
     for shift in (10, 14, 17, 20, 24):
         x = both(me, 1 << shift, torch.bfloat16)[0]
         name = comm._config(torch.bfloat16, 1 << shift)[0]
@@ -221,6 +221,6 @@ def _times(me: Rank) -> list[tuple[int, str, float]]:
 
 
 def test_it_is_timed(ranks: Ranks) -> None:
-    for row in ranks.run(_times, timeout_s=120)[0]:
+    for row in ranks.run(_times, deadline_s=120)[0]:
         print(f"mscclpp all_reduce of {row[0]} bytes by {row[1]}: {row[2]:.1f} us")
         assert row[2] > 0

@@ -16,7 +16,7 @@ from communicators.bindings import pynccl_allocator
 from communicators.bindings.pynccl_allocator import set_graph_pool_id, use_symmetric_memory
 from communicators.errors import CommunicatorError, RefusedError
 from communicators.groups.stateless import StatelessProcessGroup
-from tests.harness import Rank, pool, run_fresh
+from tests.ranks import Rank, pool, run_fresh
 
 pytestmark = [
     pytest.mark.multigpu,

@@ -14,7 +14,7 @@ from communicators.backends.quick import codecs as quick_codecs
 from communicators.backends.quick.quick_all_reduce import QuickAllReduce
 from communicators.errors import CommTimeoutError, InvalidArgumentError, RefusedError
 from tests.gpu.test_quick_all_reduce import random_inputs, same
-from tests.multigpu.harness import Rank, Ranks
+from tests.ranks import Rank, Ranks
 
 pytestmark = pytest.mark.multigpu
 
@@ -29,23 +29,23 @@ LONG = 70_000_000
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    made = Ranks(2)
-    made.run(_open, timeout_s=120)
+    made = Ranks(2, gpus=True)
+    made.run(_open, deadline_s=120)
     yield made
     made.run(_close)
-    made.close()
+    made.kill()
 
 
 def _open(me: Rank) -> None:
     for codec in CODECS:
-        me.kept[codec] = QuickAllReduce(me.group, me.device, codec, least_bytes=0)
-        assert me.kept[codec].refusal is None, me.kept[codec].refusal
-        me.kept[codec].set_timeout(10)
+        me.cache[codec] = QuickAllReduce(me.world, me.device, codec, least_bytes=0)
+        assert me.cache[codec].refusal is None, me.cache[codec].refusal
+        me.cache[codec].set_timeout(10)
 
 
 def _close(me: Rank) -> None:
     for codec in CODECS:
-        comm = me.kept.pop(codec)
+        comm = me.cache.pop(codec)
         comm.close()
         comm.close()
         with pytest.raises(RefusedError, match="was closed"):
@@ -53,7 +53,7 @@ def _close(me: Rank) -> None:
 
 
 def _sums(me: Rank, codec: str) -> None:
-    comm = me.kept[codec]
+    comm = me.cache[codec]
     for seed, count in enumerate(SIZES):
         for dtype in (torch.float16, torch.bfloat16):
             inputs = random_inputs(2, count, dtype, seed)
@@ -72,24 +72,24 @@ def _sums(me: Rank, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_bits_of_the_model(ranks: Ranks, codec: str) -> None:
-    ranks.run(_sums, codec, timeout_s=120)
+    ranks.run(_sums, codec, deadline_s=120)
 
 
 def _large(me: Rank, codec: str) -> None:
     inputs = random_inputs(2, LONG, torch.bfloat16, 5)
-    out = me.kept[codec].quick_all_reduce(inputs[me.rank])
+    out = me.cache[codec].quick_all_reduce(inputs[me.rank])
     torch.cuda.synchronize()
-    me.kept[codec].check()
+    me.cache[codec].check()
     assert same(out, quick_codecs.all_reduce(inputs, codec))
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_long_messages(ranks: Ranks, codec: str) -> None:
-    ranks.run(_large, codec, timeout_s=120)
+    ranks.run(_large, codec, deadline_s=120)
 
 
 def _graph(me: Rank, codec: str) -> None:
-    comm, count = me.kept[codec], 300_000
+    comm, count = me.cache[codec], 300_000
     static = torch.zeros(count, device=me.device, dtype=torch.bfloat16)
     comm.quick_all_reduce(static)
     graph = torch.cuda.CUDAGraph()
@@ -111,11 +111,11 @@ def _graph(me: Rank, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_graph_replays_between_eager_calls(ranks: Ranks, codec: str) -> None:
-    ranks.run(_graph, codec, timeout_s=120)
+    ranks.run(_graph, codec, deadline_s=120)
 
 
 def _skewed(me: Rank) -> None:
-    comm = me.kept["Q8"]
+    comm = me.cache["Q8"]
     inputs = random_inputs(2, 40_000, torch.bfloat16, 9)
     expected = quick_codecs.all_reduce(inputs, "Q8")
     mine = inputs[me.rank]
@@ -134,7 +134,7 @@ def test_skewed_ranks(ranks: Ranks) -> None:
 
 
 def _compiled(me: Rank, codec: str, backend: str) -> None:
-    comm = me.kept[codec]
+    comm = me.cache[codec]
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         return comm.quick_all_reduce(x * 2) + 1
@@ -157,11 +157,11 @@ def _compiled(me: Rank, codec: str, backend: str) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_compile(ranks: Ranks, codec: str) -> None:
     # What the compiler makes of it does not depend on the codec, and takes it many seconds.
-    ranks.run(_compiled, codec, "inductor" if codec == "Q8" else "aot_eager", timeout_s=120)
+    ranks.run(_compiled, codec, "inductor" if codec == "Q8" else "aot_eager", deadline_s=120)
 
 
 def _bad_input(me: Rank) -> None:
-    comm = me.kept["Q8"]
+    comm = me.cache["Q8"]
     x = torch.ones(64, device=me.device, dtype=torch.half)
     with pytest.raises(InvalidArgumentError, match="float16 or bfloat16 is accepted"):
         comm.quick_all_reduce(x.float())
@@ -171,9 +171,9 @@ def _bad_input(me: Rank) -> None:
     assert comm.quick_all_reduce(x[:0]).numel() == 0
     strided = torch.ones(128, device=me.device, dtype=torch.half)[::2]
     assert torch.equal(comm.quick_all_reduce(strided), strided * 2)
-    refused = QuickAllReduce(me.group, me.device)
+    refused = QuickAllReduce(me.world, me.device)
     assert "no codec was allowed" in str(refused.refusal)
-    differing = QuickAllReduce(me.group, me.device, "Q8" if me.rank else "Q4", least_bytes=0)
+    differing = QuickAllReduce(me.world, me.device, "Q8" if me.rank else "Q4", least_bytes=0)
     assert "has codec" in str(differing.refusal)
     comm.close()
     assert not comm.should_quick_allreduce(x)
@@ -186,12 +186,12 @@ def test_bad_input_and_refusals(ranks: Ranks) -> None:
 
 
 def _survive(me: Rank) -> float:
-    comm = QuickAllReduce(me.group, me.device, "Q4", least_bytes=0)
+    comm = QuickAllReduce(me.world, me.device, "Q4", least_bytes=0)
     comm.set_timeout(2)
     x = torch.ones(1 << 20, device=me.device, dtype=torch.half)
     comm.quick_all_reduce(x)
     torch.cuda.synchronize()
-    me.group.barrier()
+    me.world.barrier()
     if me.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
@@ -204,9 +204,9 @@ def _survive(me: Rank) -> float:
 
 
 def test_a_killed_rank_is_named_within_the_deadline() -> None:
-    ranks = Ranks(2)
-    answers = ranks.attempt(_survive, timeout_s=60)
-    ranks.close()
-    assert answers[0][0] == "ok", answers[0][1]
-    assert answers[0][1] < 15
-    assert answers[1][0] == "died"
+    ranks = Ranks(2, gpus=True)
+    answers = ranks.outcomes(_survive, deadline_s=60)
+    ranks.kill()
+    assert not answers[0].error, answers[0].trace
+    assert answers[0].value < 15
+    assert answers[1].killed

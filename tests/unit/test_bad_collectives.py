@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from communicators import InvalidArgumentError, shm
 from communicators.errors import CommMismatchError, CommTimeoutError
 from communicators.groups.arguments import check_in_place, check_plain
-from tests.harness import Rank, pool, run_fresh
+from tests.ranks import Rank, pool, run_fresh
 from tests.unit.test_group_coordinator import world_of
 from tests.unit.test_shm_collectives import communicator
 

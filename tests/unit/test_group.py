@@ -18,7 +18,7 @@ from communicators import (
     TorchDistributedCommunicator,
 )
 from communicators.groups import objects
-from tests.harness import pool
+from tests.ranks import pool
 from tests.threads import run_ranks
 from tests.unit.awkward import Poison
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from communicators import InvalidArgumentError, TopologyError, parallel_state
 from communicators.groups.coordinator import GroupCoordinator
 from communicators.groups.open_groups import OPEN_GROUPS
-from tests.harness import pool, run_fresh
+from tests.ranks import pool, run_fresh
 
 WORLDS = [1, 2, 3, 4, 8]
 

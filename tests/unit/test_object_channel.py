@@ -15,7 +15,7 @@ from communicators import shm as shm_calls
 from communicators.base import Refusal
 from communicators.groups.coordinator import GroupCoordinator
 from communicators.groups.stateless import StatelessProcessGroup
-from tests.harness import Rank, pool, run_fresh
+from tests.ranks import Rank, pool, run_fresh
 from tests.unit.awkward import OBJECTS, REFUSED, SLOW_TO_MAKE, TENSORS, Poison, same
 from tests.unit.test_group_coordinator import world_of
 from tests.unit.test_shm_collectives import communicator

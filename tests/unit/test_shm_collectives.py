@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from communicators import CpuCommunicator, Settings
-from tests.harness import Rank, pool
+from tests.ranks import Rank, pool
 
 WORLDS = (2, 3, 4, 5, 8)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from communicators import CpuCommunicator
-from tests.harness import Rank, run_fresh
+from tests.ranks import Rank, run_fresh
 
 ROOT = Path(__file__).parents[2]
 CPUS = sorted(os.sched_getaffinity(0))

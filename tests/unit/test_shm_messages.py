@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from communicators import Settings, shm
-from tests.harness import Rank, pool
+from tests.ranks import Rank, pool
 from tests.unit.test_shm_collectives import communicator, inputs, reference_sum, smallest
 
 DTYPES = (

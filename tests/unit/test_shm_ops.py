@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.harness import Rank, pool
+from tests.ranks import Rank, pool
 from tests.unit.test_shm_collectives import communicator
 
 

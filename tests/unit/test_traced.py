@@ -7,7 +7,7 @@ import torch
 
 from communicators.groups.coordinator import GroupCoordinator
 from communicators.groups.traced import order_tensor
-from tests.harness import Rank, pool
+from tests.ranks import Rank, pool
 from tests.unit.test_group_coordinator import part, world_of
 from tests.unit.test_shm_collectives import communicator
 

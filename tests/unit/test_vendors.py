@@ -1,5 +1,6 @@
 """HPU, NPU and XPU: their logic over gloo under the vendors' names, and on fake devices."""
 
+import datetime
 import sys
 import types
 
@@ -15,20 +16,36 @@ from communicators.backends.xpu import XpuCommunicator
 from communicators.errors import CommMismatchError, InvalidArgumentError
 from communicators.selection.dispatcher import Dispatcher
 from communicators.selection.opening import candidates
-from tests.rank_pool import RankPool
+from tests.ranks import Rank, pool
 from tests.threads import run_ranks
 
 BACKENDS = {HpuCommunicator: "hccl", NpuCommunicator: "hccl", XpuCommunicator: "gloo"}
 VENDORS = pytest.mark.parametrize("vendor", list(BACKENDS), ids=lambda v: v.name)
 WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+TIMEOUT = datetime.timedelta(seconds=60)
 SHAPES = [(5,), (2, 3), (4, 1, 3), (2, 3, 4, 2), (0, 3), ()]
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
+def run(world_size, function, *arguments, backend="gloo"):
+    """function(process_group, *arguments) on each rank; the results in rank order."""
+    return pool(world_size, "vendors").run(in_process_group, function, backend, *arguments)
+
+
+def in_process_group(rank: Rank, function, backend, *arguments):
+    if "groups" not in rank.cache:
+        # Registered over gloo; torch lets nobody else be called "xccl".
+        dist.Backend.register_backend("hccl", gloo, devices=["cpu"])
+        dist.init_process_group(
+            "gloo", store=rank.store(), rank=rank.rank, world_size=rank.world_size, timeout=TIMEOUT
+        )
+        rank.cache["groups"] = {
+            name: dist.new_group(timeout=TIMEOUT, backend=name) for name in ("gloo", "hccl")
+        }
+    return function(rank.cache["groups"][backend], *arguments)
+
+
+def gloo(store, rank, size, timeout):
+    return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
 
 
 def fake_bridge():
@@ -103,8 +120,8 @@ def every_shape_and_dim(group, vendor):
 
 @WORLDS
 @VENDORS
-def test_every_verb_shape_and_dim(pool, vendor, world_size):
-    pool.run(world_size, every_shape_and_dim, vendor, backend=BACKENDS[vendor])
+def test_every_verb_shape_and_dim(vendor, world_size):
+    run(world_size, every_shape_and_dim, vendor, backend=BACKENDS[vendor])
 
 
 def default_dim_and_strides(group, vendor):
@@ -122,8 +139,8 @@ def default_dim_and_strides(group, vendor):
 
 
 @VENDORS
-def test_the_default_dim_is_the_last_and_strides_do_not_matter(pool, vendor):
-    pool.run(2, default_dim_and_strides, vendor, backend=BACKENDS[vendor])
+def test_the_default_dim_is_the_last_and_strides_do_not_matter(vendor):
+    run(2, default_dim_and_strides, vendor, backend=BACKENDS[vendor])
 
 
 def dispatched(group, vendor):
@@ -149,8 +166,8 @@ def dispatched(group, vendor):
 
 
 @VENDORS
-def test_a_dispatcher_runs_it(pool, vendor):
-    for text in pool.run(3, dispatched, vendor, backend=BACKENDS[vendor]):
+def test_a_dispatcher_runs_it(vendor):
+    for text in run(3, dispatched, vendor, backend=BACKENDS[vendor]):
         assert f"any size: {vendor.name}" in text
 
 
@@ -178,8 +195,8 @@ def marks(group):
     return counts, order
 
 
-def test_hpu_marks_the_step_before_each_collective(pool):
-    for counts, order in pool.run(2, marks, backend="hccl"):
+def test_hpu_marks_the_step_before_each_collective():
+    for counts, order in run(2, marks, backend="hccl"):
         assert counts == [1, 1, 1, 1, 0]
         assert order == ["step", "collective"]
 
@@ -220,8 +237,8 @@ def quantized(group, shape, dtype):
 @WORLDS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(7, 64), (2, 3, 32)])
-def test_npu_int8_all_reduce_keeps_its_bound_and_ranks_agree(pool, world_size, dtype, shape):
-    results = pool.run(world_size, quantized, shape, dtype, backend="hccl")
+def test_npu_int8_all_reduce_keeps_its_bound_and_ranks_agree(world_size, dtype, shape):
+    results = run(world_size, quantized, shape, dtype, backend="hccl")
     assert all(bits == results[0][0] for bits, _ in results)
     assert max(share for _, share in results) > 0.1  # the bound is of the size of the error
 
@@ -239,8 +256,8 @@ def mismatch(group):
         communicator.broadcast(torch.zeros(2), 2)
 
 
-def test_uneven_ranks_are_named_in_debug_and_bad_arguments_always(pool):
-    pool.run(2, mismatch)
+def test_uneven_ranks_are_named_in_debug_and_bad_arguments_always():
+    run(2, mismatch)
 
 
 @pytest.mark.parametrize(

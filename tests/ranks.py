@@ -5,6 +5,10 @@
 
     outcomes = run_fresh(3, function, *args)   # processes of their own, which may be killed
 
+    ranks = Ranks(2, gpus=True)          # the same with GPUs, for the tests of one module
+    ...
+    ranks.kill()
+
 `function` is a module-level function; it is found again by its name in the ranks. A call has a
 deadline: when it passes, every rank's Python stacks are printed and the ranks are killed.
 
@@ -23,8 +27,9 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
 
@@ -43,12 +48,14 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "communicators.ba
 class Rank:
     """What a test function gets: who it is, and a way to meet the others.
 
-    `cache` lives as long as the process: an opened communicator can be kept there.
+    `cache` lives as long as the process: an opened communicator can be kept there. `device` is the
+    CPU, or the rank's GPU in `Ranks(gpus=True)`.
     """
 
     rank: int
     world_size: int
     store_port: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: dict[Any, Any] = field(default_factory=dict)
     _store: Any = None
 
@@ -63,6 +70,11 @@ class Rank:
         return Group(
             self.store(), self.rank, self.world_size, name=name, settings=Settings(**settings)
         )
+
+    @cached_property
+    def world(self) -> Group:
+        """A Group over all ranks, opened once in the process. Collective at first."""
+        return self.group("world")
 
 
 @dataclass(frozen=True)
@@ -111,17 +123,34 @@ def _serve(rank: Rank, pipe: Connection, stacks: IO[str]) -> None:
         pipe.send(outcome)
 
 
-def _start(rank: Rank, pipe: Connection, stacks_path: str) -> None:
+def _start(
+    rank: Rank, pipe: Connection, stacks_path: str, gpus: bool, environment: Mapping[str, str]
+) -> None:
+    os.environ.update(environment)
+    if gpus:
+        rank.device = torch.device("cuda", rank.rank % torch.cuda.device_count())
+        torch.cuda.set_device(rank.device)
     with open(stacks_path, "w") as stacks:
         _serve(rank, pipe, stacks)
     os._exit(0)  # no destructors: a rank that ends is a rank that is gone
 
 
 class Ranks:
-    """World size processes that run test functions together."""
+    """World size processes that run test functions together.
 
-    def __init__(self, world_size: int) -> None:
+    With `gpus`, the GPUs that a rank sees are dealt out in turn, so there may be more ranks than
+    GPUs. `environments` has what each rank's environment gets before CUDA starts in it.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        gpus: bool = False,
+        environments: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         self.world_size = world_size
+        self.failed = False  # a test raised in them: what it left behind is not known
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._stacks = tempfile.TemporaryDirectory(prefix="ranks-")
         self._pipes: list[Connection] = []
@@ -129,8 +158,11 @@ class Ranks:
         for rank in range(world_size):
             mine, theirs = _context.Pipe()
             who = Rank(rank, world_size, self._store.port)
+            environment = environments[rank] if environments else {}
             process = _context.Process(
-                target=_start, args=(who, theirs, f"{self._stacks.name}/{rank}"), daemon=True
+                target=_start,
+                args=(who, theirs, f"{self._stacks.name}/{rank}", gpus, environment),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -142,7 +174,10 @@ class Ranks:
     ) -> list[Outcome]:
         """function(rank, *args) on every rank; how each ended, in rank order."""
         for pipe in self._pipes:
-            pipe.send(((function.__module__, function.__qualname__), args))
+            try:
+                pipe.send(((function.__module__, function.__qualname__), args))
+            except BrokenPipeError:
+                continue  # the rank is gone: its outcome below is "killed"
         found: dict[int, Outcome] = {}
         end = time.monotonic() + deadline_s
         while len(found) < self.world_size:
@@ -170,7 +205,7 @@ class Ranks:
         """The values of function(rank, *args), in rank order; RanksFailed if a rank raised."""
         outcomes = self.outcomes(function, *args, deadline_s=deadline_s)
         if any(o.error or o.killed for o in outcomes):
-            self.kill()  # what the others wait for is not known
+            self.failed = True
             raise RanksFailed(
                 "\n".join(
                     f"rank {rank}: {'killed' if o.killed else o.trace}"
@@ -192,8 +227,6 @@ class Ranks:
             process.kill()
         for process in self.processes:
             process.join()
-        for pipe in self._pipes:
-            pipe.close()
 
     def _stacks_of(self, ranks: list[int]) -> str:
         for rank in ranks:
@@ -207,14 +240,21 @@ class Ranks:
         return "\n".join(texts)
 
 
-_pools: dict[int, Ranks] = {}
+_pools: dict[tuple[int, str], Ranks] = {}
 
 
-def pool(world_size: int) -> Ranks:
-    """The shared ranks of this world size, started again if a test lost them."""
-    ranks = _pools.get(world_size)
-    if ranks is None or not ranks.alive:
-        ranks = _pools[world_size] = Ranks(world_size)
+def pool(world_size: int, apart: str = "") -> Ranks:
+    """The shared ranks of this world size, started again if a test lost them or failed in them.
+
+    Tests that change the process (a default process group, replaced modules) share ranks `apart`
+    from the others, under a name of their own.
+    """
+    ranks = _pools.get((world_size, apart))
+    if ranks is not None and (ranks.failed or not ranks.alive):
+        ranks.kill()
+        ranks = None
+    if ranks is None:
+        ranks = _pools[world_size, apart] = Ranks(world_size)
     return ranks
 
 

@@ -1,4 +1,4 @@
-"""The N-rank harness itself."""
+"""The ranks themselves."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from tests.harness import Rank, run_fresh
+from tests.ranks import Rank, run_fresh
 
 
 def hang(rank: Rank) -> None:
     time.sleep(100 if rank.rank == 1 else 0)
 
 
-def test_the_harness_reports_a_hanging_rank() -> None:
+def test_a_hanging_rank_is_reported() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[1\] of 2 hang in hang") as failure:
         run_fresh(2, hang, deadline_s=8)
-    assert "in hang" in str(failure.value) and "test_harness.py" in str(failure.value)
+    assert "in hang" in str(failure.value) and "test_ranks.py" in str(failure.value)
