@@ -28,17 +28,22 @@ Make = Callable[[Any], tuple[Callable[[], object], Any, Any]]
 
 
 def rows(options: argparse.Namespace, world_size: int) -> Iterator[Row]:
-    """Starts the ranks and measures; TopologyError where there are not enough GPUs."""
+    """Starts the ranks and measures."""
+    require(world_size)
+    # NCCL at its best in graphs.
+    environment = {"NCCL_GRAPH_MIXING_SUPPORT": "0", "OMP_NUM_THREADS": "1"}
+    total = 3 * len(options.dtypes) * len(options.sizes or SIZES)
+    return launch.measured(__name__, world_size, options, total=total, environment=environment)
+
+
+def require(world_size: int) -> None:
+    """TopologyError where there are not enough GPUs for the ranks."""
     count = gpus()
     if not 2 <= world_size <= count:
         raise TopologyError(
             f"an all-reduce between GPUs needs two or more, one a rank; got {world_size} ranks, "
             f"and torch sees {count} GPUs"
         )
-    # NCCL at its best in graphs.
-    environment = {"NCCL_GRAPH_MIXING_SUPPORT": "0", "OMP_NUM_THREADS": "1"}
-    total = 3 * len(options.dtypes) * len(options.sizes or SIZES)
-    return launch.measured(__name__, world_size, options, total=total, environment=environment)
 
 
 def gpus() -> int:

@@ -51,8 +51,9 @@ def line(row: Row, ours: tuple[str, ...]) -> str:
     for name, value in row.values.items():
         times = None if name in ours else ratio(row, first, name)
         parts.append(f"{name} {_number(value)}" + (f" ({times:.1f} x)" if times else ""))
-    notes = [f"{name}: {_text(value)}" for name, value in row.notes.items()]
-    return f"{' '.join(_keys(row))}: {', '.join(parts)} {row.unit}; {'; '.join(notes)}".rstrip("; ")
+    unit = f" {row.unit}" if row.unit else ""
+    notes = [f"; {name}: {_text(value)}" for name, value in row.notes.items() if value != ""]
+    return f"{' '.join(_keys(row))}: {', '.join(parts)}{unit}{''.join(notes)}"
 
 
 def table(record: Record) -> list[str]:
