@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from communicators import cli
 from communicators.cli.bench import report
@@ -36,6 +37,15 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read(path) == written
     stored = json.loads(path.read_text())
     assert {"date", "machine", "driver", "commit", "command"} <= set(stored)
+
+
+def test_the_published_figures_can_be_compared_with() -> None:
+    files = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
+    assert files
+    for path in files:
+        published = read(path)
+        lines, held = compare(published, published, 0.0)
+        assert held and len(lines) == sum(len(row.values) for row in published.rows), path
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 0, "rows": []}', '{"schema": 1}'])
@@ -118,6 +128,23 @@ def test_one_command_measures_beside_gloo_and_compares(
     for one in found.rows:
         assert set(one.values) == {"communicators", "gloo"} and min(one.values.values()) > 0
     assert report.table(found)[-1] in Path(files[1]).read_text()
+
+
+@pytest.mark.parametrize("case", scripts_bench.CASES)
+def test_every_case_has_the_common_options(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        scripts_bench.main([case, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--json", "--markdown", "--plot", "--compare", "--tolerance"):
+        assert option in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+@pytest.mark.parametrize("case", ["all_reduce", "ops", "quick_all_reduce"])
+def test_gpu_cases_say_that_there_is_none(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scripts_bench.main([case]) == 1
+    assert "torch sees" in capsys.readouterr().err
 
 
 def test_what_cannot_be_measured_is_one_sentence(

@@ -76,6 +76,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         yield Row(
             {"op": op, "dtype": dtype, "ranks": world_size, "bytes": nbytes},
             {name: statistics.median(us) for name, us in slowest.items()},
+            least={name: min(us) for name, us in slowest.items()},
         )
     ours.close()
     dist.destroy_process_group()

@@ -27,6 +27,7 @@ class Row:
         key: what was measured; rows of two runs with equal keys are compared.
         values: system -> figure, in `unit`.
         notes: what is shown beside them, and not compared.
+        least: the smallest figure of all rounds, where `values` are medians of them; not shown.
     """
 
     key: dict[str, Any]
@@ -34,6 +35,7 @@ class Row:
     unit: str = "us"
     more_is_better: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    least: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
