@@ -82,6 +82,8 @@ MAY_READ_ENVIRONMENT = {
     "communicators/settings.py",
     "communicators/parallel_state.py",  # WORLD_SIZE, RANK, LOCAL_RANK: torchrun's
     "communicators/groups/rendezvous.py",  # MASTER_ADDR, MASTER_PORT
+    "communicators/cli/bench/gpu.py",  # LOCAL_RANK
+    "communicators/cli/bench/launch.py",  # passes its own on to the ranks
     "communicators/cli/doctor.py",  # passes its own on to the trial ranks
     "communicators/cli/trial.py",
     "communicators/peer_access/p2p_worker.py",  # CUDA_VISIBLE_DEVICES of its processes

@@ -1,4 +1,4 @@
-"""The `communicators` command: doctor, p2p-check, tune. One module each, loaded on use."""
+"""The `communicators` command: bench, doctor, p2p-check, tune. One module each, loaded on use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 #: subcommand -> (module, what `--help` says). A module has add_arguments(parser) and run(args).
 COMMANDS = {
+    "bench": ("bench", "time the collectives on this machine beside NCCL, gloo and torch's own"),
     "doctor": ("doctor", "what this machine has, and which communicator serves each collective"),
     "p2p-check": ("p2p_check", "which GPU reaches which GPU's memory, and how fast"),
     "tune": ("tune", "measure the communicators on this machine and write its table"),

@@ -47,6 +47,7 @@ def _rank(args: argparse.Namespace) -> int:
 
     from .. import parallel_state
     from ..selection import opening, tuning
+    from .bench import record
 
     world = parallel_state.init_distributed_environment()
     dispatcher = world.dispatcher()
@@ -72,7 +73,7 @@ def _rank(args: argparse.Namespace) -> int:
             "measured": {
                 "date": datetime.date.today().isoformat(),
                 "driver": opening.driver_version(world.device),
-                "commit": args.commit or _commit(),
+                "commit": args.commit or record.commit(),
                 "command": "communicators " + " ".join(args.given),
             },
             "merged": False,  # each row is one size's, see tables.py
@@ -90,13 +91,3 @@ def _sizes(largest: int) -> Iterator[int]:
     while size <= largest:
         yield size
         size *= 2
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"

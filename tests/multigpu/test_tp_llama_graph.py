@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = ("def main(", "import os\nimport ", "class Reader:\n    def __init__(self")
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", module, "--device", "cuda", *arguments],
+        command,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COMMUNICATORS_TIMEOUT_S": "60"},
         capture_output=True,
@@ -34,7 +34,8 @@ def test_a_captured_step_gives_the_same_tokens(tmp_path: Path, tp: int) -> None:
     def tokens(*more: str) -> list[list[int]]:
         # fp32, so that no close call is decided by how a product was split.
         done = run(
-            "scripts.tp_llama", "--tp", str(tp), "--dtype", "float32", "--max-new-tokens", "64",
+            sys.executable, "-m", "scripts.tp_llama", "--device", "cuda",
+            "--tp", str(tp), "--dtype", "float32", "--max-new-tokens", "64",
             "--tokens-file", str(tmp_path / "tokens.json"),
             *(f"--prompt={prompt}" for prompt in PROMPTS), *more,
         )  # fmt: skip
@@ -50,11 +51,10 @@ def test_a_captured_step_gives_the_same_tokens(tmp_path: Path, tp: int) -> None:
 @pytest.mark.multigpu
 def test_the_decode_benchmark_checks_and_times(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    run(
-        "scripts.bench_decode", "--tp", "2", "--shape", "tiny", "--layers", "2", "--context", "100",
-        "--rounds", "2", "--json", str(path),
-    )  # fmt: skip
-    report = json.loads(path.read_text())
-    assert report["facts"]["graph"]
-    assert [row["batch"] for row in report["rows"]] == [1, 32]
-    assert all(row["us"]["dispatch"]["median"] > 0 for row in report["rows"])
+    command = [sys.executable, "-m", "scripts.bench", "decode", "--device", "cuda"]
+    command += ["--shape", "tiny", "--layers", "2", "--context", "100", "--rounds", "2"]
+    run(*command, "--json", str(path))
+    found = json.loads(path.read_text())
+    assert "CUDA graph" in found["machine"]["model"]
+    assert [row["key"]["batch"] for row in found["rows"]] == [1, 32]
+    assert all(row["values"]["dispatch"] > 0 for row in found["rows"])

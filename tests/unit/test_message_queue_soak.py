@@ -1,4 +1,4 @@
-"""Many messages of all sizes with checksums; for more, scripts/bench_queue --soak."""
+"""Many messages of all sizes with checksums; for more, scripts/bench/run queue --soak."""
 
 import os
 import zlib

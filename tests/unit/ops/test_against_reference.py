@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ops_cases import cpu_cases, sample
 from ops_checks import check
-from ops_maker import Case, behind, storage
+from ops_maker import BF16, Case, behind, storage
 
 import kvcache_ops
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts"))
-
-from bench_ops_cpu_case import BF16
-from bench_ops_cpu_cases import cases
+from scripts.bench.ops.cpu import cases
 
 
 @pytest.mark.parametrize("case", cpu_cases(), ids=str)

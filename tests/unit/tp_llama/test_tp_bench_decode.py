@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import subprocess
 import sys
@@ -13,8 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import bench_decode
-from scripts.bench_decode import DISPATCH, WITHOUT, check, model_config, tolerance
+from communicators.cli.bench import report
+from communicators.cli.bench.record import read
+from scripts.bench import __main__ as bench
+from scripts.bench.cases.decode import (
+    DISPATCH,
+    WITHOUT,
+    add_arguments,
+    check,
+    model_config,
+    tolerance,
+)
 from scripts.tp_llama.errors import JobError
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +40,7 @@ ONE_RANK: Any = SimpleNamespace(
 def test_one_command_compares_two_ways(tmp_path: Path) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "scripts.bench_decode", "--device", "cpu", "--explain"),
+            *(sys.executable, "-m", "scripts.bench", "decode", "--device", "cpu", "--explain"),
             *("--layers", "2", "--context", "40", "--rounds", "2", "--replays", "4"),
             *("--batch", "1", "3", "--json", "r.json", "--markdown", "r.md"),
         ],
@@ -43,19 +52,17 @@ def test_one_command_compares_two_ways(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "not opened: cpu_shm: disabled by COMMUNICATORS_DISABLE" in done.stderr
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert [row["batch"] for row in report["rows"]] == [1, 3]
-    assert report["facts"]["devices"] == ["CPU x86_64"] * 2 or os.uname().machine != "x86_64"
-    for row in report["rows"]:
-        assert row["chosen"]["gloo"][0] == "torch_distributed"
-        assert row["chosen"][DISPATCH][0] == "cpu_shm"
-        assert row["all_reduce_bytes"] == row["batch"] * 256 * 2
-        assert set(row["us"]) == {"gloo", DISPATCH, WITHOUT}
-        for at in row["us"].values():
-            assert 0 < at["p10"] <= at["median"] <= at["p90"]
-        line = f"| {row['batch']} | {row['us']['gloo']['median']:.1f} |"
-        assert line in done.stdout
-        assert line in (tmp_path / "r.md").read_text()
+    found = read(tmp_path / "r.json")
+    assert [row.key["batch"] for row in found.rows] == [1, 3]
+    for row in found.rows:
+        assert row.notes["gloo chose"].startswith("torch_distributed, ")
+        assert row.notes[f"{DISPATCH} chose"].startswith("cpu_shm, ")
+        assert row.key["all-reduce of, bytes"] == row.key["batch"] * 256 * 2
+        assert set(row.values) == {"gloo", DISPATCH, WITHOUT} and min(row.values.values()) > 0
+        low, high = map(float, row.notes[f"{DISPATCH}, p10 to p90"].split(" to "))
+        assert low - 0.1 <= row.values[DISPATCH] <= high + 0.1
+    table = "\n".join(report.table(found))
+    assert table in done.stdout and table in (tmp_path / "r.md").read_text()
 
 
 def check_of(ours: torch.Tensor, without: torch.Tensor | None = None) -> float:
@@ -82,19 +89,21 @@ def test_the_check_before_timing() -> None:
 
 
 def test_shapes_and_their_parts() -> None:
-    options = bench_decode.parser().parse_args([])
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args([])
     config = model_config(options, "cuda")
     assert (config.hidden_size, config.num_key_value_heads, config.vocab_size) == (8192, 8, 128256)
     assert config.num_hidden_layers == 8
     # Llama-3-70B as a whole has 70.6 billion parameters.
-    whole = model_config(bench_decode.parser().parse_args(["--layers", "80"]), "cuda")
+    whole = model_config(parser.parse_args(["--layers", "80"]), "cuda")
     assert whole.parameters / 1e9 == pytest.approx(70.55, abs=0.01)
-    other = bench_decode.parser().parse_args(["--shape", "llama-3-8b", "--hidden-size", "2048"])
+    other = parser.parse_args(["--shape", "llama-3-8b", "--hidden-size", "2048"])
     assert model_config(other, "cpu").hidden_size == 2048
     # 8 layers in bf16: a wrong partial sum in each of them would be far beyond this.
     assert tolerance(config, torch.bfloat16) == pytest.approx(0.064, abs=0.001)
 
 
 def test_one_rank_has_nothing_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_decode.main(["--tp", "1", "--device", "cpu"]) == 1
+    assert bench.main(["decode", "--ranks", "1", "--device", "cpu"]) == 1
     assert "2 ranks or more are needed; got 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a case of scripts/bench_ops_cpu is, and the shapes that all of them share.
+"""What a case of the case ops_cpu is, and the shapes that all of them share.
 
 Shapes are those of a model with hidden size 4096, 32 query and 8 KV heads of 128, blocks of 16
 tokens; MLA with a latent of 512 and 64 rotary elements. Blocks lie anywhere in the cache, the
@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import bench_ops_cpu_plain as plain
 import torch
-from bench_ops_cpu_plain import BF16, BLOCK, F32, SCALE
 from torch import Tensor
 
 import kvcache_ops
+
+from . import plain
+from .plain import BF16, BLOCK, F32, SCALE
 
 HIDDEN, HEADS, KV_HEADS, HEAD = 4096, 32, 8, 128
 LATENT, ROPE, MLA_HEADS = 512, 64, 16

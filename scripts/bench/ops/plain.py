@@ -1,4 +1,4 @@
-"""Each kvcache op as one would write it in plain torch, for scripts/bench_ops_cpu to time.
+"""Each kvcache op as one would write it in plain torch, for the case ops_cpu to time.
 
 It takes no care of padding or of slots and blocks outside the cache, and has the layout of every
 view worked out beforehand: it may only be quicker for that. A function leaves its result where the

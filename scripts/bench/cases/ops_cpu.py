@@ -1,17 +1,12 @@
-#!/usr/bin/env python3
 """Times every kvcache op on the CPU beside plain torch and torch.compile of it, and beside a copy.
 
 At 1, 64 and 4096 tokens, in bf16, fp32 and fp16. Results are checked before they are timed. The
 four are timed in turns, many rounds of each, so that what else runs on the machine hits all of them
-alike; medians over the rounds are printed, of times and of the ratios within each round.
+alike; medians over the rounds are shown, of times and of the ratios within each round.
 
 An op is bound by memory where its own pace, with all it touches in the caches of a core, is above
 the rate of the copy; one that is not is held against that pace. The pace is measured on one thread:
 the bytes of some tokens more over the time of some tokens more, times the number of threads.
-
-    scripts/bench_ops_cpu                        everything (compiles some hundred graphs at first)
-    scripts/bench_ops_cpu --only rms --tokens 1 --dtype bf16 --no-compile
-    scripts/bench_ops_cpu --markdown table.md
 """
 
 from __future__ import annotations
@@ -19,24 +14,26 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import torch
 
-import torch  # noqa: E402
-from bench_ops_cpu_case import BF16, F16, F32, Case  # noqa: E402
-from bench_ops_cpu_cases import cases  # noqa: E402
+from communicators.cli.bench.record import Record, Row
 
+from ..ops.case import F16, Case
+from ..ops.cpu import cases
+from ..ops.plain import BF16, F32
+
+OURS = ("ours",)
 DTYPES = {"bf16": BF16, "fp32": F32, "fp16": F16}
 TOKENS = (1, 64, 4096)
 SHARE = 0.8  # of the copy rate that a memory-bound op must reach, at the largest number of tokens
 CACHED = 256 << 10  # bytes that calls which find all in the caches of a core are to move
-Run = Callable[[], object]
+Run = Callable[[], Any]
 
 
 def seconds(run: Run, calls: int) -> float:
@@ -85,59 +82,34 @@ def pace(build: Callable[[int], Case], moved: float, options: argparse.Namespace
     return options.threads * (some[many].moved - some[1].moved) / (us[many] - us[1])
 
 
-class Row:
-    """One case: us of ours and of the peers round by round, and medians of their ratios.
+def row_of(case: Case, tokens: int, us: dict[str, list[float]], pace_of: Run, copied: int) -> Row:
+    """us of ours and of the peers, and medians of their ratios.
 
     Ratios are taken within a round: the speed of a machine may change between rounds, and then
     falls on all of a round alike.
     """
 
-    def __init__(self, case: Case, tokens: int, us: dict[str, list[float]], copied: int) -> None:
-        self.case, self.tokens = case, tokens
-        self.us = {name: statistics.median(times) for name, times in us.items()}
+    def times_ours(name: str) -> float:
+        return statistics.median(t / o for t, o in zip(us[name], us["ours"], strict=True))
 
-        def times_ours(name: str) -> float:
-            return statistics.median(t / o for t, o in zip(us[name], us["ours"], strict=True))
-
-        self.faster = min(times_ours(name) for name in ("torch", "compile") if name in us)
-        self.share = self.of_pace = float("nan")
-        if "copy" in us:
-            self.share = times_ours("copy") * case.moved / copied
-
-    def hold_against(self, pace: float) -> None:
-        """Of an op that does not reach its share of the copy."""
-        self.of_pace = self.case.moved / self.us["ours"] / pace
-
-    def verdict(self) -> str:
-        found = []
-        if self.faster < 1:
-            found.append("slower")
-        if self.share < SHARE:
-            if self.of_pace <= self.share:  # its pace is above the copy's
+    dtype = str(case.dtype).removeprefix("torch.")
+    values = {name: statistics.median(times) for name, times in us.items() if name != "copy"}
+    faster = min(times_ours(name) for name in ("torch", "compile") if name in us)
+    notes: dict[str, Any] = {"times": faster}
+    found = ["slower"] if faster < 1 else []
+    if "copy" in us:
+        share = times_ours("copy") * case.moved / copied
+        notes["of copy"] = f"{share:.0%}"
+        if share < SHARE:
+            of_pace = case.moved / values["ours"] / pace_of()
+            notes["of pace"] = f"{of_pace:.0%}"
+            if of_pace <= share:  # its pace is above the copy's
                 found.append(f"under {SHARE:.0%} of copy")
-            elif self.of_pace < SHARE:
+            elif of_pace < SHARE:
                 found.append(f"under {SHARE:.0%} of its pace")
-        return ", ".join(found)
-
-    def cells(self) -> list[str]:
-        us = [f"{self.us[k]:.1f}" if k in self.us else "-" for k in ("ours", "torch", "compile")]
-        shares = ["-" if s != s else f"{s:.0%}" for s in (self.share, self.of_pace)]
-        name = f"{self.case.op} {self.case.variant}".strip()
-        dtype = str(self.case.dtype).removeprefix("torch.")
-        return [name, str(self.tokens), dtype, *us, f"{self.faster:.2f}", *shares, self.verdict()]
-
-
-HEADINGS = ["op", "tokens", "dtype", "us", "torch", "compile", "times", "of copy", "of pace", ""]
-WIDTHS = [40, 6, 9, 10, 10, 10, 6, 8, 8, 1]
-
-
-def line(cells: list[str]) -> str:
-    first = f"{cells[0]:{WIDTHS[0]}}"
-    return (
-        first
-        + " ".join(f"{c:>{w}}" for c, w in zip(cells[1:-1], WIDTHS[1:-1], strict=True))
-        + ("  " + cells[-1])
-    )
+    notes["verdict"] = ", ".join(found)
+    name = f"{case.op} {case.variant}".strip()
+    return Row({"op": name, "tokens": tokens, "dtype": dtype}, values, notes=notes)
 
 
 def check(case: Case, theirs: Callable[[], object], name: str) -> None:
@@ -158,7 +130,7 @@ def check(case: Case, theirs: Callable[[], object], name: str) -> None:
             expected[k],
             rtol=case.tolerance,
             atol=case.tolerance,
-            msg=lambda text, k=k: f"{case.op} {case.variant} and {name} differ in {k}: {text}",
+            msg=partial("{} {} and {} differ in {}: {}".format, case.op, case.variant, name, k),
         )
 
 
@@ -200,52 +172,43 @@ def measure(
             check(case, runs["compile"], "torch.compile")
     if case.memory_bound and tokens == max(TOKENS):
         runs["copy"] = copy
-    row = Row(case, tokens, in_turns(runs, options.rounds, options.seconds), copied)
-    if row.share < SHARE:
-        row.hold_against(pace(build, case.moved / tokens, options))
-    return row
+    times = in_turns(runs, options.rounds, options.seconds)
+    return row_of(case, tokens, times, lambda: pace(build, case.moved / tokens, options), copied)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.004, help="of one turn, at least a call")
-    parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, choices=TOKENS)
-    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--markdown", type=Path, help="write the table there too")
-    options = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=15)
+    add("--seconds", type=float, default=0.004, help="of one turn, at least a call")
+    add("--only", default="", help="ops whose name contains this")
+    add("--tokens", type=int, nargs="*", default=TOKENS, choices=TOKENS)
+    add("--dtype", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+
+
+def rows(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Row]:
     torch.set_num_threads(options.threads)
     # 64 MB each: far more than the caches hold.
     source, target = torch.ones(1 << 26, dtype=torch.uint8), torch.zeros(1 << 26, dtype=torch.uint8)
     copied = 2 * source.numel()
     copy = lambda: target.copy_(source)  # noqa: E731
     rate = copied / statistics.median(in_turns({"copy": copy}, 15, 0.0)["copy"]) / 1e3
-    print(f"torch {torch.__version__}, {options.threads} threads, copy {rate:.1f} GB/s")
-    print(line(HEADINGS))
-    rows = []
+    facts.update({"threads": options.threads, "copy": f"{rate:.1f} GB/s"})
     for name in options.dtype:
         for n in options.tokens:
             torch.manual_seed(0)
             for i, case in enumerate(cases(n, DTYPES[name])):
                 if options.only in case.op:
                     build = partial(nth_case, i, DTYPES[name])
-                    rows.append(measure(build, case, n, options, copy, copied))
-                    print(line(rows[-1].cells()), flush=True)
+                    yield measure(build, case, n, options, copy, copied)
             gc.collect()
-    verdicts = [row.verdict() for row in rows]
-    print(
-        f"{len(rows)} rows: {sum('slower' in v for v in verdicts)} slower than the better peer, "
+
+
+def summary(record: Record) -> str:
+    verdicts = [row.notes["verdict"] for row in record.rows]
+    return (
+        f"{len(verdicts)} rows: {sum('slower' in v for v in verdicts)} slower than a peer, "
         f"{sum('of copy' in v for v in verdicts)} bound by memory under {SHARE:.0%} of the copy, "
         f"{sum('of its pace' in v for v in verdicts)} others under {SHARE:.0%} of their pace"
     )
-    if options.markdown:
-        text = ["| " + " | ".join(cells) + " |" for cells in [HEADINGS, ["---"] * len(HEADINGS)]]
-        text += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-        options.markdown.write_text("\n".join(text) + "\n")
-
-
-if __name__ == "__main__":
-    main()

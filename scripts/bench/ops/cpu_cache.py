@@ -1,12 +1,14 @@
-"""The cache ops on tensors of a usual size, for scripts/bench_ops_cpu."""
+"""The cache ops on tensors of a usual size, for the case ops_cpu."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import bench_ops_cpu_plain as plain
 import torch
-from bench_ops_cpu_case import (
+from torch import Tensor
+
+from . import plain
+from .case import (
     HEAD,
     HIDDEN,
     KV_HEADS,
@@ -25,8 +27,7 @@ from bench_ops_cpu_case import (
     size,
     slots,
 )
-from bench_ops_cpu_plain import BF16, BLOCK, F32, LAYERS, SCALE, U8
-from torch import Tensor
+from .plain import BF16, BLOCK, F32, LAYERS, SCALE, U8
 
 
 def writes(n: int, dtype: torch.dtype) -> Iterator[Case]:

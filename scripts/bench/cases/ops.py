@@ -1,33 +1,31 @@
-#!/usr/bin/env python3
-"""Times the kvcache ops on one GPU: results checked against the references first, then CUDA graphs
-of calls over rotated arguments, so that the data come from device memory. A graph is queued whole
-before its time begins. Medians, in us, with the share of the device-to-device copy rate that the
-same run measured, the project's own limit, and the plain-torch reference beside.
+"""The kvcache ops on one GPU: results checked against the references first, then CUDA graphs of
+calls over rotated arguments, so that the data come from device memory.
 
-    scripts/bench_ops                       every case
-    scripts/bench_ops --only paged          cases whose name contains a text
-    scripts/bench_ops --latency             one token, added between two other kernels
-    scripts/bench_ops --swap                swap_blocks over the host link
+A graph is queued whole before its time begins. Medians, in us, with the share of the
+device-to-device copy rate that the same run measured, the project's own limit, and the plain-torch
+reference beside. `--latency` times one token, added between two other kernels, and `--swap`
+swap_blocks over the host link.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import torch
 
-import torch  # noqa: E402
-from bench_ops_cases import Args, BenchCase, all_cases  # noqa: E402
+import kvcache_ops
+from communicators.cli.bench.record import Record, Row
+from communicators.errors import TopologyError
+from communicators.selection.timing import queued_us
+from kvcache_ops import reference
 
-import kvcache_ops  # noqa: E402
-from communicators.selection.timing import queued_us  # noqa: E402
-from kvcache_ops import reference  # noqa: E402
+from ..ops.gpu import BF16, Args, BenchCase, all_cases
 
+OURS = ("ours",)
 L2_BYTES = 64 << 20
 CALLED_BYTES = 6 << 30  # by a graph of calls: 1.5 ms or more, beside which its own launch is little
 WARM = 3
@@ -81,8 +79,8 @@ def check(case: BenchCase, args: Args) -> None:
             torch.testing.assert_close(got, want, rtol=case.rtol, atol=case.rtol / 2)
 
 
-def time_case(case: BenchCase) -> tuple[float, float]:
-    """(us of the op, us of the reference)."""
+def time_case(case: BenchCase) -> tuple[float, float | None]:
+    """(us of the op, us of the reference where it is timed)."""
     sets = [case.make() for _ in range(max(2, min(12, -(-3 * L2_BYTES // case.bytes))))]
     check(case, sets[0])
     op = getattr(kvcache_ops, case.op)
@@ -95,38 +93,31 @@ def time_case(case: BenchCase) -> tuple[float, float]:
 
     graph = graph_of(calls)
     ours = median_us(graph.replay) / (rounds * len(sets))
-    plain = float("nan")
+    plain = None
     if case.op not in ("paged_attention",) and "gather" not in case.op:
         plain = median_us(lambda: getattr(reference, case.op)(**sets[1]), 3)
     return ours, plain
 
 
-def bench(only: str) -> int:
+def each_case(only: str, facts: dict[str, Any]) -> Iterator[Row]:
     rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e3:.0f} GB/s")
-    print(f"{'op':40} {'case':14} {'us':>8} {'limit':>7} {'share':>6} {'torch':>9}")
-    slow = 0
+    facts["copy"] = f"{rate / 1e3:.0f} GB/s"
     for case in all_cases():
         if only not in f"{case.op} {case.name}":
             continue
         ours, plain = time_case(case)
-        share = case.bytes / ours / rate
-        mark = "" if ours <= case.bar_us else "  over"
-        slow += ours > case.bar_us
-        print(
-            f"{case.op:40} {case.name:14} {ours:8.2f} {case.bar_us:7.1f} {share:6.0%} {plain:9.1f}"
-            f"{mark}",
-            flush=True,
-        )
+        notes = {"limit": case.bar_us, "share": f"{case.bytes / ours / rate:.0%}"}
+        notes["verdict"] = "" if ours <= case.bar_us else "over"
+        values = {"ours": ours} if plain is None else {"ours": ours, "torch": plain}
+        yield Row({"op": case.op, "case": case.name}, values, notes=notes)
         torch.cuda.empty_cache()
-    print(f"copy again {copy_rate() / 1e3:.0f} GB/s; {slow} over the limit")
-    return slow
+    facts["copy again"] = f"{copy_rate() / 1e3:.0f} GB/s"
 
 
-def latency() -> None:
+def latency() -> Iterator[Row]:
     """One token between two small kernels: the graph with the op less the graph without it."""
     other = torch.zeros(4096, device="cuda")
-    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    bf16: dict[str, Any] = {"device": "cuda", "dtype": BF16}
     x, r, w, o = (torch.randn(1, 8192, **bf16) for _ in range(4))
     one, slot = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int64)
     k = torch.randn(1, 8, 128, **bf16)
@@ -168,10 +159,11 @@ def latency() -> None:
                 run()
 
         added = (median_us(graph_of(both).replay, 31) - base) / calls
-        print(f"{name:40} one token      {added:8.2f} {bar:7.1f}{'' if added <= bar else '  over'}")
+        notes = {"limit": bar, "verdict": "" if added <= bar else "over"}
+        yield Row({"op": name, "case": "one token"}, {"ours": added}, notes=notes)
 
 
-def swap() -> None:
+def swap() -> Iterator[Row]:
     for count, size, bar in ((1000, 256 << 10, 50.0), (10000, 16 << 10, 48.0)):
         gpu = torch.randint(0, 255, (count, size), device="cuda", dtype=torch.uint8)
         host = torch.zeros(count, size, dtype=torch.uint8).pin_memory()
@@ -181,28 +173,32 @@ def swap() -> None:
         if not torch.equal(host[pairs[:, 1]], gpu.cpu()[pairs[:, 0]]):
             raise AssertionError("swap_blocks: blocks differ")
         for name, src, dst in (("GPU to host", gpu, host), ("host to GPU", host, gpu)):
-            us = median_us(
-                lambda s=src, d=dst, n=size, p=pairs: kvcache_ops.swap_blocks(s, d, n, p), 7
-            )
+            us = median_us(partial(kvcache_ops.swap_blocks, src, dst, size, pairs), 7)
             rate = count * size / us / 1e3
-            mark = "" if rate >= bar else "  under"
-            print(f"swap_blocks {name:14} {count} x {size >> 10} KB {rate:8.1f} GB/s {bar}{mark}")
+            notes = {"limit": bar, "verdict": "" if rate >= bar else "under"}
+            key = {"op": "swap_blocks", "case": f"{name}, {count} x {size >> 10} KB"}
+            yield Row(key, {"ours": rate}, "GB/s", True, notes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--latency", action="store_true", help="one token between two kernels")
-    parser.add_argument("--swap", action="store_true", help="swap_blocks over the host link")
-    options = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", default="", help="cases whose name contains this")
+    add("--latency", action="store_true", help="one token between two kernels")
+    add("--swap", action="store_true", help="swap_blocks over the host link")
+
+
+def rows(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Row]:
+    if not torch.cuda.is_available():
+        raise TopologyError("the ops are timed on one GPU, and torch sees none here")
     torch.manual_seed(0)
     if options.latency:
-        latency()
+        yield from latency()
     elif options.swap:
-        swap()
+        yield from swap()
     else:
-        bench(options.only)
+        yield from each_case(options.only, facts)
 
 
-if __name__ == "__main__":
-    main()
+def summary(record: Record) -> str:
+    beyond = sum(bool(row.notes["verdict"]) for row in record.rows)
+    return f"{beyond} of {len(record.rows)} miss the limit"

@@ -1,4 +1,4 @@
-"""Times one decode step of a tensor-parallel Llama with NCCL alone and with our dispatch.
+"""A decode step of a tensor-parallel Llama with NCCL alone and with our dispatch.
 
 Weights and KV cache are random, in the shapes of a real model (Llama-3-70B on GPUs). Each sequence
 has `--context` tokens in a paged cache of shuffled blocks; a step takes one token more through
@@ -12,15 +12,14 @@ token is left out. Three variants share the weights and the cache and take turns
 Before the first and after the last round the logits of NCCL and dispatch must be finite and equal
 within a tolerance that `without` is far beyond. A step's time is the median over all replays, of
 the slowest rank. "collectives" is a variant's time less that of `without`.
+A step is one token of every sequence, so us/step is the time a token.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -30,22 +29,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from communicators import CommunicatorError, GroupCoordinator, Request
-
-from .decode_report import facts, show_row, write
-from .tp_llama.agreement import AgreedError, together
-from .tp_llama.config import LlamaConfig, RopeScaling
-from .tp_llama.decode_step import DecodeStep
-from .tp_llama.errors import JobError
-from .tp_llama.generate import DecodeBuffers
-from .tp_llama.job import tensor_parallel_group
-from .tp_llama.kv_cache import PagedKVCache, Sequence
-from .tp_llama.launch import launch
-from .tp_llama.model import LlamaModel
-from .tp_llama.options import device_kind, say, world_size
-from .tp_llama.partition import Partition
-from .tp_llama.random_weights import random_weights
-from .tp_llama.timed_group import TimedGroup
+from communicators.base import Request
+from communicators.cli.bench import driver, gpu, launch
+from communicators.cli.bench.record import Row
+from communicators.errors import CommunicatorError, InvalidArgumentError
+from communicators.groups.coordinator import GroupCoordinator
+from scripts.tp_llama.agreement import AgreedError, together
+from scripts.tp_llama.config import LlamaConfig, RopeScaling
+from scripts.tp_llama.decode_step import DecodeStep
+from scripts.tp_llama.errors import JobError
+from scripts.tp_llama.generate import DecodeBuffers
+from scripts.tp_llama.job import tensor_parallel_group
+from scripts.tp_llama.kv_cache import PagedKVCache, Sequence
+from scripts.tp_llama.launch import environment
+from scripts.tp_llama.model import LlamaModel
+from scripts.tp_llama.options import device_kind, say
+from scripts.tp_llama.partition import Partition
+from scripts.tp_llama.random_weights import random_weights
+from scripts.tp_llama.timed_group import TimedGroup
 
 SHAPES = {
     "llama-3-70b": (8192, 28672, 64, 8, 128, 128256),
@@ -64,33 +65,30 @@ SHAPE_FIELDS = (
 ALONE = {"cuda": ("NCCL", ("pynccl", "torch_distributed")), "cpu": ("gloo", ("torch_distributed",))}
 DISPATCH, WITHOUT = "dispatch", "without"
 BLOCK_SIZE = 16
+OURS = (DISPATCH,)
 WARM_UP_STEPS = 3  # at the start of each round
 
 
-def parser() -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    p = argparse.ArgumentParser(prog="scripts/bench_decode", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tp", type=int, metavar="N", help="ranks (default: 2)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--shape", choices=list(SHAPES),
-                   help="default: llama-3-70b on GPUs, tiny on CPUs; the next six change parts")
+    driver.add_ranks(parser, [2])
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--shape", choices=list(SHAPES),
+        help="default: llama-3-70b on GPUs, tiny on CPUs; the next six change parts")
     for name in SHAPE_FIELDS:
-        p.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
-    p.add_argument("--layers", type=int, default=8)
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="sequences")
-    p.add_argument("--context", type=int, default=1024, help="tokens in the cache of a sequence")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                   default="bfloat16")
-    p.add_argument("--rounds", type=int, default=10)
-    p.add_argument("--replays", type=int, default=50, help="steps of a variant in a round")
-    p.add_argument("--no-graph", dest="graph", action="store_false",
-                   help="on GPUs: time the steps as the host issues them")
-    p.add_argument("--explain", action="store_true", help="print the dispatch of both groups")
-    p.add_argument("--json", metavar="FILE", help="write the facts and the rows here")
-    p.add_argument("--markdown", metavar="FILE", help="write the table here")
+        add(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    add("--layers", type=int, default=8)
+    add("--batch", type=int, nargs="+", default=[1, 32], help="sequences")
+    add("--context", type=int, default=1024, help="tokens in the cache of a sequence")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    add("--rounds", type=int, default=10)
+    add("--replays", type=int, default=50, help="steps of a variant in a round")
+    add("--no-graph", dest="graph", action="store_false",
+        help="on GPUs: time the steps as the host issues them")
+    add("--explain", action="store_true", help="print the dispatch of both groups")
+    add("--timeout", type=float, default=3600.0, help="seconds that the ranks may take")
     # fmt: on
-    return p
 
 
 def model_config(options: argparse.Namespace, device: str) -> LlamaConfig:
@@ -214,7 +212,7 @@ def time_steps(step: DecodeStep, count: int, device: torch.device) -> list[float
     return [a.elapsed_time(b) * 1e3 for a, b in pairwise(events)]
 
 
-def measure(
+def time_variants(
     steps: dict[str, DecodeStep], tp: Any, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """For each variant the median, 10th and 90th percentile in us, of the slowest rank."""
@@ -246,7 +244,7 @@ def prepared(steps: dict[str, DecodeStep], graph: bool) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def run_in_group(options: argparse.Namespace, tp: GroupCoordinator) -> None:
+def steps_of(options: argparse.Namespace, tp: GroupCoordinator) -> Iterator[Row]:
     config, dtype = model_config(options, tp.device.type), getattr(torch, options.dtype)
     graph = options.graph and tp.device.type == "cuda"
     alone, peer = open_alone(tp)
@@ -262,64 +260,69 @@ def run_in_group(options: argparse.Namespace, tp: GroupCoordinator) -> None:
         name: LlamaModel(config, part, weights, TimedGroup(group, timed=False), options.context + 1)
         for name, group in ((alone, peer), (DISPATCH, tp), (WITHOUT, NoCollectives(tp)))
     }
-    about = facts(options, config, tp, alone, graph)
-    rows: list[dict[str, Any]] = []
     for batch in options.batch:
         buffers, cache = random_batch(config, part, batch, options, tp)
         steps = {name: DecodeStep(models[name], buffers.inputs, cache) for name in models}
         with prepared(steps, graph):
             errors = [check(steps, alone, tolerance(config, dtype), tp)]
-            us = measure(steps, tp, options)
+            us = time_variants(steps, tp, options)
             errors.append(check(steps, alone, tolerance(config, dtype), tp))
         nbytes = batch * config.hidden_size * dtype.itemsize
         request = Request("all_reduce", dtype, nbytes, "capture" if graph else "eager")
-        rows.append(
-            {
-                "batch": batch,
-                "us": us,
-                "error": max(errors),
-                "all_reduce_bytes": nbytes,
-                "chosen": {
-                    name: dataclasses.astuple(group.dispatcher().select(request))[:2]
-                    for name, group in ((alone, peer), (DISPATCH, tp))
-                },
-            }
-        )
-        if tp.rank_in_group == 0:
-            show_row(about, rows)
-    if tp.rank_in_group == 0:
-        write(about, rows, options, __doc__ or "")
+        medians = {name: at["median"] for name, at in us.items()}
+        without = medians[WITHOUT]
+        notes: dict[str, Any] = {
+            f"collectives of {name}": medians[name] - without for name in (alone, DISPATCH)
+        }
+        for name, group in ((alone, peer), (DISPATCH, tp)):
+            chosen, reason = dataclasses.astuple(group.dispatcher().select(request))[:2]
+            notes[f"{name} chose"] = f"{chosen}, {reason}"
+            at = us[name]
+            notes[f"{name}, p10 to p90"] = f"{at['p10']:.1f} to {at['p90']:.1f}"
+        notes["tokens/s"] = batch / medians[DISPATCH] * 1e6
+        notes["logits off by"] = f"{max(errors):.2g}"
+        key = {"batch": batch, "ranks": tp.world_size, "all-reduce of, bytes": nbytes}
+        yield Row(key, medians, notes=notes)
 
 
-def rank_main(options: argparse.Namespace) -> int:
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    """One rank."""
     try:
-        with tensor_parallel_group(device_kind(options.device), options.tp) as tp:
+        with tensor_parallel_group(options.device, None) as tp:
             try:
-                run_in_group(options, tp)
-            except AgreedError as error:
-                if tp.rank_in_group == 0:
-                    say(f"error: {error}")
+                yield from steps_of(options, tp)
+            except AgreedError as error:  # all ranks have it, and rank 0 says it
                 tp.barrier()
-                return 1
-    except (JobError, CommunicatorError) as error:
-        say(f"error on rank {os.environ.get('RANK', '?')}: {error}")
-        return 1
-    return 0
-
-
-def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
-    if "WORLD_SIZE" in os.environ:
-        return rank_main(options)
-    try:
-        ranks = world_size(options.tp, device_kind(options.device))
-        if ranks < 2:
-            raise JobError(f"collectives are compared, so 2 ranks or more are needed; got {ranks}")
-        return launch(ranks, arguments, "scripts.bench_decode")
+                if tp.rank_in_group:
+                    raise SystemExit(1) from error
+                raise
     except JobError as error:
-        say(f"error: {error}")
-        return 1
+        raise CommunicatorError(str(error)) from error
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def described(config: LlamaConfig, options: argparse.Namespace) -> str:
+    graph = options.graph and options.device == "cuda"
+    return (
+        f"of hidden {config.hidden_size}, MLP {config.intermediate_size}, heads "
+        f"{config.num_attention_heads}/{config.num_key_value_heads} of {config.head_dim}, "
+        f"vocabulary {config.vocab_size}, {config.num_hidden_layers} layers, {options.dtype}, "
+        f"{options.context} tokens of context, {'CUDA graph' if graph else 'eager'}, median of "
+        f"{options.rounds * options.replays} steps"
+    )
+
+
+def rows(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Row]:
+    try:
+        options.device = device_kind(options.device)
+    except JobError as error:
+        raise InvalidArgumentError(str(error)) from error
+    facts["model"] = described(model_config(options, options.device), options)
+    for ranks in options.ranks:
+        if ranks < 2:
+            raise InvalidArgumentError(
+                f"collectives are compared, so 2 ranks or more are needed; got {ranks}"
+            )
+        if options.device == "cuda":
+            gpu.require(ranks)
+        with environment(ranks):
+            yield from launch.measured(__name__, ranks, options, total=len(options.batch))

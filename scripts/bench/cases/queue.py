@@ -1,9 +1,5 @@
 """MessageQueue beside multiprocessing.Queue and pyzmq PUB/SUB over ipc, one run.
 
-    scripts/bench_queue                    all rows, one reader and three
-    scripts/bench_queue --markdown FILE    the tables of docs/benchmarks/queue.md
-    scripts/bench_queue --soak 5000000     only: that many messages with checksums, three readers
-
 One writer, and reader processes started with spawn. Every row is measured `--repeat` times, the
 systems in turn within each repetition; the best of each is printed, since what else runs on the
 machine only takes away, and the ratio to each peer.
@@ -25,19 +21,22 @@ import os
 import random
 import resource
 import statistics
-import sys
 import time
 import zlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import zmq
 
+from communicators.cli.bench import driver, report
+from communicators.cli.bench.record import Record, Row
+from communicators.errors import CommTimeoutError, CommunicatorError
 from communicators.shm_broadcast import MessageQueue
-from scripts.bench_queue_systems import SPAWN, Multiprocessing, Ours, PyZmq, PyZmqOutOfBand
+
+from ..peers.mp_queue import SPAWN, Multiprocessing
+from ..peers.pyzmq import PyZmq, PyZmqOutOfBand
 
 # --- the messages -----------------------------------------------------------------------------
 
@@ -134,9 +133,10 @@ def reader_main(pipe: Any, make: Callable[..., Callable[[], Any]], *arguments: A
 class Bench:
     """One system with its reader processes."""
 
-    def __init__(self, make: Callable[..., Any], readers: int, **options: Any) -> None:
-        self.system = make(readers, **options)
-        self.pipes, self.processes = [], []
+    def __init__(self, make: Callable[..., Any], readers: int) -> None:
+        self.system = make(readers)
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
         for arguments in self.system.for_reader:
             ours, theirs = SPAWN.Pipe()
             process = SPAWN.Process(target=reader_main, args=(theirs, *arguments), daemon=True)
@@ -150,7 +150,7 @@ class Bench:
         answers = []
         for pipe in self.pipes:
             if not pipe.poll(180):
-                raise TimeoutError("a reader has not answered for 180 s")
+                raise CommTimeoutError("a reader has not answered for 180 s")
             answers.append(pipe.recv())
         return answers
 
@@ -203,132 +203,103 @@ class Bench:
         self.system.close()
 
 
-OURS, MP, ZMQ, OOB = Ours, Multiprocessing, PyZmq, PyZmqOutOfBand
+# --- what is compared ---------------------------------------------------------------------------
+
+
+class Ours:
+    name = "MessageQueue"
+
+    def __init__(self, readers: int, copy: bool = True) -> None:
+        self.queue = MessageQueue(readers, readers)
+        self.send = self.queue.enqueue
+        self.for_reader = [(_ours, self.queue.export_handle(), i, copy) for i in range(readers)]
+
+    def ready(self) -> None:
+        self.queue.wait_until_ready(60)
+
+    def close(self) -> None:
+        self.queue.close()
+
+
+def _ours(handle: Any, rank: int, copy: bool) -> Callable[[], Any]:
+    queue = MessageQueue.create_from_handle(handle, rank)
+    queue.wait_until_ready(60)
+    return queue.dequeue if copy else functools.partial(queue.dequeue, copy=False)
+
+
 VIEWS = functools.partial(Ours, copy=False)
-LABEL = {VIEWS: "MessageQueue, copy=False"}
+LABEL: dict[Any, str] = {make: make.name for make in (Ours, PyZmq, PyZmqOutOfBand, Multiprocessing)}
+LABEL[VIEWS] = "copy=False"
+OURS = (LABEL[Ours], LABEL[VIEWS])
+RATE = "messages/s"
+MP, ZMQ, OOB = Multiprocessing, PyZmq, PyZmqOutOfBand
 
 CHECKED = [("small", 2000), ("pickled", 500), ("dictionary", 50), ("array", 30), ("tensor", 4)]
 
-# row, what is compared, (method, arguments), better is, [(peer, bar)] of the issue's table
-ROWS: list[tuple[str, list[Any], str, tuple[Any, ...], bool]] = [
-    ("100 B dict every 2 ms, one-way p50, us", [OURS, ZMQ, MP], "latency", (0.002, 500), False),
-    ("100 B after 1 s of silence, p50, us", [OURS, ZMQ, MP], "latency", (1.0, 6), False),
-    ("100 B dict, messages/s", [OURS, ZMQ, MP], "rate", ("small", 40000), True),
-    ("100 B dict with a set, messages/s", [OURS, ZMQ, MP], "rate", ("pickled", 40000), True),
-    ("10 KB dict, messages/s", [OURS, ZMQ, MP], "rate", ("dictionary", 1500), True),
-    ("1 MB array, messages/s", [OURS, VIEWS, ZMQ, OOB, MP], "rate", ("array", 600), True),
-    ("20 MB tensor, messages/s", [OURS, VIEWS, ZMQ, MP], "rate", ("tensor", 25), True),
-    ("20 MB array, messages/s", [OURS, VIEWS, ZMQ, OOB, MP], "rate", ("big_array", 25), True),
-    ("idle reader, % of a core", [OURS, ZMQ, MP], "idle", (10.0,), False),
+# row, what is compared, (method, arguments), unit
+ROWS: list[tuple[str, list[Any], str, tuple[Any, ...], str]] = [
+    ("100 B dict every 2 ms, one-way p50", [Ours, ZMQ, MP], "latency", (0.002, 500), "us"),
+    ("100 B after 1 s of silence, p50", [Ours, ZMQ, MP], "latency", (1.0, 6), "us"),
+    ("100 B dict", [Ours, ZMQ, MP], "rate", ("small", 40000), RATE),
+    ("100 B dict with a set", [Ours, ZMQ, MP], "rate", ("pickled", 40000), RATE),
+    ("10 KB dict", [Ours, ZMQ, MP], "rate", ("dictionary", 1500), RATE),
+    ("1 MB array", [Ours, VIEWS, ZMQ, OOB, MP], "rate", ("array", 600), RATE),
+    ("20 MB tensor", [Ours, VIEWS, ZMQ, MP], "rate", ("tensor", 25), RATE),
+    ("20 MB array", [Ours, VIEWS, ZMQ, OOB, MP], "rate", ("big_array", 25), RATE),
+    ("idle reader", [Ours, ZMQ, MP], "idle", (10.0,), "% of a core"),
+]
+
+#: What is aimed at: (row, whose, times better than each of these peers)
+GOALS: list[tuple[str, Any, dict[Any, float]]] = [
+    (ROWS[0][0], Ours, {ZMQ: 6, MP: 4}),
+    (ROWS[1][0], Ours, {ZMQ: 2}),
+    ("100 B dict", Ours, {ZMQ: 2}),
+    ("10 KB dict", Ours, {ZMQ: 1.2, MP: 1.2}),
+    ("1 MB array", Ours, {ZMQ: 2}),
+    ("1 MB array", VIEWS, {ZMQ: 3}),
+    ("20 MB tensor", Ours, {ZMQ: 2, MP: 2}),
+    ("20 MB tensor", VIEWS, {ZMQ: 3, MP: 3}),
 ]
 
 
-#: What is aimed at: (row, whose, times better than each of these peers, or than every one of them)
-GOALS: list[tuple[str, Any, list[tuple[list[Any], float]]]] = [
-    (ROWS[0][0], OURS, [([ZMQ], 6), ([MP], 4)]),
-    (ROWS[1][0], OURS, [([ZMQ], 2)]),
-    ("100 B dict, messages/s", OURS, [([ZMQ], 2)]),
-    ("10 KB dict, messages/s", OURS, [([ZMQ, MP], 1.2)]),
-    ("1 MB array, messages/s", OURS, [([ZMQ], 2)]),
-    ("1 MB array, messages/s", VIEWS, [([ZMQ], 3)]),
-    ("20 MB tensor, messages/s", OURS, [([ZMQ, MP], 2)]),
-    ("20 MB tensor, messages/s", VIEWS, [([ZMQ, MP], 3)]),
-]
-
-
-def label(make: Any) -> str:
-    return LABEL.get(make) or make.name
-
-
-def run(readers: int, repeat: int, only: str) -> list[tuple[str, dict[Any, float], bool]]:
-    systems = [OURS, VIEWS, ZMQ, OOB, MP]
-    rows = [row for row in ROWS if only in row[0]]
-    benches = {make: Bench(make, readers) for make in systems if any(make in r[1] for r in rows)}
+def measured(readers: int, repeat: int, only: str) -> Iterator[Row]:
+    selected = [row for row in ROWS if only in row[0]]
+    makes = [make for make in (Ours, VIEWS, ZMQ, OOB, MP) if any(make in r[1] for r in selected)]
+    benches = {make: Bench(make, readers) for make in makes}
     for bench in benches.values():
         for kind, count in CHECKED:
             bench.check(kind, count)
-    results = []
-    for title, makes, method, arguments, more_is_better in rows:
-        times = 1 if method == "idle" else repeat
-        seen: dict[Any, list[float]] = {make: [] for make in makes}
-        for _ in range(times):
-            for make in makes:
+    for title, compared, method, arguments, unit in selected:
+        seen: dict[Any, list[float]] = {make: [] for make in compared}
+        for _ in range(1 if method == "idle" else repeat):
+            for make in compared:
                 seen[make].append(getattr(benches[make], method)(*arguments))
-        choose = max if more_is_better else min
-        best = {make: choose(values) for make, values in seen.items()}
-        results.append((title, best, more_is_better))
-        print_row(readers, title, best, more_is_better)
+        more = method == "rate"
+        best = {LABEL[make]: (max if more else min)(values) for make, values in seen.items()}
+        yield Row({"readers": readers, "row": title}, best, unit, more)
     for bench in benches.values():
         bench.close()
-    return results
 
 
-def ratio(ours: float, theirs: float, more_is_better: bool) -> float:
-    return ours / theirs if more_is_better else theirs / ours
-
-
-def print_row(readers: int, title: str, best: dict[Any, float], more: bool) -> None:
-    print(f"{readers} reader{'s' if readers > 1 else ''}: {title}", flush=True)
-    peers = {m: v for m, v in best.items() if m in (ZMQ, OOB, MP)}
-    for make, value in best.items():
-        line = f"    {label(make):28} {value:10.4g}"
-        if make not in peers and peers:
-            line += "".join(
-                f"   {ratio(value, v, more):5.1f} x {label(m)}" for m, v in peers.items()
-            )
-        print(line, flush=True)
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def markdown(readers: int, results: list[tuple[str, dict[Any, float], bool]]) -> str:
-    """One table."""
-    lines = [
-        f"## {readers} reader{'s' if readers > 1 else ''}",
-        "",
-        "| | MessageQueue | pyzmq | pyzmq oob | mp.Queue | x pyzmq | x mp.Queue |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for title, best, more in results:
-        for make in (OURS, VIEWS):
-            if make not in best:
-                continue
-            value, zmq_value, mp_value = best[make], best[ZMQ], best[MP]
-            name = title if make is OURS else f"{title}, {label(make).partition(', ')[2]}"
-            oob = f"{number(best[OOB])}" if OOB in best else ""
-            ratios = (f"{ratio(value, v, more):.1f}" for v in (zmq_value, mp_value))
-            if title.startswith("idle"):
-                ratios = iter(("", ""))
-            cells = (name, number(value), number(zmq_value), oob, number(mp_value), *ratios)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def goals(results: dict[int, list[tuple[str, dict[Any, float], bool]]]) -> str:
-    """The table of what is aimed at and what was reached."""
-    readers = " | ".join(f"{n} reader{'s' if n > 1 else ''}" for n in results)
-    lines = [f"| goal | {readers} |", "|---|" + "---|" * len(results)]
+def summary(record: Record) -> str:
+    """What is aimed at, and what was reached."""
+    lines = ["| goal | readers | reached |", "|---|---|---|"]
     for title, make, bars in GOALS:
-        wanted, cells = [], []
-        for peers, bar in bars:
-            wanted.append(f"{bar:g} times better than {' and '.join(p.name for p in peers)}")
-        for rows in results.values():
-            found = [(best, more) for name, best, more in rows if name == title]
-            for best, more in found:
-                reached = []
-                for peers, bar in bars:
-                    times = min(ratio(best[make], best[p], more) for p in peers)
-                    reached.append(f"{times:.1f}" + ("" if times >= bar else ", **not reached**"))
-                cells.append("; ".join(reached))
-        if cells:
-            name = f"{title}, copy=False" if make is VIEWS else title
-            lines.append(f"| {name}: {', '.join(wanted)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in record.rows:
+            if row.key["row"] != title or LABEL[make] not in row.values:
+                continue
+            reached = {p: report.ratio(row, LABEL[make], p.name) or 0.0 for p in bars}
+            wanted = ", ".join(f"{bar:g} times better than {p.name}" for p, bar in bars.items())
+            cell = "; ".join(
+                f"{times:.1f}" + ("" if times >= bars[p] else ", **not reached**")
+                for p, times in reached.items()
+            )
+            name = f"{title}, {LABEL[make]}" if make is VIEWS else title
+            lines.append(f"| {name}: {wanted} | {row.key['readers']} | {cell} |")
+    return "\n".join(lines) if lines[2:] else ""
 
 
-def soak(count: int) -> None:
+def soak(count: int) -> Row:
     """`count` messages with checksums through three readers, of sizes up to some 200 KB."""
     queue = MessageQueue(3, 3)
     readers = [
@@ -351,9 +322,12 @@ def soak(count: int) -> None:
     took = time.monotonic() - began
     codes = [process.exitcode for process in readers]
     queue.close()
-    print(f"soak: {count} messages, 3 readers, {took:.0f} s, {count / took:.0f} a second: {codes}")
     if any(codes):
-        raise SystemExit("soak: a reader found a wrong message")
+        raise CommunicatorError(
+            f"soak: a reader found a wrong message, or none; exit codes {codes} of 3 readers"
+        )
+    title = f"soak, {count} messages"
+    return Row({"readers": 3, "row": title}, {LABEL[Ours]: count / took}, RATE, True)
 
 
 def _soak_reader(handle: Any, rank: int, count: int) -> None:
@@ -365,30 +339,19 @@ def _soak_reader(handle: Any, rank: int, count: int) -> None:
             raise AssertionError(f"rank {rank}: message {i} arrived as {number}, or damaged")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--readers", type=int, nargs="*", default=[1, 3])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", default="", help="rows whose title contains this")
-    parser.add_argument("--markdown", metavar="FILE", help="also write the tables there")
-    parser.add_argument("--soak", type=int, metavar="MESSAGES")
-    arguments = parser.parse_args()
-    if arguments.soak:
-        soak(arguments.soak)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    driver.add_ranks(parser, [1, 3], "readers")
+    add = parser.add_argument
+    add("--repeat", type=int, default=5)
+    add("--only", default="", help="rows whose title contains this")
+    add("--soak", type=int, metavar="MESSAGES",
+        help="instead: that many messages with checksums, three readers")  # fmt: skip
+
+
+def rows(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Row]:
+    facts["pyzmq"] = f"{zmq.__version__} (libzmq {zmq.zmq_version()})"
+    if options.soak:
+        yield soak(options.soak)
         return
-    kernel, python = os.uname().release.partition("-")[0], sys.version.split()[0]
-    where = (
-        f"{os.cpu_count()} cores, Linux {kernel}, Python {python}, "
-        f"torch {torch.__version__}, pyzmq {zmq.__version__} (libzmq {zmq.zmq_version()})"
-    )
-    print(f"{where}, load {os.getloadavg()[0]:.1f}")
-    results = {n: run(n, arguments.repeat, arguments.only) for n in arguments.readers}
-    if arguments.markdown:
-        tables = "\n".join(markdown(readers, rows) for readers, rows in results.items())
-        Path(arguments.markdown).write_text(f"{goals(results)}\n{where}\n\n{tables}")
-
-
-if __name__ == "__main__":
-    main()
+    for readers in options.ranks:
+        yield from measured(readers, options.repeat, options.only)

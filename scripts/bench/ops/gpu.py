@@ -1,4 +1,4 @@
-"""What bench_ops times on a GPU: each case makes one set of arguments, fresh ones for every call.
+"""What the case ops times on a GPU: each makes one set of arguments, fresh ones for every call.
 
 `bytes` are those that must be read and written once.
 """

@@ -1,14 +1,14 @@
 """The attention, norm, RoPE and activation ops on tensors of a usual size, and all cases together,
-for scripts/bench_ops_cpu."""
+for the case ops_cpu."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import bench_ops_cpu_plain as plain
 import torch
-from bench_ops_cpu_cache import cache_cases
-from bench_ops_cpu_case import (
+
+from . import plain
+from .case import (
     HEAD,
     HEADS,
     HIDDEN,
@@ -22,7 +22,8 @@ from bench_ops_cpu_case import (
     randn,
     size,
 )
-from bench_ops_cpu_plain import BLOCK
+from .cpu_cache import cache_cases
+from .plain import BLOCK
 
 # Decode attention has a quarter of the heads; the context of each of n sequences, else 64.
 CONTEXT = {1: 4096, 64: 1024, 4096: 64}

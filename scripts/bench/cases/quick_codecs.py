@@ -1,18 +1,24 @@
 """The error of the quantized all-reduce on activation-like data, as the table in
 docs/quick_all_reduce.md. Needs no GPU: the kernels give the bits of the model used here.
-
-    python scripts/bench_quick_codecs.py
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from communicators.backends.quick import codecs as quick
+from communicators.base import dtype_name
+from communicators.cli.bench import driver
+from communicators.cli.bench.record import Row
 
 TOKENS, HIDDEN = 64, 8192
+KINDS = ("normal", "heavy tails", "outlier channels", "massive token")
+OURS = ("rms", "others", "worst")
 
 
 def partial_sums(
@@ -39,9 +45,9 @@ def partial_sums(
     return made
 
 
-def cells(kind: str, world_size: int, codec: str, dtype: torch.dtype) -> list[str]:
-    """Signal over noise in dB; rms error over rms; the same of the channels without outliers; and
-    the largest error over the largest exact value of its block of 32."""
+def errors(kind: str, world_size: int, codec: str, dtype: torch.dtype) -> dict[str, float]:
+    """In percent: rms error over rms; the same of the channels without outliers; and the largest
+    error over the largest exact value of its block of 32."""
     inputs = partial_sums(kind, world_size, dtype, torch.Generator().manual_seed(1))
     exact = torch.stack(inputs).double().sum(0)
     error = quick.all_reduce(inputs, codec).double() - exact
@@ -51,25 +57,24 @@ def cells(kind: str, world_size: int, codec: str, dtype: torch.dtype) -> list[st
     rest = rms(error[:, plain]) / rms(exact[:, plain])
     largest = exact.view(-1, quick.BLOCK).abs().amax(1, keepdim=True)
     worst = float((error.view(-1, quick.BLOCK).abs() / largest).max())
-    return [f"{-20 * math.log10(share):.1f}", f"{share:.2%}", f"{rest:.2%}", f"{worst:.1%}"]
+    return {"rms": 100 * share, "others": 100 * rest, "worst": 100 * worst}
 
 
-def main() -> None:
-    columns = "SNR, dB | rms | others | worst"
-    print(f"| data | ranks | codec | bf16: {columns} | fp16: {columns} |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for kind in ("normal", "heavy tails", "outlier channels", "massive token"):
-        for world_size in (2, 8):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    driver.add_ranks(parser, [2, 8])
+
+
+def rows(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Row]:
+    for kind in KINDS:
+        for world_size in options.ranks:
             for codec in quick.CODECS:
-                row = [kind, str(world_size), codec]
                 for dtype in (torch.bfloat16, torch.float16):
-                    row += cells(kind, world_size, codec, dtype)
-                print("|", " | ".join(row), "|")
+                    found = errors(kind, world_size, codec, dtype)
+                    key = {"data": kind, "ranks": world_size, "codec": codec}
+                    key["dtype"] = dtype_name(dtype)
+                    snr = f"{-20 * math.log10(found['rms'] / 100):.1f}"
+                    yield Row(key, found, "%", notes={"SNR, dB": snr})
 
 
 def rms(x: torch.Tensor) -> float:
     return float(x.square().mean().sqrt())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,16 @@
 """What quantized all-reduces do to a trained model: the one that ships, on text held out from it.
 
 The outputs of its attention and MLP layers are split over simulated ranks, as tensor parallelism
-splits them, and added by the model of the kernels in quick_codecs.py. Needs no GPU:
-
-    python -m scripts.bench_quick_model
+splits them, and added by the model of the kernels in quick_codecs.py. Needs no GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from communicators.backends.quick import codecs as quick
 from communicators.base import dtype_name
+from communicators.cli.bench import driver
+from communicators.cli.bench.record import Row
+from scripts.tp_llama.options import SHIPPED
+from scripts.tp_llama.train import VALIDATION_EVERY_NTH_FILE, Corpus, source_files
+from scripts.tp_llama.train_model import DenseLlama, Shape
 
-from .tp_llama.train import VALIDATION_EVERY_NTH_FILE, Corpus, source_files
-from .tp_llama.train_model import DenseLlama, Shape
-
-CHECKPOINT = Path(__file__).parent / "tp_llama/checkpoint/model.safetensors"
+OURS = ("rms of a sum, %", "loss, nats per byte")
 ROWS, LENGTH = 24, 256
 
 
@@ -50,7 +53,9 @@ class RowParallel(nn.Module):
 
 def split_model(world_size: int, codec: str, dtype: torch.dtype, noise: list[Tensor]) -> DenseLlama:
     model = DenseLlama(Shape())
-    model.load_state_dict(load_file(CHECKPOINT), strict=False)  # the head is tied
+    model.load_state_dict(
+        load_file(SHIPPED / "model.safetensors"), strict=False
+    )  # the head is tied
     model = model.to(dtype).eval()
     for layer in model.model.layers:
         for holder, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
@@ -59,15 +64,17 @@ def split_model(world_size: int, codec: str, dtype: torch.dtype, noise: list[Ten
     return model
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    driver.add_ranks(parser, [2, 4, 8])
+
+
 @torch.no_grad()
-def main() -> None:
+def rows(options: argparse.Namespace, facts: dict[str, Any]) -> Iterator[Row]:
     files = source_files(Path(sysconfig.get_path("stdlib")))[::VALIDATION_EVERY_NTH_FILE]
     batch = Corpus(files).batch(ROWS, LENGTH, torch.Generator().manual_seed(1))
-    print(f"{ROWS} x {LENGTH} bytes of {len(files)} files of the standard library")
-    print("| dtype | ranks | codec | rms of a sum | loss, nats per byte | same greedy byte |")
-    print("|---|---|---|---|---|---|")
+    facts["text"] = f"{ROWS} x {LENGTH} bytes of {len(files)} files of the standard library"
     for dtype in (torch.bfloat16, torch.float16):
-        for world_size in (2, 4, 8):
+        for world_size in options.ranks:
             greedy = None
             for codec in quick.CODECS:
                 noise: list[Tensor] = []
@@ -76,12 +83,8 @@ def main() -> None:
                 choice = logits.argmax(-1)
                 greedy = choice if greedy is None else greedy
                 error, signal = torch.stack(noise).sum(0)
-                cells = (
-                    dtype_name(dtype), str(world_size), codec, f"{(error / signal).sqrt():.2%}",
-                    f"{loss:.4f}", f"{(choice == greedy).float().mean():.2%}",
-                )  # fmt: skip
-                print("|", " | ".join(cells), "|", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                rms = float(100 * (error / signal).sqrt())
+                key = {"dtype": dtype_name(dtype), "ranks": world_size, "codec": codec}
+                same = f"{(choice == greedy).float().mean():.2%}"
+                values = dict(zip(OURS, (rms, float(loss)), strict=True))
+                yield Row(key, values, "", notes={"same greedy byte": same})

@@ -1,64 +1,13 @@
-"""What bench_queue compares: each system gives a writer's send(obj) and, in a reader, receive()."""
+"""pyzmq PUB/SUB over ipc, without bounds on its queues, so that it loses nothing."""
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
 import pickle
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import zmq
-
-from communicators.shm_broadcast import MessageQueue
-
-SPAWN = multiprocessing.get_context("spawn")
-
-
-class Ours:
-    name = "MessageQueue"
-
-    def __init__(self, readers: int, copy: bool = True, **sizes: int) -> None:
-        self.queue = MessageQueue(readers, readers, **sizes)
-        self.send = self.queue.enqueue
-        self.for_reader = [(_ours, self.queue.export_handle(), i, copy) for i in range(readers)]
-
-    def ready(self) -> None:
-        self.queue.wait_until_ready(60)
-
-    def close(self) -> None:
-        self.queue.close()
-
-
-def _ours(handle: Any, rank: int, copy: bool) -> Callable[[], Any]:
-    queue = MessageQueue.create_from_handle(handle, rank)
-    queue.wait_until_ready(60)
-    return queue.dequeue if copy else functools.partial(queue.dequeue, copy=False)
-
-
-class Multiprocessing:
-    name = "mp.Queue"
-
-    def __init__(self, readers: int) -> None:
-        self.queues = [SPAWN.Queue() for _ in range(readers)]
-        self.for_reader = [(_multiprocessing, queue) for queue in self.queues]
-
-    def send(self, obj: Any) -> None:
-        for queue in self.queues:
-            queue.put(obj)
-
-    def ready(self) -> None:
-        pass
-
-    def close(self) -> None:
-        for queue in self.queues:
-            queue.close()
-            queue.join_thread()
-
-
-def _multiprocessing(queue: Any) -> Callable[[], Any]:
-    return queue.get
 
 
 class PyZmq:
