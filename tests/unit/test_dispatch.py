@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from communicators import (
@@ -135,6 +135,7 @@ def test_a_measured_size_is_within_the_margin_of_the_best(points, order, merged,
 
 @settings(deadline=None)
 @given(measured, st.integers(1, 1 << 31))
+@example({1: {"a": 1.0}, 4: {"a": 2.0, "b": 1.0}}, 2)  # b has no time below 4
 def test_explain_prints_what_is_chosen_at_any_size(points, size):
     def body(group):
         opened = [Recording(group, name, ANY) for name in NAMES]
