@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..base import Capability, Communicator, Refusal, dtype_name
-from ..bindings import custom_ar
+from ..bindings import collectives
 from ..bindings.workspace import LAYOUT, SharedBuffer
 from ..errors import CommMismatchError, CommunicatorError, InvalidArgumentError, NativeLibraryError
 from ..groups.arguments import check_in_place, check_tensor
@@ -67,12 +67,14 @@ class CustomAllreduce(Communicator):
                 f"CustomAllreduce(device={device}): a GPU with its ordinal is expected (cuda:0)"
             )
         self.max_size = max_size
-        self._library: custom_ar.CustomArLibrary | None = None
+        self._library: collectives.Collectives | None = None
         self._buffer: SharedBuffer | None = None
         self._handle = 0
         self._index = device.index
-        self._call: custom_ar.AllReduceCall | None = None
-        self._fast: custom_ar.AllReduceCall | None = None  # where calls are not counted or compared
+        self._call: collectives.AllReduceCall | None = None
+        self._fast: collectives.AllReduceCall | None = (
+            None  # where calls are not counted or compared
+        )
         ranks = Group.of(group)
         if verdict is None and ranks.world_size in WORLD_SIZES:
             verdict = p2p.group_verdict(ranks, device)
@@ -88,21 +90,21 @@ class CustomAllreduce(Communicator):
         if not torch.cuda.is_available():
             return Refusal("this process has no CUDA device")
         try:
-            self._library = custom_ar.load()
+            self._library = collectives.load()
         except NativeLibraryError as error:
             return Refusal(str(error))
         if self._verdict is not None and self._verdict.refusal is not None:
             return self._verdict.refusal
         return Capability(
             ops=frozenset({"all_reduce", "all_gather", "reduce_scatter"}),
-            dtypes=frozenset(custom_ar.DTYPES),
+            dtypes=frozenset(collectives.DTYPES),
             modes=frozenset({"eager", "capture"}),
             max_bytes=self.max_size,
         )
 
     def allocate(self) -> Any:
         assert self._library is not None
-        nbytes = self._library.bytes(*LAYOUT)
+        nbytes = self._library.custom_ar_bytes(*LAYOUT)
         self._buffer = SharedBuffer.allocate(nbytes, self.device, self.group.rank)
         return self._buffer.handle, LAYOUT
 
@@ -116,7 +118,9 @@ class CustomAllreduce(Communicator):
                 )
         self._buffer.map_peers([handle for handle, _ in handles])
         with torch.cuda.device(self.device):
-            self._handle = self._library.create(self._buffer.pointers, self.group.rank, LAYOUT)
+            self._handle = self._library.create_custom_ar(
+                self._buffer.pointers, self.group.rank, LAYOUT
+            )
         self._order = order_tensor(self.device)
         self.set_timeout(self.settings.timeout_s)
         self._call = self._library.all_reduce_call(self._handle, torch.empty(1, device=self.device))
@@ -156,7 +160,7 @@ class CustomAllreduce(Communicator):
             return False
         status = self._fast(inp, out)
         if status > 0:
-            self._library.fail(status)  # type: ignore[union-attr]
+            self._library.fail()  # type: ignore[union-attr]
         return status == 0
 
     # The collectives, on checked tensors.
@@ -179,9 +183,9 @@ class CustomAllreduce(Communicator):
         if self.settings.debug:
             self._compare("all_gather", inp)
         assert self._library is not None
-        stream = custom_ar.current_stream(self._index)
+        stream = collectives.current_stream(self._index)
         self._library.check(
-            self._library.all_gather(
+            self._library.custom_ar_all_gather(
                 self._handle, inp.data_ptr(), out.data_ptr(), inp.nbytes, stream
             )
         )
@@ -195,10 +199,10 @@ class CustomAllreduce(Communicator):
         if self.settings.debug:
             self._compare("reduce_scatter", inp)
         assert self._library is not None
-        code = custom_ar.DTYPES[inp.dtype]
-        stream = custom_ar.current_stream(self._index)
+        code = collectives.DTYPES[inp.dtype]
+        stream = collectives.current_stream(self._index)
         self._library.check(
-            self._library.reduce_scatter(
+            self._library.custom_ar_reduce_scatter(
                 self._handle, code, inp.data_ptr(), out.data_ptr(), out.nbytes, stream
             )
         )
@@ -219,8 +223,8 @@ class CustomAllreduce(Communicator):
             )
         if inp.dtype is not out.dtype:
             raise InvalidArgumentError(f"{op}(x): x is {inp.dtype} and the output {out.dtype}")
-        if inp.dtype not in custom_ar.DTYPES and op != "all_gather":
-            names = ", ".join(sorted(dtype_name(dtype) for dtype in custom_ar.DTYPES))
+        if inp.dtype not in collectives.DTYPES and op != "all_gather":
+            names = ", ".join(sorted(dtype_name(dtype) for dtype in collectives.DTYPES))
             raise InvalidArgumentError(f"{op}(x): x is {dtype_name(inp.dtype)}; it sums {names}")
         if not (inp.is_contiguous() and out.is_contiguous()):
             raise InvalidArgumentError(f"{op}(x): x and the output must be contiguous")
@@ -251,7 +255,7 @@ class CustomAllreduce(Communicator):
 
         Only facts that are equal on all ranks; a tensor that is not contiguous is staged.
         """
-        if self.disabled or inp.dtype not in custom_ar.DTYPES or inp.device != self.device:
+        if self.disabled or inp.dtype not in collectives.DTYPES or inp.device != self.device:
             return False
         return self.max_size is None or inp.nbytes <= self.max_size
 
@@ -391,7 +395,7 @@ class CustomAllreduce(Communicator):
         own = Group.of(group).rank if rank is None else rank
         device = torch.device("cuda", torch.cuda.current_device())
         buffer = SharedBuffer(0, device, own, b"", pointers[own], list(pointers))
-        custom_ar.load().free(pointers, buffer.close)
+        collectives.load().free(pointers, buffer.close)
 
     # Faults and tuning.
 
@@ -400,7 +404,7 @@ class CustomAllreduce(Communicator):
         for two calls in flight at once. Every call checks first; this is for after the last one."""
         if self._handle:
             assert self._library is not None
-            self._library.check(self._library.check_(self._handle))
+            self._library.gpu_check(self._handle)
 
     def synchronize(self) -> None:
         """Waits for the device and then checks."""
@@ -410,17 +414,17 @@ class CustomAllreduce(Communicator):
     def set_timeout(self, seconds: float) -> None:
         """The deadline of every wait on the device; by default COMMUNICATORS_TIMEOUT_S."""
         assert self._library is not None
-        self._library.set_timeout_ns(self._handle, int(seconds * 1e9))
+        self._library.gpu_set_timeout_ns(self._handle, int(seconds * 1e9))
 
     def tune(self, name: str, value: int) -> None:
-        """Overrides one choice (native/collectives/communicator.h); the same on all ranks."""
+        """Overrides one choice (native/collectives/custom_all_reduce.h); the same on all ranks."""
         assert self._library is not None
         self._library.tune(self._handle, name, value)
 
     def algorithm(self, nbytes: int) -> str:
         """Which algorithm an all-reduce of `nbytes` uses."""
         assert self._library is not None
-        return custom_ar.ALGORITHMS[self._library.algorithm(self._handle, nbytes)]
+        return self._library.algorithm(self._handle, nbytes)
 
     def __del__(self) -> None:
         # Never communicates. At interpreter exit the driver takes everything back by itself.

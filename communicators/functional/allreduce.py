@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..bindings import custom_ar
+from ..bindings import collectives, native
 from ..bindings.workspace import LAYOUT, SharedBuffer
 from ..errors import InvalidArgumentError
 from ..groups.arguments import check_plain
@@ -67,7 +67,7 @@ _mapped: dict[int, SharedBuffer] = {}
 
 def meta_size() -> int:
     """Bytes of a rank's workspace, which is all the memory that a handle needs."""
-    return int(custom_ar.load().bytes(*LAYOUT))
+    return int(collectives.load().custom_ar_bytes(*LAYOUT))
 
 
 def init_custom_ar(
@@ -88,7 +88,7 @@ def init_custom_ar(
     `rank_data` is not used. `full_nvlink` must be true for more than two ranks.
     Raises InvalidArgumentError, CommunicatorError.
     """
-    library = custom_ar.load()
+    library = collectives.load()
     buffer: SharedBuffer | None = None
     if isinstance(ipc_tensors, torch.Tensor):
         handles, offsets, (own_rank, nvlink) = rank, full_nvlink, rocm
@@ -106,7 +106,7 @@ def init_custom_ar(
             f"init_custom_ar(full_nvlink=False): {len(pointers)} GPUs need full NVLink; two may do "
             "without"
         )
-    fa = library.create(pointers, own_rank, LAYOUT)
+    fa = library.create_custom_ar(pointers, own_rank, LAYOUT)
     if buffer is not None:
         _mapped[fa] = buffer
     return fa
@@ -118,17 +118,21 @@ def all_reduce(
     """out = the sum of all ranks' inp. Same shape and dtype (fp32, fp16, bf16), contiguous.
 
     The last two arguments are not used: any size is reduced, without a registered buffer.
+    Raises CommTimeoutError for a peer that did not come to an earlier call, CommunicatorError for
+    two calls in flight at once, InvalidArgumentError for a handle that is not open or other
+    tensors. In a graph of torch.compile they are RuntimeErrors that begin with those names.
     """
-    order = None
     if torch.compiler.is_compiling():
         order = order_tensor(inp.device)
+        torch.ops.communicators.custom_ar_all_reduce(fa, inp, out, order)
     else:
         for argument, x in (("inp", inp), ("out", out)):
             if type(x) is not torch.Tensor or x.is_neg():
-                check_plain(
-                    f"all_reduce of handle {fa:#x}", x, torch.cuda.current_device(), argument
-                )
-    torch.ops.communicators.custom_ar_all_reduce(fa, inp, out, order)
+                check_plain(f"all_reduce of handle {fa}", x, torch.cuda.current_device(), argument)
+        try:
+            torch.ops.communicators.custom_ar_all_reduce(fa, inp, out)
+        except RuntimeError as error:
+            raise native.typed(error) from None
 
 
 def all_reduce_reg(fa: int, inp: torch.Tensor, out: torch.Tensor) -> None:
@@ -160,7 +164,7 @@ def dispose(fa: int) -> None:
     when no CUDA graph that recorded a call of this handle exists: its replays end at once."""
     device = torch.device("cuda", torch.cuda.current_device())
     buffer = _mapped.pop(fa, None)
-    custom_ar.load().end(fa, device, buffer.close if buffer is not None else None)
+    collectives.load().end(fa, device, buffer.close if buffer is not None else None)
 
 
 def register_buffer(fa: int, *buffer: Any) -> None:
@@ -185,21 +189,21 @@ def register_graph_buffers(
 
 def allocate_shared_buffer_and_handle(size: int) -> tuple[int, torch.Tensor]:
     """(address, handle) of `size` zeroed bytes on the current device; handle is uint8 [64], CPU."""
-    custom_ar.load()
+    collectives.load()
     pointer, handle = torch.ops.communicators.allocate_shared_buffer_and_handle(size)
     return pointer, handle
 
 
 def open_mem_handle(mem_handle: torch.Tensor) -> int:
     """This process's address of a peer's buffer."""
-    custom_ar.load()
+    collectives.load()
     return int(torch.ops.communicators.open_mem_handle(mem_handle))
 
 
 def free_shared_buffer(buffer: int) -> None:
     """Frees what `allocate_shared_buffer_and_handle` returned the address of; not before the CUDA
     graphs are gone that recorded calls of a disposed handle over it."""
-    custom_ar.load().free([buffer], lambda: torch.ops.communicators.free_shared_buffer(buffer))
+    collectives.load().free([buffer], lambda: torch.ops.communicators.free_shared_buffer(buffer))
 
 
 class _DeviceMemory:

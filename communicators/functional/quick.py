@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends.quick.quick_all_reduce import AREA
-from ..bindings import quick_ar
+from ..bindings import collectives
 from ..bindings.workspace import SharedBuffer
 from ..errors import InvalidArgumentError
 from ..groups.arguments import check_plain
@@ -54,7 +54,7 @@ def init_custom_qr(rank: int, world_size: int, qr_max_size: int | None = None) -
             "and the rank below it"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    buffer = SharedBuffer.allocate(quick_ar.load().bytes(AREA), device, rank)
+    buffer = SharedBuffer.allocate(collectives.load().quick_ar_bytes(AREA), device, rank)
     number = next(_numbers)
     most = _UNLIMITED if qr_max_size is None else qr_max_size
     _opened[number] = _Opened(rank, world_size, most, buffer)
@@ -78,12 +78,12 @@ def qr_open_handles(fa: int, handles: list[torch.Tensor]) -> None:
             f"qr_open_handles on rank {opened.rank}: {len(handles)} handles were given; "
             f"{opened.world_size} are expected, once"
         )
-    library = quick_ar.load()
+    library = collectives.load()
     opened.buffer.map_peers([bytes(handle.cpu().tolist()) for handle in handles])
     with torch.cuda.device(opened.buffer.device):
-        opened.handle = library.create(opened.buffer.pointers, opened.rank, (AREA,))
+        opened.handle = library.create_quick_ar(opened.buffer.pointers, opened.rank, AREA)
     timeout_s = Settings.from_environment().timeout_s
-    library.set_timeout_ns(opened.handle, int(timeout_s * 1e9))
+    library.gpu_set_timeout_ns(opened.handle, int(timeout_s * 1e9))
 
 
 def qr_all_reduce(
@@ -117,11 +117,11 @@ def qr_all_reduce(
             f"{where}: contiguous tensors of at most {opened.max_size} bytes are accepted; inp has "
             f"{inp.nbytes}"
         )
-    library = quick_ar.load()
+    library = collectives.load()
     library.check(
-        library.all_reduce(
+        library.quick_ar_all_reduce(
             opened.handle,
-            quick_ar.CODECS.index(_LEVELS[quant_level]),
+            collectives.CODECS.index(_LEVELS[quant_level]),
             int(inp.dtype is torch.bfloat16),
             inp.data_ptr(),
             out.data_ptr(),
@@ -137,7 +137,7 @@ def qr_destroy(fa: int) -> None:
     opened = _get(fa, "qr_destroy")
     del _opened[fa]
     if opened.handle:
-        quick_ar.load().end(opened.handle, opened.buffer.device, opened.buffer.close)
+        collectives.load().end(opened.handle, opened.buffer.device, opened.buffer.close)
     else:
         opened.buffer.close()
 

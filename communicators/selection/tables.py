@@ -107,7 +107,9 @@ class Table:
             return found
         for low, high in pairwise(sorted(points)):
             below, beyond = points[low], points[high]
-            if below.keys() != beyond.keys():  # what has one of the two times counts at that end alone
+            if (
+                below.keys() != beyond.keys()
+            ):  # what has one of the two times counts at that end alone
                 found.add(high - 1)
             for a, b in permutations(below.keys() & beyond.keys(), 2):
                 before = below[a] - margin * below[b]

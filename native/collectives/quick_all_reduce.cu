@@ -233,8 +233,7 @@ void by_world(uint32_t world, Body body) {
   if (world == 2) return body(Number<2>{});
   if (world == 4) return body(Number<4>{});
   if (world == 8) return body(Number<8>{});
-  throw Error(Failure::kArgument,
-              "the world size is " + std::to_string(world) + "; it must be 2, 4 or 8");
+  prim::fail(prim::kInvalid, "the world size is ", world, "; it must be 2, 4 or 8");
 }
 
 template <typename Body>
@@ -249,7 +248,7 @@ void by_codec(Codec codec, Body body) {
     case Codec::kQ4:
       return body(std::integral_constant<Codec, Codec::kQ4>{});
   }
-  throw Error(Failure::kArgument, "the codec is not FP, Q8, Q6 or Q4");
+  prim::fail(prim::kInvalid, "the codec is not FP, Q8, Q6 or Q4");
 }
 
 }  // namespace

@@ -28,11 +28,10 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "collectives/captures.h"
+#include "collectives/communicator.h"
 #include "collectives/quick_codec.h"
 #include "prim/gpu_spin.h"
 
@@ -46,11 +45,7 @@ inline constexpr uint32_t kRowVectors = 256;  // of 16 bytes
 inline constexpr uint32_t kTileVectors = kTileRows * kRowVectors;
 inline constexpr uint64_t kTileBytes = kTileVectors * 16;
 
-// Both halves are read in one load.
-struct alignas(16) StateWord {
-  uint64_t state;
-  uint64_t aborted;
-};
+using collectives::StateWord;
 struct Control {
   StateWord words[kMaxBlocks];
   uint32_t aborted;
@@ -80,14 +75,6 @@ constexpr uint64_t part_bytes(Codec codec, uint32_t world) {
   return messages_of_tile(world) * (kBlock * bits_of(codec) / 8 + m);
 }
 
-// Thrown with the codes that the C interface returns.
-enum class Failure : int { kTimeout = 1, kBusy = 2, kArgument = 3, kPlatform = 4 };
-class Error : public std::runtime_error {
- public:
-  Error(Failure failure, const std::string& text) : std::runtime_error(text), failure(failure) {}
-  const Failure failure;
-};
-
 // Launches the all-reduce of `bytes`, at most `tiles_at_once` tiles, on the current device.
 struct Launch {
   int blocks;    // at most; all of them must be resident together
@@ -100,46 +87,42 @@ void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const 
 // Most tiles of one launch: as many parts as an area holds.
 uint64_t tiles_at_once(const View& view, uint32_t world, Codec codec);
 
-// One rank's communicator: cuts long messages, and turns device-side reports into errors.
-class QuickAllReduce {
+// The quantized all-reduce of one rank: picks the launch and cuts long messages.
+class QuickAllReduce : public collectives::Communicator {
  public:
+  static constexpr const char* kName = "QuickAllReduce";
+
   // `bases`: this process's addresses of all ranks' buffers, zeroed when they were allocated.
-  QuickAllReduce(const std::vector<char*>& bases, int rank, uint64_t area_bytes);
-  ~QuickAllReduce();
-  QuickAllReduce(const QuickAllReduce&) = delete;
-  QuickAllReduce& operator=(const QuickAllReduce&) = delete;
+  QuickAllReduce(const std::vector<char*>& bases, int rank, uint64_t area_bytes)
+      : QuickAllReduce(over(bases, rank, area_bytes), static_cast<uint32_t>(bases.size())) {}
 
   // Sum of `bytes` of fp16 or bf16; pointers aligned to an element; in place or not.
   void run(Codec codec, Half half, const void* inp, void* out, uint64_t bytes, gpu::Stream stream);
-  // Throws what the device has reported since the communicator was made.
-  void check() const;
-  // Makes every kernel on this rank's buffer from now on end at once.
-  void retire();
-  void set_timeout_ns(uint64_t timeout_ns) { view_.spin.timeout_ns = timeout_ns; }
   // 0: the default.
   void set_shape(int blocks, int threads, int ahead);
   void set_overlap(bool overlap) { overlap_ = overlap && can_overlap_; }
-  int device() const { return device_; }
-  // The calls that graphs have recorded; while one of those exists, the buffers must stay mapped.
-  collectives::Captures& captures() { return captures_; }
 
   // The shape of a launch over `tiles`.
   Launch shape(Codec codec, uint64_t tiles) const;
 
   static uint64_t buffer_bytes(uint64_t area_bytes) { return kControlBytes + 4 * area_bytes; }
 
+ protected:
+  std::string call_of(const gpu::SpinReport&) const override { return "quick_all_reduce"; }
+  std::string wait_of(const gpu::SpinReport& report) const override;
+
  private:
-  View view_{};
-  uint32_t world_ = 0;
-  int device_ = 0;
-  int processors_ = 0;
+  QuickAllReduce(const View& view, uint32_t world);
+  static View over(const std::vector<char*>& bases, int rank, uint64_t area_bytes);
+
+  View view_;  // but for `spin`, which each call has of its own
+  uint32_t world_;
+  int processors_;
   int blocks_ = 0;
   int threads_ = 0;
   int ahead_ = 0;
-  bool can_overlap_ = false;
-  bool overlap_ = false;
-  gpu::SpinReport* report_ = nullptr;  // pinned
-  collectives::Captures captures_;
+  bool can_overlap_;
+  bool overlap_;
 };
 
 }  // namespace quick

@@ -38,6 +38,7 @@
 
 #include <cstdint>
 
+#include "collectives/workspace_words.h"
 #include "prim/gpu_memory.h"
 #include "prim/gpu_packet.h"
 #include "prim/gpu_shuffle.h"
@@ -57,13 +58,6 @@ inline constexpr int kMaxThreads = COMMUNICATORS_BLOCK_THREADS;
 #else
 inline constexpr int kMaxThreads = 512;  // of a block
 #endif
-
-// Every word of a workspace at rest holds the same value, so a block may read any of them; many, so
-// that not all blocks go to one place in the L2. Both halves are read in one load.
-struct alignas(16) StateWord {
-  uint64_t state;
-  uint64_t aborted;
-};
 
 struct Control {
   StateWord words[kStateWords];

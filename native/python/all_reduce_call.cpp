@@ -12,16 +12,16 @@
 namespace python {
 namespace {
 
-// communicators_ar_all_reduce of native/collectives/c_api.cu.
-using Function = int (*)(void* handle, int dtype, const void* inp, void* out, uint64_t bytes,
+// communicators_custom_ar_all_reduce of native/collectives/c_api.cu.
+using Function = int (*)(int64_t handle, int dtype, const void* inp, void* out, uint64_t bytes,
                          void* stream);
 
-constexpr int kOtherwise = -1;  // no collectives::Failure is negative
+constexpr int kNotApplicable = -1;
 
 struct AllReduceCall {
   PyObject_HEAD;
   Function function;
-  void* handle;
+  int64_t handle;
   const DLPackExchangeAPI* torch;
   PyTypeObject* tensor_type;
   DLDevice device;
@@ -38,16 +38,16 @@ bool look(const AllReduceCall& call, PyObject* object, DLTensor* tensor) {
   return call.torch->dltensor_from_py_object_no_sync(object, tensor) == 0;
 }
 
-// DType (prim/dtype.h), or kOtherwise (not applicable).
+// DType (prim/dtype.h), or kNotApplicable.
 int number_of(DLDataType dtype) {
-  if (dtype.lanes != 1) return kOtherwise;
+  if (dtype.lanes != 1) return kNotApplicable;
   if (dtype.code == kDLFloat && dtype.bits == 32) return 0;
   if (dtype.code == kDLFloat && dtype.bits == 16) return 1;
   if (dtype.code == kDLBfloat && dtype.bits == 16) return 2;
-  return kOtherwise;
+  return kNotApplicable;
 }
 
-// How many elements, or kOtherwise where they are not contiguous.
+// How many elements, or kNotApplicable where they are not contiguous.
 int64_t elements_of(const DLTensor& tensor) {
   int64_t count = 1;
   bool contiguous = true;
@@ -55,7 +55,7 @@ int64_t elements_of(const DLTensor& tensor) {
     contiguous = contiguous && (tensor.shape[dim] == 1 || tensor.strides[dim] == count);
     count *= tensor.shape[dim];
   }
-  return contiguous || count == 0 ? count : kOtherwise;
+  return contiguous || count == 0 ? count : kNotApplicable;
 }
 
 bool is_on(DLDevice device, const DLTensor& tensor) {
@@ -67,7 +67,7 @@ char* data_of(const DLTensor& tensor) {
   return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
-// run(inp, out) -> the function's status, or kOtherwise (not applicable, nothing done) where they
+// run(inp, out) -> the function's status, or kNotApplicable, with nothing done, where they
 // are not contiguous on the GPU, not of one size and dtype, or of a dtype that is not summed.
 PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   const AllReduceCall& call = *of(self);
@@ -76,9 +76,9 @@ PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   if (!look(call, arguments[0], &inp) || !look(call, arguments[1], &out)) return nullptr;
   const int dtype = number_of(inp.dtype);
   const int64_t elements = elements_of(inp);
-  if (!is_on(call.device, inp) || !is_on(call.device, out) || dtype == kOtherwise ||
-      dtype != number_of(out.dtype) || elements == kOtherwise || elements != elements_of(out)) {
-    return PyLong_FromLong(kOtherwise);
+  if (!is_on(call.device, inp) || !is_on(call.device, out) || dtype == kNotApplicable ||
+      dtype != number_of(out.dtype) || elements == kNotApplicable || elements != elements_of(out)) {
+    return PyLong_FromLong(kNotApplicable);
   }
   void* stream = nullptr;
   if (call.torch->current_work_stream(call.device.device_type, call.device.device_id, &stream)) {
@@ -93,11 +93,13 @@ PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   return PyLong_FromLong(status);
 }
 
-// AllReduceCall(function, handle, example): two addresses, and a tensor on the GPU of the calls.
+// AllReduceCall(function, handle, example): an address, a number, and a tensor on the GPU of the
+// calls.
 PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject*) {
-  unsigned long long function, handle;
+  unsigned long long function;
+  long long handle;
   PyObject* example;
-  if (!PyArg_ParseTuple(arguments, "KKO", &function, &handle, &example)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "KLO", &function, &handle, &example)) return nullptr;
   PyObject* capsule = PyObject_GetAttrString(example, "__dlpack_c_exchange_api__");
   if (capsule == nullptr) return nullptr;
   const auto* torch =
@@ -113,7 +115,7 @@ PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject*) {
   PyObject* self = PyType_GenericAlloc(type, 0);
   if (self == nullptr) return nullptr;
   of(self)->function = reinterpret_cast<Function>(function);
-  of(self)->handle = reinterpret_cast<void*>(handle);
+  of(self)->handle = handle;
   of(self)->torch = torch;
   of(self)->tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(Py_TYPE(example)));
   of(self)->device = on.device;

@@ -1,30 +1,29 @@
-// The torch operators over collectives::Communicator, for torch.compile and for callers of the
-// functional interface. `fa` is the handle that communicators_ar_create() made.
+// The torch operators over CustomAllReduce, for torch.compile and for callers of the functional
+// interface. `fa` is the handle that communicators_custom_ar_create() made.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
-#include "collectives/communicator.h"
+#include "collectives/custom_all_reduce.h"
 #include "torch/dtypes.h"
 #include "torch/stream.h"
 
 namespace {
 
-using collectives::Communicator;
+using collectives::CustomAllReduce;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch_glue::check;
 using torch_glue::dtype_of;
-using torch_glue::fail;
 
 // Written to a compiler alone, which keeps the order of what writes it
 // (communicators/groups/traced.py).
 using Order = std::optional<Tensor>;
 
-Communicator& communicator(int64_t fa, const char* op) {
-  check(fa != 0, op, ": fa is 0, not a handle of init_custom_ar()");
-  return *reinterpret_cast<Communicator*>(fa);
+// Sentences begin with the name of the class that they are raised as (prim/error.h).
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) prim::fail(prim::kInvalid, parts...);
 }
 
 DType sum_dtype(const Tensor& x, const char* op) {
@@ -36,13 +35,13 @@ DType sum_dtype(const Tensor& x, const char* op) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(op, ": it sums float32, float16 and bfloat16");
+      prim::fail(prim::kInvalid, op, ": it sums float32, float16 and bfloat16");
   }
 }
 
 // Checks what all three operators need: both tensors contiguous, of one dtype, on the device of fa,
 // and inp * inp_parts == out * out_parts in elements.
-void check_pair(const Communicator& c, const Tensor& inp, const Tensor& out, int64_t inp_parts,
+void check_pair(const CustomAllReduce& c, const Tensor& inp, const Tensor& out, int64_t inp_parts,
                 int64_t out_parts, const char* op) {
   check(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == c.device() &&
             out.get_device_index() == c.device(),
@@ -59,7 +58,8 @@ uint64_t bytes_of(const Tensor& x) {
 
 void all_reduce(int64_t fa, Tensor inp, Tensor out, Order) {
   constexpr const char* op = "custom_ar_all_reduce(fa, inp, out)";
-  Communicator& c = communicator(fa, op);
+  const auto found = collectives::find_as<CustomAllReduce>(fa);
+  CustomAllReduce& c = *found;
   check_pair(c, inp, out, 1, 1, op);
   const gpu::DeviceGuard guard(c.device());
   c.all_reduce(sum_dtype(inp, op), inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(inp),
@@ -68,7 +68,8 @@ void all_reduce(int64_t fa, Tensor inp, Tensor out, Order) {
 
 void all_gather(int64_t fa, Tensor inp, Tensor out, int64_t world, Order) {
   constexpr const char* op = "custom_ar_all_gather(fa, inp, out, world)";
-  Communicator& c = communicator(fa, op);
+  const auto found = collectives::find_as<CustomAllReduce>(fa);
+  CustomAllReduce& c = *found;
   check_pair(c, inp, out, world, 1, op);
   const gpu::DeviceGuard guard(c.device());
   c.all_gather(inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(inp),
@@ -77,7 +78,8 @@ void all_gather(int64_t fa, Tensor inp, Tensor out, int64_t world, Order) {
 
 void reduce_scatter(int64_t fa, Tensor inp, Tensor out, int64_t world, Order) {
   constexpr const char* op = "custom_ar_reduce_scatter(fa, inp, out, world)";
-  Communicator& c = communicator(fa, op);
+  const auto found = collectives::find_as<CustomAllReduce>(fa);
+  CustomAllReduce& c = *found;
   check_pair(c, inp, out, 1, world, op);
   const gpu::DeviceGuard guard(c.device());
   c.reduce_scatter(sum_dtype(inp, op), inp.const_data_ptr(), out.mutable_data_ptr(), bytes_of(out),

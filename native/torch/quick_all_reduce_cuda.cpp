@@ -1,5 +1,5 @@
 // The torch operator over quick::QuickAllReduce, for torch.compile. `fa` is the handle that
-// communicators_qr_create() made, `codec` a quick::Codec.
+// communicators_quick_ar_create() made, `codec` a quick::Codec.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,16 +14,21 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch_glue::check;
 using torch_glue::dtype_of;
+
+// Sentences begin with the name of the class that they are raised as (prim/error.h).
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) prim::fail(prim::kInvalid, parts...);
+}
 
 // `order` is written to a compiler alone, which keeps the order of what writes it
 // (communicators/groups/traced.py).
 void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec,
                       std::optional<Tensor> /*order*/) {
   constexpr const char* op = "quick_all_reduce(fa, inp, out, codec)";
-  check(fa != 0, op, ": fa is 0, not a handle of a live QuickAllReduce");
-  auto& communicator = *reinterpret_cast<quick::QuickAllReduce*>(fa);
+  const auto found = collectives::find_as<quick::QuickAllReduce>(fa);
+  quick::QuickAllReduce& communicator = *found;
   const auto dtype = dtype_of(inp);
   check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
         ": it sums float16 and bfloat16");

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from communicators.bindings.collectives_library import CollectivesLibrary
+from communicators.bindings.collectives import Collectives
 from communicators.errors import CommTimeoutError
 from tests.gpu.test_quick_all_reduce import QuickRanks
 from tests.gpu.virtual_ranks import VirtualRanks, rank_ordered_sum
@@ -152,7 +152,7 @@ def test_pieces_of_a_step_share_a_pool(ranks: VirtualRanks) -> None:
             assert all((each == WORLD**number).all() for each in x)
 
 
-def end(library: CollectivesLibrary, handles: list[int], freed: list[int]) -> None:
+def end(library: Collectives, handles: list[int], freed: list[int]) -> None:
     for rank, handle in enumerate(handles):
         library.end(handle, torch.device("cuda"), lambda rank=rank: freed.append(rank))
 
@@ -225,7 +225,9 @@ def test_a_graph_that_one_rank_replays_alone_meets_the_deadline() -> None:
         with torch.cuda.graph(graph):
             stream = torch.cuda.current_stream().cuda_stream
             at = (x.data_ptr(), x.data_ptr(), x.nbytes)
-            ranks.library.check(ranks.library.all_reduce(ranks.handles[0], 0, *at, stream))
+            ranks.library.check(
+                ranks.library.custom_ar_all_reduce(ranks.handles[0], 0, *at, stream)
+            )
         assert graphs_of(ranks) == [1, 0]
         graph.replay()
         with pytest.raises(CommTimeoutError, match="for rank 1"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from communicators.backends.quick import codecs as quick_codecs
-from communicators.bindings import quick_ar
+from communicators.bindings import collectives
 from communicators.bindings.workspace import SharedBuffer
 from communicators.errors import CommTimeoutError, CommunicatorError
 
@@ -34,18 +34,18 @@ class QuickRanks:
     def __init__(
         self, world_size: int, area: int = AREA, timeout_s: float = 5.0, ahead: int = 1
     ) -> None:
-        self.library = quick_ar.load()
+        self.library = collectives.load()
         device = torch.device("cuda", torch.cuda.current_device())
-        nbytes = self.library.bytes(area)
+        nbytes = self.library.quick_ar_bytes(area)
         self.buffers = [SharedBuffer.allocate(nbytes, device, r) for r in range(world_size)]
         pointers = [buffer.own for buffer in self.buffers]
-        self.handles = [self.library.create(pointers, r, (area,)) for r in range(world_size)]
+        self.handles = [self.library.create_quick_ar(pointers, r, area) for r in range(world_size)]
         self.streams = [torch.cuda.Stream() for _ in range(world_size)]
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         for handle in self.handles:
-            self.library.set_timeout_ns(handle, int(timeout_s * 1e9))
+            self.library.gpu_set_timeout_ns(handle, int(timeout_s * 1e9))
             blocks = processors // world_size
-            self.library.check(self.library.set_launch(handle, blocks, 128, ahead, 0))
+            self.library.quick_ar_set_launch(handle, blocks, 128, ahead, 0)
 
     def all_reduce(
         self,
@@ -59,9 +59,9 @@ class QuickRanks:
         for rank in ranks:
             self.streams[rank].wait_stream(current)
             self.library.check(
-                self.library.all_reduce(
+                self.library.quick_ar_all_reduce(
                     self.handles[rank],
-                    quick_ar.CODECS.index(codec),
+                    collectives.CODECS.index(codec),
                     int(inputs[rank].dtype is torch.bfloat16),
                     inputs[rank].data_ptr(),
                     outputs[rank].data_ptr(),
@@ -75,7 +75,7 @@ class QuickRanks:
     def check(self) -> None:
         torch.cuda.synchronize()
         for handle in self.handles:
-            self.library.check(self.library.check_(handle))
+            self.library.gpu_check(handle)
 
     def __enter__(self) -> QuickRanks:
         return self
@@ -123,7 +123,7 @@ def ranks(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", quick_ar.CODECS)
+@pytest.mark.parametrize("codec", collectives.CODECS)
 def test_the_bits_of_the_model(ranks: QuickRanks, codec: str, dtype: torch.dtype) -> None:
     world_size = len(ranks.handles)
     for seed, count in enumerate(SIZES):
@@ -138,7 +138,7 @@ def test_the_bits_of_the_model(ranks: QuickRanks, codec: str, dtype: torch.dtype
         assert all(same(out, expected) for out in inputs), f"{count} in place"
 
 
-@pytest.mark.parametrize("codec", quick_ar.CODECS)
+@pytest.mark.parametrize("codec", collectives.CODECS)
 def test_every_bit_pattern(ranks: QuickRanks, codec: str) -> None:
     for dtype in DTYPES:
         inputs = bit_patterns(len(ranks.handles), dtype)
@@ -148,7 +148,7 @@ def test_every_bit_pattern(ranks: QuickRanks, codec: str) -> None:
         assert all(same(out, expected) for out in inputs)
 
 
-@pytest.mark.parametrize("codec", quick_ar.CODECS)
+@pytest.mark.parametrize("codec", collectives.CODECS)
 def test_the_model_gives_the_same_bits_on_a_gpu_as_on_the_cpu(codec: str) -> None:
     for dtype in DTYPES:
         for inputs in (bit_patterns(4, dtype), random_inputs(4, 100_003, dtype)):
@@ -156,11 +156,11 @@ def test_the_model_gives_the_same_bits_on_a_gpu_as_on_the_cpu(codec: str) -> Non
             assert same(quick_codecs.all_reduce(inputs, codec).cpu(), on_cpu), dtype
 
 
-@pytest.mark.parametrize("codec", quick_ar.CODECS)
+@pytest.mark.parametrize("codec", collectives.CODECS)
 def test_messages_longer_than_an_area_and_alternating_codecs(codec: str) -> None:
     for world_size in WORLDS:
         with QuickRanks(world_size, area=200 << 10) as ranks:
-            for seed, other in enumerate(quick_ar.CODECS):
+            for seed, other in enumerate(collectives.CODECS):
                 for chosen, count in ((other, 999_999), (codec, 400_001)):
                     inputs = random_inputs(world_size, count, torch.bfloat16, seed)
                     # Each launch of a long message starts with a whole tile, as the model does.
@@ -212,7 +212,7 @@ def test_a_rank_that_does_not_come_is_named(world_size: int) -> None:
         torch.cuda.synchronize()
         for rank in range(world_size - 1):
             with pytest.raises(CommTimeoutError, match=rf"on rank {rank} .* for rank {late} "):
-                ranks.library.check(ranks.library.check_(ranks.handles[rank]))
+                ranks.library.gpu_check(ranks.handles[rank])
 
 
 def test_two_calls_in_flight_are_an_error() -> None:
@@ -226,4 +226,4 @@ def test_two_calls_in_flight_are_an_error() -> None:
             ranks.all_reduce(others, others, "Q8", ranks=[0])
         torch.cuda.synchronize()
         with pytest.raises(CommunicatorError, match="another call in flight"):
-            ranks.library.check(ranks.library.check_(ranks.handles[0]))
+            ranks.library.gpu_check(ranks.handles[0])

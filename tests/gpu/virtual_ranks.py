@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from communicators.bindings import custom_ar
+from communicators.bindings import collectives
 from communicators.bindings.workspace import LAYOUT, SharedBuffer
 
 
@@ -38,17 +38,19 @@ class VirtualRanks:
             timeout_s = float(os.environ.get("COMMUNICATORS_TIMEOUT_S", "5"))
         self.world_size = world_size
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.library = custom_ar.load()
-        nbytes = self.library.bytes(*layout)
+        self.library = collectives.load()
+        nbytes = self.library.custom_ar_bytes(*layout)
         self.buffers = [SharedBuffer.allocate(nbytes, self.device, r) for r in range(world_size)]
         self.pointers = [buffer.own for buffer in self.buffers]
-        self.handles = [self.library.create(self.pointers, r, layout) for r in range(world_size)]
+        self.handles = [
+            self.library.create_custom_ar(self.pointers, r, layout) for r in range(world_size)
+        ]
         self.streams = [torch.cuda.Stream() for _ in range(world_size)]
         # The largest kernels fill a multiprocessor with one block, and a rank has three roles.
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         blocks = max(processors // (3 * world_size), 1)
         for handle in self.handles:
-            self.library.set_timeout_ns(handle, int(timeout_s * 1e9))
+            self.library.gpu_set_timeout_ns(handle, int(timeout_s * 1e9))
         self.tune(overlap=0, blocks=blocks, other_blocks=blocks)
 
     def tune(self, **choices: int) -> None:
@@ -68,13 +70,13 @@ class VirtualRanks:
     def check(self) -> None:
         torch.cuda.synchronize()
         for handle in self.handles:
-            self.library.check(self.library.check_(handle))
+            self.library.gpu_check(handle)
 
     def all_reduce(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         self.each(
-            lambda rank, handle, stream: self.library.all_reduce(
+            lambda rank, handle, stream: self.library.custom_ar_all_reduce(
                 handle,
-                custom_ar.DTYPES[inputs[rank].dtype],
+                collectives.DTYPES[inputs[rank].dtype],
                 inputs[rank].data_ptr(),
                 outputs[rank].data_ptr(),
                 inputs[rank].nbytes,
@@ -84,7 +86,7 @@ class VirtualRanks:
 
     def all_gather(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         self.each(
-            lambda rank, handle, stream: self.library.all_gather(
+            lambda rank, handle, stream: self.library.custom_ar_all_gather(
                 handle,
                 inputs[rank].data_ptr(),
                 outputs[rank].data_ptr(),
@@ -97,9 +99,9 @@ class VirtualRanks:
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> None:
         self.each(
-            lambda rank, handle, stream: self.library.reduce_scatter(
+            lambda rank, handle, stream: self.library.custom_ar_reduce_scatter(
                 handle,
-                custom_ar.DTYPES[inputs[rank].dtype],
+                collectives.DTYPES[inputs[rank].dtype],
                 inputs[rank].data_ptr(),
                 outputs[rank].data_ptr(),
                 outputs[rank].nbytes,
@@ -110,7 +112,7 @@ class VirtualRanks:
     def close(self) -> None:
         torch.cuda.synchronize()
         for handle in self.handles:
-            self.library.destroy(handle)
+            self.library.gpu_destroy(handle)
         for buffer in self.buffers:
             buffer.close()
 

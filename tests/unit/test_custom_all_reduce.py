@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.base import Refusal
-from communicators.bindings import collectives_library, custom_ar, native
+from communicators.bindings import collectives, native
 from communicators.errors import (
     CommTimeoutError,
     CommunicatorError,
@@ -29,87 +30,108 @@ _ALLOWED = Verdict(2, None, None, None, None)
 _STUB = """
 #include <stdint.h>
 #define EXPORT __attribute__((visibility("default")))
-EXPORT const char* communicators_ar_error(void) { return "a sentence"; }
-EXPORT uint64_t communicators_ar_bytes(uint64_t a, uint64_t b, uint64_t c) {
-  return 65536 + 2 * (a + b + c);
-}
-EXPORT int communicators_ar_create(void** h, const uint64_t* bases, int world, int rank,
-                                   uint64_t a, uint64_t b, uint64_t c) {
-  if (world == 3) return 3;
-  *h = (void*)(bases[rank] + 1);
+EXPORT const char* communicators_gpu_error(void) { return "InvalidArgumentError: a sentence"; }
+EXPORT int communicators_gpu_destroy(int64_t h) { return 0; }
+EXPORT int communicators_gpu_retire(int64_t h) { return 0; }
+EXPORT int communicators_gpu_check(int64_t h) { return h == 7; }
+EXPORT int communicators_gpu_captured(int64_t h, uint64_t* calls, uint64_t* digest) {
+  *calls = 5;
+  *digest = 77;
   return 0;
 }
-EXPORT void communicators_ar_destroy(void* h) {}
+EXPORT int communicators_gpu_graphs(int64_t h, int* graphs) { return *graphs = 0; }
+EXPORT int communicators_gpu_set_timeout_ns(int64_t h, uint64_t ns) { return 0; }
+EXPORT uint64_t communicators_custom_ar_bytes(uint64_t a, uint64_t b, uint64_t c) {
+  return 65536 + 2 * (a + b + c);
+}
+EXPORT int communicators_custom_ar_create(int64_t* h, const uint64_t* bases, int world, int rank,
+                                          uint64_t a, uint64_t b, uint64_t c) {
+  *h = bases[rank] + 1;
+  return world == 3;
+}
 static uint64_t seen[6];
 EXPORT uint64_t* seen_arguments(void) { return seen; }
-EXPORT int communicators_ar_all_reduce(void* h, int d, const void* i, void* o, uint64_t n,
-                                       void* s) {
-  seen[0] = (uint64_t)h; seen[1] = d; seen[2] = (uint64_t)i;
+EXPORT int communicators_custom_ar_all_reduce(int64_t h, int d, const void* i, void* o, uint64_t n,
+                                              void* s) {
+  seen[0] = h; seen[1] = d; seen[2] = (uint64_t)i;
   seen[3] = (uint64_t)o; seen[4] = n; seen[5] = (uint64_t)s;
   return d;
 }
-EXPORT int communicators_ar_all_gather(void* h, const void* i, void* o, uint64_t n, void* s) {
+EXPORT int communicators_custom_ar_all_gather(int64_t h, const void* i, void* o, uint64_t n,
+                                              void* s) {
   return 0;
 }
-EXPORT int communicators_ar_reduce_scatter(void* h, int d, const void* i, void* o, uint64_t n,
-                                           void* s) {
+EXPORT int communicators_custom_ar_reduce_scatter(int64_t h, int d, const void* i, void* o,
+                                                  uint64_t n, void* s) {
   return 0;
 }
-EXPORT int communicators_ar_check(void* h) { return 1; }
-EXPORT void communicators_ar_set_timeout_ns(void* h, uint64_t ns) {}
-EXPORT int communicators_ar_retire(void* h) { return 0; }
-EXPORT int communicators_ar_graphs(void* h) { return 0; }
-EXPORT void communicators_ar_captured(void* h, uint64_t* calls, uint64_t* digest) {
-  *calls = *digest = 0;
+EXPORT int communicators_custom_ar_tune(int64_t h, const char* name, int64_t v) { return v < 0; }
+EXPORT int communicators_custom_ar_algorithm(int64_t h, uint64_t bytes, int* algorithm) {
+  *algorithm = bytes > 9 ? 2 : 1;
+  return 0;
 }
-EXPORT int communicators_ar_tune(void* h, const char* name, int64_t v) { return v < 0 ? 3 : 0; }
-EXPORT int communicators_ar_algorithm(void* h, uint64_t bytes) { return bytes > 9 ? 2 : 1; }
+EXPORT uint64_t communicators_quick_ar_bytes(uint64_t area) { return 4 * area; }
+EXPORT int communicators_quick_ar_create(int64_t* h, const uint64_t* bases, int world, int rank,
+                                         uint64_t area) {
+  *h = bases[rank] + area;
+  return world == 3;
+}
+EXPORT int communicators_quick_ar_all_reduce(int64_t h, int codec, int bfloat16, const void* i,
+                                             void* o, uint64_t bytes, void* stream) {
+  return bytes == 20 && bfloat16 == 1 ? codec : 9;
+}
+EXPORT int communicators_quick_ar_set_launch(int64_t h, int blocks, int threads, int ahead,
+                                             int overlap) {
+  return blocks + threads + ahead + overlap != 10;
+}
 """
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> custom_ar.CustomArLibrary:
+def library(tmp_path_factory: pytest.TempPathFactory) -> collectives.Collectives:
     directory = tmp_path_factory.mktemp("stub")
     source, target = directory / "stub.c", directory / "stub.so"
     source.write_text(_STUB)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
-    return custom_ar.CustomArLibrary(str(target))
+    return collectives.Collectives(str(target))
 
 
-def test_handles_come_from_all_bases(library: custom_ar.CustomArLibrary) -> None:
-    assert library.create([1000, 2000], 1, (1, 2, 3)) == 2001
-    assert library.bytes(16, 1, 8) == 65536 + 50
+def test_handles_come_from_all_bases(library: collectives.Collectives) -> None:
+    assert library.create_custom_ar([1000, 2000], 1, (1, 2, 3)) == 2001
+    assert library.custom_ar_bytes(16, 1, 8) == 65536 + 50
+    assert library.create_quick_ar([1000, 2000], 1, 5) == 2005
+    assert library.quick_ar_bytes(10) == 40
 
 
 @pytest.fixture(params=["native", "python"])
 def all_reduce_call(
     request: pytest.FixtureRequest,
-    library: custom_ar.CustomArLibrary,
+    library: collectives.Collectives,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """A call on host tensors, and a function that tells what the library was given last."""
     if request.param == "python":
         monkeypatch.setattr(native, "python_module", lambda name: None)
-        monkeypatch.setattr(custom_ar, "current_stream", lambda index: 0)
+        monkeypatch.setattr(collectives, "current_stream", lambda index: 0)
     elif native.python_module("_native_all_reduce") is None:
         pytest.skip("there is no native module")
-    seen = library._library.seen_arguments
+    seen = library.library.seen_arguments
     seen.restype = ctypes.POINTER(ctypes.c_uint64)
     ctypes.memset(seen(), 0, 48)
-    return library.all_reduce_call(2**63 + 5, torch.empty(1)), lambda: seen()[:6]
+    return library.all_reduce_call(2**62 + 5, torch.empty(1)), lambda: seen()[:6]
 
 
-@pytest.mark.parametrize("dtype", custom_ar.DTYPES)
+@pytest.mark.parametrize("dtype", collectives.DTYPES)
 def test_a_call_hands_over_what_the_tensors_are(all_reduce_call: Any, dtype: torch.dtype) -> None:
     call, seen = all_reduce_call
     inp = torch.zeros(9, 5, dtype=dtype)[2:]
     out = torch.empty(5, 7, 1, dtype=dtype)
-    code = custom_ar.DTYPES[dtype]
+    code = collectives.DTYPES[dtype]
     assert call(inp, out) == code  # the stub's status
-    assert seen() == [2**63 + 5, code, inp.data_ptr(), out.data_ptr(), inp.nbytes, 0]
+    assert seen() == [2**62 + 5, code, inp.data_ptr(), out.data_ptr(), inp.nbytes, 0]
     for same in (inp, torch.zeros((), dtype=dtype), torch.zeros(1, 3, dtype=dtype).t()):
         assert call(same, same) == code
-        assert seen() == [2**63 + 5, code, same.data_ptr(), same.data_ptr(), same.nbytes, 0]
+        assert seen() == [2**62 + 5, code, same.data_ptr(), same.data_ptr(), same.nbytes, 0]
     parameter = torch.nn.Parameter(out)
     assert call(parameter, out) == code and seen()[2] == out.data_ptr()
 
@@ -140,7 +162,7 @@ def test_a_call_leaves_other_tensors_alone(
     all_reduce_call: Any, inp: torch.Tensor, out: torch.Tensor
 ) -> None:
     call, seen = all_reduce_call
-    assert call(inp, out) == custom_ar.OTHERWISE
+    assert call(inp, out) == collectives.NOT_APPLICABLE
     assert seen() == [0] * 6
 
 
@@ -153,7 +175,7 @@ def test_a_call_of_no_tensors_raises(all_reduce_call: Any, arguments: tuple[Any,
 
 
 def test_a_call_that_waits_lets_other_threads_run(
-    library: custom_ar.CustomArLibrary, monkeypatch: pytest.MonkeyPatch
+    library: collectives.Collectives, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if native.python_module("_native_all_reduce") is None:
         pytest.skip("there is no native module")
@@ -163,10 +185,10 @@ def test_a_call_that_waits_lets_other_threads_run(
         entered.set()
         return 0 if leave.wait(30) else 1
 
-    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
-    function = ctypes.CFUNCTYPE(number, pointer, number, pointer, pointer, size, pointer)(launch)
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function = ctypes.CFUNCTYPE(number, size, number, pointer, pointer, size, pointer)(launch)
     address = ctypes.cast(function, pointer).value
-    monkeypatch.setattr(library, "_all_reduce_address", address)
+    monkeypatch.setattr(library, "all_reduce_address", address)
     call = library.all_reduce_call(1, torch.empty(1))
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.append(call(_WHOLE, _WHOLE)))
@@ -178,37 +200,44 @@ def test_a_call_that_waits_lets_other_threads_run(
 
 
 @pytest.mark.parametrize(
-    ("status", "error"),
-    [(1, CommTimeoutError), (2, CommunicatorError), (3, InvalidArgumentError),
-     (4, CommunicatorError)],
-)  # fmt: skip
-def test_statuses_are_errors(
-    library: custom_ar.CustomArLibrary, status: int, error: type[Exception]
+    "kind",
+    [CommTimeoutError, CommunicatorError, InvalidArgumentError],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_sentence_is_raised_as_the_class_that_it_begins_with(
+    library: collectives.Collectives, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
-    with pytest.raises(error, match="a sentence"):
-        library.check(status)
+    sentence = f"{kind.__name__}: a sentence".encode()
+    monkeypatch.setattr(library, "gpu_error", lambda: sentence)
+    with pytest.raises(kind, match=r"^a sentence$") as caught:
+        library.check(1)
+    assert type(caught.value) is kind
     library.check(0)
 
 
-def test_native_refusals_are_raised(library: custom_ar.CustomArLibrary) -> None:
-    with pytest.raises(InvalidArgumentError):
-        library.create([1, 2, 3], 0, (1, 2, 3))
-    with pytest.raises(InvalidArgumentError):
-        library.tune(1, "blocks", -1)
+def test_native_refusals_are_raised(library: collectives.Collectives) -> None:
+    for refused in (
+        lambda: library.create_custom_ar([1, 2, 3], 0, (1, 2, 3)),
+        lambda: library.create_quick_ar([1, 2, 3], 0, 5),
+        lambda: library.tune(1, "blocks", -1),
+        lambda: library.quick_ar_set_launch(1, 9, 9, 9, 9),
+        lambda: library.gpu_check(7),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"^a sentence$"):
+            refused()
     library.tune(1, "blocks", 16)
+    library.quick_ar_set_launch(1, 1, 2, 3, 4)
+    library.gpu_check(1)
+    assert library.quick_ar_all_reduce(1, 2, 1, None, None, 20, None) == 2
+    assert library.captured(1) == (5, 77)
+    assert [library.algorithm(1, nbytes) for nbytes in (9, 10)] == ["one_shot", "streamed"]
 
 
 def test_every_exported_function_is_bound() -> None:
     """c_api.cu and the binding name the same functions."""
     text = (Path(__file__).parents[2] / "native/collectives/c_api.cu").read_text()
-    words = text.replace("(", " ").split()
-    exported = {w for w in words if w.startswith("communicators_ar_") and "EXPORTED" in text}
-    bound = "".join(
-        Path(module.__file__).read_text() for module in (custom_ar, collectives_library)
-    )
-    for name in exported:
-        short = name.removeprefix("communicators_ar_")
-        assert f'"{short}"' in bound, name
+    exported = re.findall(r"^EXPORTED .*?\bcommunicators_(\w+)\(", text, re.MULTILINE)
+    assert sorted(exported) == sorted(collectives._FUNCTIONS)
 
 
 def _open(world_size: int, verdict: Verdict | None, device: Any = "cuda:0") -> list[Any]:
@@ -259,9 +288,9 @@ def test_handles_have_64_bytes() -> None:
 
 
 def test_more_than_two_need_full_nvlink(
-    library: custom_ar.CustomArLibrary, monkeypatch: pytest.MonkeyPatch
+    library: collectives.Collectives, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(custom_ar, "load", lambda: library)
+    monkeypatch.setattr(collectives, "load", lambda: library)
     data = torch.empty(0, dtype=torch.uint8)
     with pytest.raises(InvalidArgumentError, match="4 GPUs need full NVLink"):
         allreduce.init_custom_ar([1, 2, 3, 4], data, 0, False)
@@ -279,4 +308,3 @@ def test_the_seeds_names_are_there() -> None:
         "qr_destroy qr_max_size mscclpp_generate_unique_id mscclpp_init_context mscclpp_allreduce"
     )
     assert set(names.split()) <= set(allreduce.__all__)
-    assert ctypes.sizeof(ctypes.c_void_p) == 8  # handles are addresses in an int

@@ -20,11 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from communicators import CommMismatchError, Group, Settings
+from communicators import (
+    CommMismatchError,
+    CommTimeoutError,
+    Group,
+    InvalidArgumentError,
+    Settings,
+)
 from communicators.backends import custom_all_reduce
 from communicators.backends.custom_all_reduce import CustomAllreduce
-from communicators.bindings.custom_ar import CustomArLibrary
-from communicators.bindings.quick_ar import QuickArLibrary
+from communicators.bindings.collectives import Collectives
 from communicators.bindings.workspace import SharedBuffer
 from tests.threads import run_ranks
 
@@ -33,8 +38,8 @@ _NATIVE = Path(__file__).parents[2] / "native/collectives"
 _SOURCES = [
     _HERE / "graphs.cpp",
     *(_NATIVE / f"{name}.cu" for name in (
-        "communicator", "c_api", "meet", "all_reduce_one_shot", "all_reduce_two_shot",
-        "all_gather", "quick_c_api", "quick_all_reduce",
+        "communicator", "custom_all_reduce", "c_api", "meet", "all_reduce_one_shot",
+        "all_reduce_two_shot", "all_gather", "quick_host", "quick_all_reduce",
     )),
 ]  # fmt: skip
 LAYOUT = (32768, 8192, 8192)
@@ -68,17 +73,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Ranks:
     """Two ranks on the emulated GPU, a stream each."""
 
-    library: CustomArLibrary | QuickArLibrary
-
-    def __init__(self, path: str, nbytes: int, layout: tuple[int, ...]) -> None:
+    def __init__(self, path: str) -> None:
+        self.library = Collectives(path)
         self.emulated = ctypes.CDLL(path)
         for name in ("stream", "end_capture"):
             getattr(self.emulated, f"emulated_{name}").restype = ctypes.c_void_p
-        self.memory = [torch.zeros(nbytes + 128, dtype=torch.uint8) for _ in range(WORLD)]
+        self.memory = [torch.zeros(self.nbytes() + 128, dtype=torch.uint8) for _ in range(WORLD)]
         self.pointers = [(each.data_ptr() + 127) // 128 * 128 for each in self.memory]
-        self.handles = [self.library.create(self.pointers, r, layout) for r in range(WORLD)]
+        self.handles = [self.create(rank) for rank in range(WORLD)]
         for handle in self.handles:
-            self.library.set_timeout_ns(handle, 30_000_000_000)
+            self.library.gpu_set_timeout_ns(handle, 30_000_000_000)
         self.streams = [self.emulated.emulated_stream() for _ in range(WORLD)]
 
     def capture(self, rank: int, body: Callable[[int], None]) -> int:
@@ -98,7 +102,7 @@ class Ranks:
             thread.join(60)
             assert not thread.is_alive()
         for handle in self.handles:
-            self.library.check(self.library.check_(handle))
+            self.library.gpu_check(handle)
 
     def replay(self, graphs: list[int]) -> None:
         self.together(lambda rank: self.emulated.emulated_replay(ctypes.c_void_p(graphs[rank])))
@@ -112,37 +116,43 @@ class Ranks:
 
 
 class Exact(Ranks):
-    def __init__(self, path: str) -> None:
-        self.exact = self.library = CustomArLibrary(path)
-        super().__init__(path, self.library.bytes(*LAYOUT), LAYOUT)
-        for handle in self.handles:
-            for name in ("blocks", "other_blocks"):
-                self.exact.tune(handle, name, 1)
+    def nbytes(self) -> int:
+        return int(self.library.custom_ar_bytes(*LAYOUT))
+
+    def create(self, rank: int) -> int:
+        handle = self.library.create_custom_ar(self.pointers, rank, LAYOUT)
+        for name in ("blocks", "other_blocks"):
+            self.library.tune(handle, name, 1)
+        return handle
 
     def call(self, op: str, rank: int, inp: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         handle, at = self.handles[rank], (inp.data_ptr(), out.data_ptr())
-        library = self.exact
+        library = self.library
         library.check(
-            library.all_gather(handle, *at, inp.nbytes, stream)
+            library.custom_ar_all_gather(handle, *at, inp.nbytes, stream)
             if op == "all_gather"
-            else library.reduce_scatter(handle, 0, *at, out.nbytes, stream)
+            else library.custom_ar_reduce_scatter(handle, 0, *at, out.nbytes, stream)
             if op == "reduce_scatter"
-            else library.all_reduce(handle, 0, *at, inp.nbytes, stream)
+            else library.custom_ar_all_reduce(handle, 0, *at, inp.nbytes, stream)
         )
 
 
 class Quick(Ranks):
     AREA = 64 << 10
 
-    def __init__(self, path: str) -> None:
-        self.quick = self.library = QuickArLibrary(path)
-        super().__init__(path, self.library.bytes(self.AREA), (self.AREA,))
-        for handle in self.handles:
-            self.quick.check(self.quick.set_launch(handle, 1, 32, 1, 0))
+    def nbytes(self) -> int:
+        return int(self.library.quick_ar_bytes(self.AREA))
+
+    def create(self, rank: int) -> int:
+        handle = self.library.create_quick_ar(self.pointers, rank, self.AREA)
+        self.library.quick_ar_set_launch(handle, 1, 32, 1, 0)
+        return handle
 
     def call(self, op: str, rank: int, inp: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         at = (inp.data_ptr(), out.data_ptr())
-        self.quick.check(self.quick.all_reduce(self.handles[rank], 0, 1, *at, inp.nbytes, stream))
+        self.library.check(
+            self.library.quick_ar_all_reduce(self.handles[rank], 0, 1, *at, inp.nbytes, stream)
+        )
 
 
 KINDS: list[Any] = [Exact, Quick]
@@ -180,7 +190,7 @@ class Captured:
 def test_a_recorded_call_is_noted_wherever_it_is_captured(path: str, op: str) -> None:
     ranks = Exact(path)
     assert ranks.graphs() == [0, 0]
-    assert ranks.exact.captured(ranks.handles[0]) == (0, 0)
+    assert ranks.library.captured(ranks.handles[0]) == (0, 0)
     whole = [torch.ones(64) for _ in range(WORLD)]
     half = [torch.zeros(32) for _ in range(WORLD)]
     inp, out = (half, whole) if op == "all_gather" else (whole, half)
@@ -190,12 +200,12 @@ def test_a_recorded_call_is_noted_wherever_it_is_captured(path: str, op: str) ->
         for r in range(WORLD)
     ]
     assert ranks.graphs() == [1, 1]
-    found = [ranks.exact.captured(handle) for handle in ranks.handles]
+    found = [ranks.library.captured(handle) for handle in ranks.handles]
     assert found[0] == found[1] and found[0][0] == 1
-    assert ranks.exact.captured(ranks.handles[0]) == (0, 0), "since it was asked last"
+    assert ranks.library.captured(ranks.handles[0]) == (0, 0), "since it was asked last"
     ranks.replay(graphs)
     ranks.together(lambda rank: ranks.call(op, rank, inp[rank], out[rank], 0))
-    assert ranks.graphs() == [1, 1] and ranks.exact.captured(ranks.handles[0]) == (0, 0)
+    assert ranks.graphs() == [1, 1] and ranks.library.captured(ranks.handles[0]) == (0, 0)
     ranks.destroy(graphs)
     assert ranks.graphs() == [0, 0]
 
@@ -273,12 +283,42 @@ def test_without_a_graph_the_end_gives_back_at_once(path: str, kind: Any) -> Non
     assert freed == [True]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("no_device")
+def test_a_handle_that_is_not_open_is_refused(path: str, kind: Any) -> None:
+    ranks, x = kind(path), torch.ones(64)
+    library = ranks.library
+    other = (Quick if kind is Exact else Exact)(path).handles[0]
+    ranks.library.end(ranks.handles[1], torch.device("cpu"))
+    assert ranks.create(1) not in (*ranks.handles, other), "no number is given out twice"
+    for handle in (ranks.handles[1], 0, -1, 2**62, other):
+        ranks.handles[1] = handle
+        with pytest.raises(InvalidArgumentError, match=rf"^{handle} is no .*handle"):
+            ranks.call("all_reduce", 1, x, x, ranks.streams[1])
+        calls = [getattr(library, f"gpu_{name}") for name in ("check", "destroy", "retire")]
+        calls += [library.captured, library.graphs, lambda one: library.end(one, "cpu")]
+        for call in calls if handle != other else []:
+            with pytest.raises(InvalidArgumentError, match=rf"^{handle} is no open handle"):
+                call(handle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_late_peer_is_the_documented_error(path: str, kind: Any) -> None:
+    ranks, x = kind(path), torch.ones(64)
+    for handle in ranks.handles:
+        ranks.library.gpu_set_timeout_ns(handle, 50_000_000)
+    for _ in range(2):  # what is reported stays
+        with pytest.raises(CommTimeoutError, match=r"on rank 0 of 2 waited .* s for rank 1"):
+            ranks.call("all_reduce", 0, x, x, 0)
+            ranks.library.gpu_check(ranks.handles[0])
+
+
 def _communicator(group: Group, ranks: Exact) -> CustomAllreduce:
     """A live one over emulated workspaces."""
     comm = object.__new__(CustomAllreduce)
     comm.group, comm.device, comm.settings = group, torch.device("cuda:0"), Settings()
     comm.refusal, comm._closed, comm._fast = None, False, None
-    comm._library, comm._handle = ranks.exact, ranks.handles[group.rank]
+    comm._library, comm._handle = ranks.library, ranks.handles[group.rank]
     comm._buffer = SharedBuffer(0, comm.device, group.rank, b"", 0)
     return comm
 
@@ -345,10 +385,10 @@ def test_close_keeps_what_a_graph_reads(path: str, monkeypatch: pytest.MonkeyPat
         comm.close()
 
     assert run_ranks(WORLD, body) == [None] * WORLD
-    ranks.exact.reclaim()
+    ranks.library.reclaim()
     assert closed == []
     graph.destroy()
-    monkeypatch.setattr(custom_all_reduce.custom_ar, "load", lambda: ranks.exact)
+    monkeypatch.setattr(custom_all_reduce.collectives, "load", lambda: ranks.library)
     freed = SharedBuffer(0, torch.device("cpu"), 0, b"", 0)
-    ranks.exact.free([1], freed.close)  # whatever comes next gives back what was kept
+    ranks.library.free([1], freed.close)  # whatever comes next gives back what was kept
     assert sorted(closed) == [0, 0, 1]

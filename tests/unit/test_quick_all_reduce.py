@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from communicators import Capability, QuickAllReduce, Settings
 from communicators.backends.quick import codecs as quick
 from communicators.base import Communicator, Request
-from communicators.bindings import native, quick_ar
-from communicators.errors import CommTimeoutError, InvalidArgumentError
+from communicators.bindings import collectives, native
+from communicators.errors import InvalidArgumentError
 from communicators.groups.traced import order_tensor
 from communicators.selection.dispatcher import Dispatcher
 from communicators.selection.opening import candidates
@@ -49,19 +46,19 @@ class OnCpu(QuickAllReduce):
 def stand_in():
     """The operator on CPU tensors, for a world of two whose other rank always holds ones."""
     native.load("cpu")
-    quick_ar.register_fake()
+    collectives.register_quick_fake()
     library = torch.library.Library("communicators", "IMPL")
 
     def run(fa, inp, out, codec, order=None):
         assert fa == 7
-        out.copy_(quick.all_reduce([inp, torch.ones_like(inp)], quick_ar.CODECS[codec]))
+        out.copy_(quick.all_reduce([inp, torch.ones_like(inp)], collectives.CODECS[codec]))
 
     library.impl("quick_all_reduce", run, "CPU")
     yield
     library._destroy()
 
 
-@pytest.mark.parametrize("codec", quick_ar.CODECS)
+@pytest.mark.parametrize("codec", collectives.CODECS)
 def test_torch_compile_traces_through_it(stand_in, codec):
     (comm,) = run_ranks(1, lambda group: OnCpu(group, codec))
     graphs = []
@@ -140,7 +137,7 @@ class Counting(OnCpu):
         self.calls += 1
 
 
-@pytest.mark.parametrize("codec", quick_ar.CODECS)
+@pytest.mark.parametrize("codec", collectives.CODECS)
 def test_an_exact_call_never_rounds(codec):
     def body(group):
         opened = [Counting(group, codec), Exact(group)]
@@ -167,66 +164,3 @@ def test_the_policy_says_why():
     refused = choose(Request("all_reduce", torch.bfloat16, 64, exact=True), live, EMPTY)
     assert refused.communicator == "exact"
     assert str(refused.refused["quick"]) == "it rounds (Q8), and this call is exact"
-
-
-_STUB = """
-#include <stdint.h>
-#define EXPORT __attribute__((visibility("default")))
-EXPORT const char* communicators_qr_error(void) { return "a sentence"; }
-EXPORT uint64_t communicators_qr_bytes(uint64_t area) { return 4 * area; }
-EXPORT int communicators_qr_create(void** h, const uint64_t* bases, int world, int rank,
-                                   uint64_t area) {
-  if (world == 3) return 3;
-  *h = (void*)(bases[rank] + area);
-  return 0;
-}
-EXPORT void communicators_qr_destroy(void* h) {}
-EXPORT int communicators_qr_retire(void* h) { return 0; }
-EXPORT int communicators_qr_graphs(void* h) { return 0; }
-EXPORT void communicators_qr_captured(void* h, uint64_t* calls, uint64_t* digest) {
-  *calls = 5;
-  *digest = 77;
-}
-EXPORT int communicators_qr_all_reduce(void* h, int codec, int bfloat16, const void* i, void* o,
-                                       uint64_t bytes, void* stream) {
-  return bytes == 20 && bfloat16 == 1 ? codec : 9;
-}
-EXPORT int communicators_qr_check(void* h) { return 1; }
-EXPORT void communicators_qr_set_timeout_ns(void* h, uint64_t ns) {}
-EXPORT int communicators_qr_set_launch(void* h, int blocks, int threads, int ahead,
-                                       int overlap) {
-  return blocks + threads + ahead + overlap == 10 ? 0 : 3;
-}
-"""
-
-
-def test_the_binding(tmp_path):
-    source, target = tmp_path / "stub.c", tmp_path / "stub.so"
-    source.write_text(_STUB)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
-    library = quick_ar.QuickArLibrary(str(target))
-    assert library.bytes(10) == 40
-    assert library.create([1000, 2000], 1, (5,)) == 2005
-    with pytest.raises(InvalidArgumentError, match="a sentence"):
-        library.create([1, 2, 3], 0, (5,))
-    with pytest.raises(CommTimeoutError, match="a sentence"):
-        library.check(library.check_(7))
-    assert library.all_reduce(7, 2, 1, None, None, 20, None) == 2
-    assert library.set_launch(7, 1, 2, 3, 4) == 0
-    assert library.captured(7) == (5, 77)
-
-
-def test_the_binding_names_what_the_sources_export():
-    native_sources = Path(__file__).parents[2] / "native/collectives/quick_c_api.cu"
-    exported = {
-        word.partition("(")[0].lstrip("*")
-        for line in native_sources.read_text().splitlines()
-        if line.startswith("EXPORTED")
-        for word in line.split()
-        if "communicators_qr_" in word
-    }
-    stub = {f"communicators_qr_{name}" for name in (
-        "error", "bytes", "create", "destroy", "retire", "all_reduce", "check", "set_timeout_ns",
-        "set_launch", "captured", "graphs",
-    )}  # fmt: skip
-    assert exported == stub

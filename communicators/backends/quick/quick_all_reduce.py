@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ...base import Capability, Communicator, Refusal, dtype_name
-from ...bindings import quick_ar
+from ...bindings import collectives
 from ...bindings.workspace import SharedBuffer
 from ...errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ...groups.arguments import check_in_place, check_tensor
@@ -76,12 +76,13 @@ class QuickAllReduce(Communicator):
         group = Group.of(group, settings)
         settings = settings if settings is not None else group.settings
         self.codec = settings.quick_codec if codec is None else codec
-        if self.codec not in ("", *quick_ar.CODECS):
+        if self.codec not in ("", *collectives.CODECS):
             raise InvalidArgumentError(
-                f"QuickAllReduce(codec={self.codec!r}): it is one of {', '.join(quick_ar.CODECS)}"
+                f"QuickAllReduce(codec={self.codec!r}): it is one of "
+                f"{', '.join(collectives.CODECS)}"
             )
         self.least_bytes = settings.quick_least_bytes if least_bytes is None else least_bytes
-        self._library: quick_ar.QuickArLibrary | None = None
+        self._library: collectives.Collectives | None = None
         self._buffer: SharedBuffer | None = None
         self._handle = 0
         super().__init__(group, device, settings)
@@ -92,7 +93,7 @@ class QuickAllReduce(Communicator):
         if not self.codec:
             return Refusal(
                 "it rounds, and no codec was allowed (COMMUNICATORS_QUICK_CODEC, or "
-                f"all_reduce_codec of initialize_model_parallel: {', '.join(quick_ar.CODECS)})"
+                f"all_reduce_codec of initialize_model_parallel: {', '.join(collectives.CODECS)})"
             )
         if self.group.world_size not in WORLD_SIZES:
             return Refusal(f"world size {self.group.world_size} is not one of 2, 4, 8")
@@ -103,7 +104,7 @@ class QuickAllReduce(Communicator):
         if torch.cuda.get_device_capability(self.device) < (8, 0):
             return Refusal(f"{torch.cuda.get_device_name(self.device)} is older than sm_80")
         try:
-            self._library = quick_ar.load()
+            self._library = collectives.load()
         except NativeLibraryError as error:
             return Refusal(str(error))
         return Capability(
@@ -133,7 +134,9 @@ class QuickAllReduce(Communicator):
                 )
         self._buffer.map_peers([handle for handle, _ in handles])
         with torch.cuda.device(self.device):
-            self._handle = self._library.create(self._buffer.pointers, self.group.rank, (AREA,))
+            self._handle = self._library.create_quick_ar(
+                self._buffer.pointers, self.group.rank, AREA
+            )
         self._order = order_tensor(self.device)
         self.set_timeout(self.settings.timeout_s)
 
@@ -145,13 +148,13 @@ class QuickAllReduce(Communicator):
         if op != "all_reduce":
             raise InvalidArgumentError(f"{self.name} has no {op}")
         self._check_tensors(inp, out)
-        codec = quick_ar.CODECS.index(self.codec)
+        codec = collectives.CODECS.index(self.codec)
         if torch.compiler.is_compiling():
             torch.ops.communicators.quick_all_reduce(self._handle, inp, out, codec, self._order)
             return
         assert self._library is not None
         self._library.check(
-            self._library.all_reduce(
+            self._library.quick_ar_all_reduce(
                 self._handle,
                 codec,
                 int(inp.dtype is torch.bfloat16),
@@ -183,7 +186,7 @@ class QuickAllReduce(Communicator):
     def create_shared_buffer(self) -> bytes:
         """Takes this rank's buffer; returns the handle with which peers map it. Local."""
         assert self._library is not None
-        nbytes = self._library.bytes(AREA)
+        nbytes = self._library.quick_ar_bytes(AREA)
         self._buffer = SharedBuffer.allocate(nbytes, self.device, self.group.rank)
         return self._buffer.handle
 
@@ -225,13 +228,13 @@ class QuickAllReduce(Communicator):
         """Deadline of the waits on the device, for calls from now on."""
         if not self._handle or self._library is None:
             raise RefusedError(f"{self.name} is not live on rank {self.group.rank}")
-        self._library.set_timeout_ns(self._handle, int(seconds * 1e9))
+        self._library.gpu_set_timeout_ns(self._handle, int(seconds * 1e9))
 
     def check(self) -> None:
         """Raises what earlier calls reported from the device (CommTimeoutError, ...)."""
         self.require_live()
         assert self._library is not None
-        self._library.check(self._library.check_(self._handle))
+        self._library.gpu_check(self._handle)
 
     def __del__(self) -> None:
         # Never communicates. At interpreter exit the driver takes everything back by itself.

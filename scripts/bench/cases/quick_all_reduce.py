@@ -17,7 +17,7 @@ import torch.distributed as dist
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.backends.quick import codecs as quick_codecs
 from communicators.backends.quick.quick_all_reduce import QuickAllReduce
-from communicators.bindings.quick_ar import CODECS
+from communicators.bindings.collectives import CODECS
 from communicators.cli.bench import driver, gpu, launch
 from communicators.cli.bench.record import Row
 from communicators.errors import CommunicatorError, RefusedError
