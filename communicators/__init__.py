@@ -99,7 +99,51 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", "load", *sorted(_HOME_OF)]
+# Spelled out, since type checkers read no more.
+__all__ = [
+    "Capability",
+    "CommMismatchError",
+    "CommTimeoutError",
+    "Communicator",
+    "CommunicatorError",
+    "CpuCommunicator",
+    "CustomAllreduce",
+    "Group",
+    "GroupCoordinator",
+    "HpuCommunicator",
+    "InvalidArgumentError",
+    "MessageQueue",
+    "NativeLibraryError",
+    "NpuCommunicator",
+    "PeerDiedError",
+    "PyMscclppCommunicator",
+    "PyNcclCommunicator",
+    "QuickAllReduce",
+    "Refusal",
+    "RefusedError",
+    "Request",
+    "Settings",
+    "SettingsError",
+    "StatelessProcessGroup",
+    "TopologyError",
+    "TorchDistributedCommunicator",
+    "XpuCommunicator",
+    "__version__",
+    "destroy_distributed_environment",
+    "destroy_model_parallel",
+    "get_pp_group",
+    "get_tp_group",
+    "get_world_group",
+    "graph_capture",
+    "init_distributed_environment",
+    "initialize_model_parallel",
+    "load",
+    "tensor_model_parallel_all_gather",
+    "tensor_model_parallel_all_reduce",
+    "tensor_model_parallel_gather",
+    "tensor_model_parallel_reduce_scatter",
+    "use_symmetric_memory",
+]
 
 
 def load() -> None:

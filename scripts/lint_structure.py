@@ -15,6 +15,7 @@ TOP_LEVEL = {
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs", ".ci",
     ".gitignore", ".clang-format", ".pre-commit-config.yaml",
 }  # fmt: skip
+MAX_MODULES = 8  # at the top of communicators/, beside __init__
 MAX_LINES = 400
 MAX_COLUMNS = 100  # of prose in Markdown pages; ruff and clang-format see to the sources
 #: Files above that, with their own bound. References and case generators are lists of small things;
@@ -23,6 +24,17 @@ LARGER = {
     "communicators/backends/custom_all_reduce.py": 450,
     "communicators/message_queue/queue.py": 460,
     "native/attention/paged_attention.cuh": 560,
+}
+
+MAY_READ_ENVIRONMENT = {
+    "communicators/settings.py",
+    "communicators/parallel_state.py",  # WORLD_SIZE, RANK, LOCAL_RANK: torchrun's
+    "communicators/groups/rendezvous.py",  # MASTER_ADDR, MASTER_PORT
+    "communicators/cli/bench/gpu.py",  # LOCAL_RANK
+    "communicators/cli/bench/launch.py",  # passes its own on to the ranks
+    "communicators/cli/doctor.py",  # passes its own on to the trial ranks
+    "communicators/cli/trial.py",
+    "communicators/peer_access/p2p_worker.py",  # CUDA_VISIBLE_DEVICES of its processes
 }
 
 #: (pattern, where it may not stand, the rule)
@@ -40,7 +52,28 @@ FORBIDDEN = [
         "#if on the platform stands in native/prim alone",
     ),
     (
-        re.compile(r"#\s*include\s*<torch/"),
+        re.compile(
+            r"\b(_mm\d*_\w+|__m(64|128|256|512)\w*|__builtin_ia32_\w+|_tile_\w+|v\w+q?_[fsup]\d+"
+            r"|sv\w+_[fsu]\d+\w*)\b|#\s*include\s*<(\w*mmintrin|immintrin|arm_\w+)\.h>"
+        ),
+        lambda path: path.parts[0] == "native" and path.parts[1] != "prim",
+        "SIMD intrinsics stand in native/prim alone",
+    ),
+    (
+        re.compile(
+            r"\b__(shfl|ballot|any|all|match_any|match_all|reduce_\w+|activemask|syncwarp|vote\w*)"
+            r"(_sync|_up\w*|_down\w*|_xor\w*)?\s*\(|\b__(dp[24]a|nanosleep|ldg|ldcs|stcs|ldcg|stcg)\w*"
+        ),
+        lambda path: path.parts[0] == "native" and path.parts[1] != "prim",
+        "intrinsics of warps and of the memory stand in native/prim alone",
+    ),
+    (
+        re.compile(r"#\s*include\s*[<\"](ATen|c10|aten|caffe2)/(?!dlpack\.h)"),
+        lambda path: path.parts[0] == "native",
+        "headers of ATen and c10 are no stable interface (DLPack's alone is)",
+    ),
+    (
+        re.compile(r"#\s*include\s*[<\"]torch/"),
         lambda path: path.parts[0] == "native" and path.parts[1] != "torch",
         "torch headers are included in native/torch alone",
     ),
@@ -78,16 +111,6 @@ FORBIDDEN = [
         "and rendezvous.py)",
     ),
 ]
-MAY_READ_ENVIRONMENT = {
-    "communicators/settings.py",
-    "communicators/parallel_state.py",  # WORLD_SIZE, RANK, LOCAL_RANK: torchrun's
-    "communicators/groups/rendezvous.py",  # MASTER_ADDR, MASTER_PORT
-    "communicators/cli/bench/gpu.py",  # LOCAL_RANK
-    "communicators/cli/bench/launch.py",  # passes its own on to the ranks
-    "communicators/cli/doctor.py",  # passes its own on to the trial ranks
-    "communicators/cli/trial.py",
-    "communicators/peer_access/p2p_worker.py",  # CUDA_VISIBLE_DEVICES of its processes
-}
 
 #: What counts as a name of a file: in sources a full path; in Markdown also any path into a
 #: top-level folder, a link, and the end of a path (`prim/gpu.h`).
@@ -159,6 +182,10 @@ def main() -> int:
         f"{name}: the top level holds only {', '.join(sorted(TOP_LEVEL))}"
         for name in sorted({line.split("/")[0] for line in listed} - TOP_LEVEL)
     ]
+    modules = [path.stem for path in map(Path, listed) if path.parent == Path("communicators")
+               and path.suffix == ".py" and path.stem != "__init__" and path.exists()]  # fmt: skip
+    if len(modules) > MAX_MODULES:
+        found.append(f"communicators: {len(modules)} modules; over {MAX_MODULES} make a folder")
     sources = {".py", ".pyi", ".cpp", ".cu", ".cuh", ".h", ".inc"}
     present = [path for path in map(Path, listed) if path.exists()]
     files = frozenset(map(str, present))

@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 import uuid
+from typing import Any
 
 import torch
 
@@ -60,6 +61,9 @@ class TcpBootstrap:
         identity = CppUniqueId.__new__(CppUniqueId)
         identity.__setstate__(uuid.uuid4().bytes * 8)
         return identity
+
+    rank: int
+    size: int
 
     @staticmethod
     def create(rank, size):
@@ -185,12 +189,12 @@ def install(monkeypatch):
     """Makes `import mscclpp` find this; forgets what earlier tests left."""
     for container in (problems, failing, wrong, ran, ranks_per_node):
         container.clear()
-    native = types.ModuleType("mscclpp._mscclpp")
+    native: Any = types.ModuleType("mscclpp._mscclpp")
     native.CppUniqueId, native.CppAlgorithmCollectionBuilder = (
         CppUniqueId,
         CppAlgorithmCollectionBuilder,
     )
-    package = types.ModuleType("mscclpp")
+    package: Any = types.ModuleType("mscclpp")
     package._mscclpp = native
     for value in (TcpBootstrap, Communicator, RawGpuBuffer, DataType, ReduceOp):
         setattr(package, value.__name__, value)

@@ -11,7 +11,7 @@ import datetime
 import socket
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import Store
 
 from ..errors import InvalidArgumentError

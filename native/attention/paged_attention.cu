@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
       dot += q[i] * item(a.key_cache, k_at + at, k_scale);
     }
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+    for (int offset = 16; offset > 0; offset /= 2) dot += gpu::shuffle_xor(dot, offset);
     float x = dot * a.scale;
     if (a.alibi != nullptr) x += a.alibi[h] * static_cast<float>(t - length + 1);
     x *= kLog2E;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
+      top = fmaxf(top, gpu::shuffle_xor(top, offset));
     }
 #pragma unroll
     for (int i = 0; i < kMostSplits / 32; ++i) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       total += sum[i] * weight;
     }
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    for (int offset = 16; offset > 0; offset /= 2) total += gpu::shuffle_xor(total, offset);
     if (lane == 0) totals[0] = top, totals[1] = total;
   }
   const float* acc = splits.acc + pair * count * d_size;

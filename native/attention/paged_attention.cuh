@@ -12,6 +12,7 @@
 
 #include "attention/splits.cuh"
 #include "prim/gpu_mma.h"
+#include "prim/gpu_shuffle.h"
 
 namespace attention {
 
@@ -95,12 +96,12 @@ struct Decode {
 #pragma unroll
     for (int i = 0; i < kTile; i += kRowsAtOnce) {
       const int row = i + lane / kChunks;
-      const uint32_t k = __shfl_sync(~0u, mine.k, row);
+      const uint32_t k = gpu::shuffle(mine.k, row);
       const bool valid = k != kNowhere;
       const char* k_from = keys + static_cast<uint64_t>(valid ? k : 0) * 16;
       if (whole) gpu::copy_async<16>(k_at + chunk_at(row, c), k_from, valid);
       if constexpr (!kPacked) {
-        const uint32_t v = __shfl_sync(~0u, mine.v, row);
+        const uint32_t v = gpu::shuffle(mine.v, row);
         const char* v_from = values + static_cast<uint64_t>(valid ? v : 0) * 16;
         if (whole) gpu::copy_async<16>(v_at + chunk_at(row, c), v_from, valid);
         if (half) {
@@ -110,7 +111,7 @@ struct Decode {
       }
     }
     if constexpr (kPacked) {  // 8 tokens of one d a copy
-      const uint32_t v[2] = {__shfl_sync(~0u, mine.v, 0), __shfl_sync(~0u, mine.v, 8)};
+      const uint32_t v[2] = {gpu::shuffle(mine.v, 0), gpu::shuffle(mine.v, 8)};
       const uint32_t from = lane % 2 == 0 ? v[0] : v[1];
       const bool valid = from != kNowhere;
       const char* base = values + static_cast<uint64_t>(valid ? from : 0) * 8;
@@ -160,7 +161,7 @@ struct Decode {
       if constexpr (kFp8) {
 #pragma unroll
         for (int offset = kRowThreads / 2; offset > 0; offset /= 2) {
-          largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+          largest = fmaxf(largest, gpu::shuffle_xor(largest, offset));
         }
         if (largest > 1e-30f && largest < 1e30f) taken = gpu::power_of_two_at_least(largest);
       }
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
     for (int i = lane * 16; i < W::kWarpBytes; i += 32 * 16) {
       *reinterpret_cast<uint4*>(own + i) = uint4{0, 0, 0, 0};
     }
-    __syncwarp();
+    gpu::sync_warp();
   }
   constexpr int kStride = W::kWays * kTile, kStages = W::kStages;
   int t = first + warp / kHeads * kTile, ahead = t, stage = 0, fill = 0;
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   uint64_t known = 0;
   typename W::Row next = w.row_of(ahead);
   auto issue_next = [&](int position) {
-    const uint64_t exist = __ballot_sync(~0u, next.k != kNowhere) & 0xffff;
+    const uint64_t exist = gpu::ballot(next.k != kNowhere) & 0xffff;
     known |= exist << (16 * position);
     if (ahead < last) w.issue(fill, next);
     gpu::copy_async_commit();
@@ -385,7 +386,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
 #pragma unroll 1
   for (; t < last; t += kStride) {
     gpu::copy_async_wait<kStages - 2>();
-    __syncwarp();
+    gpu::sync_warp();
     issue_next(kStages - 1);
 
     const uint32_t side = w.ring + stage * W::kStageBytes;
@@ -414,8 +415,8 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
         if (!whole && (tokens >> token & 1) == 0) x[i] = -INFINITY;
         top = fmaxf(top, x[i]);
       }
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(top, gpu::shuffle_xor(top, 1));
+      top = fmaxf(top, gpu::shuffle_xor(top, 2));
       const float base = top == -INFINITY ? 0.0f : top;
       rescale[set] = gpu::exp2_approx(largest[set] - base);
       grown = grown || top > largest[set];
@@ -430,7 +431,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
       p[set] = gpu::pack<typename W::M>(x[0], x[1]);
       p[set + 2] = gpu::pack<typename W::M>(x[2], x[3]);
     }
-    if (__any_sync(~0u, grown)) {
+    if (gpu::any_lane(grown)) {
 #pragma unroll
       for (int i = 0; i < W::kOutTiles; ++i) {
 #pragma unroll
@@ -453,8 +454,8 @@ __global__ void __launch_bounds__(kThreads, kD > 128                     ? 1
   for (int set = 0; set < W::kSets; ++set) {
     const int g = row + 8 * set;
     float total = sum[set];
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
+    total += gpu::shuffle_xor(total, 1);
+    total += gpu::shuffle_xor(total, 2);
     if (quad == 0) mine[W::kTops + g] = largest[set], mine[W::kTops + W::kRows + g] = total;
     float* to = mine + g * W::kPitch;
 #pragma unroll

@@ -24,11 +24,7 @@ constexpr float kLogPhi[4][16] = {
      -0.000375422766f, -0.00029039997f, -0.000228996738f, -0.000183614888f, -0.00014938922f,
      -0.000123113656f}};
 
-LANES Floats segment_of(Floats z) { return (Floats)_mm512_cvttps_epi32((__m512)z); }
-LANES Floats of_segment(Floats segment, int power) {
-  return (Floats)_mm512_permutexvar_ps((__m512i)segment, _mm512_loadu_ps(kLogPhi[power]));
-}
-OF_EACH(segment_of)
+LANES Floats of_segment(Floats segment, int power) { return entries_of(kLogPhi[power], segment); }
 OF_EACH(of_segment)
 #endif
 
@@ -40,7 +36,7 @@ template <int kBits, class V>
 LANES V normal_tail(V z) {
 #if LANES_ISA == 3
   if constexpr (kBits < 24) {
-    const V segment = segment_of(z);
+    const V segment = entry_numbers(z);
     V p = of_segment(segment, 3) * z + of_segment(segment, 2);
     p = p * z + of_segment(segment, 1);
     return exp2_of<kBits>(p * z + of_segment(segment, 0));

@@ -28,11 +28,11 @@ __device__ float warp_sums(float (&x)[kCount]) {
       for (int i = 0; i < width; ++i) {
         const float given = upper ? x[i] : x[i + width];
         const float kept = upper ? x[i + width] : x[i];
-        x[i] = kept + __shfl_xor_sync(~0u, given, offset);
+        x[i] = kept + gpu::shuffle_xor(given, offset);
       }
     }
 #pragma unroll
-    for (; offset > 0; offset /= 2) x[0] += __shfl_xor_sync(~0u, x[0], offset);
+    for (; offset > 0; offset /= 2) x[0] += gpu::shuffle_xor(x[0], offset);
     return x[0];
   }
 }

@@ -6,6 +6,7 @@
 
 #include "elementwise/elementwise.h"
 #include "prim/gpu_floats.h"
+#include "prim/gpu_shuffle.h"
 
 namespace elementwise {
 
@@ -27,7 +28,7 @@ inline FewRows few_rows(const NormArgs& a) {
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  for (int offset = 16; offset > 0; offset /= 2) x += gpu::shuffle_xor(x, offset);
   return x;
 }
 

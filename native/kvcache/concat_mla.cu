@@ -1,6 +1,7 @@
 // MLA cache entries on the GPU: the vectors of all entries in one row of threads.
 #include "kvcache/cache.h"
 #include "prim/gpu_fp8.h"
+#include "prim/gpu_shuffle.h"
 
 namespace kvcache {
 namespace {
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(128)
   }
 #pragma unroll
   for (int offset = 4; offset > 0; offset /= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+    amax = fmaxf(amax, gpu::shuffle_xor(amax, offset));
   }
   const float scale = gpu::power_of_two_at_least(fmaxf(amax / 448.0f, 1e-4f));
   const gpu::Divisor divisor(scale);

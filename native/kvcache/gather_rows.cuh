@@ -5,6 +5,7 @@
 
 #include "kvcache/cache.h"
 #include "prim/gpu_floats.h"
+#include "prim/gpu_shuffle.h"
 
 namespace kvcache {
 
@@ -40,11 +41,11 @@ __device__ int64_t sequence_of(const GatherMap& m, int64_t first, int64_t far, i
   if (m.sequences > 32) return kEarly ? -1 : last_start(m, row, 0);
   const int lane = threadIdx.x % 32;
   const int64_t start = lane < m.sequences ? read<kEarly>(m.cu + lane) : INT64_MAX;
-  const uint32_t before_first = __ballot_sync(~0u, start <= first);
-  const uint32_t before_far = __ballot_sync(~0u, start <= far);
+  const uint32_t before_first = gpu::ballot(start <= first);
+  const uint32_t before_far = gpu::ballot(start <= far);
   const int64_t b = __popc(row < far ? before_first : before_far) - 1;
   if (kEarly) return b;
-  const int64_t next = __shfl_sync(~0u, start, (b + 1) % 32);
+  const int64_t next = gpu::shuffle(start, (b + 1) % 32);
   return b + 1 >= m.sequences || row < next ? b : last_start(m, row, b + 1);
 }
 
@@ -157,7 +158,7 @@ __device__ void move_rows(int64_t own, const gpu::FastDivisor& steps, const Load
       const uint32_t i = base + u * 32;
       row[u] = steps.quotient(i);
       step[u] = i - row[u] * steps.divisor;
-      at[u] = __shfl_sync(~0u, own, row[u] % 32);
+      at[u] = gpu::shuffle(own, row[u] % 32);
       if (i >= total) at[u] = -1;
       if (at[u] >= 0) load(u, row[u], step[u], at[u]);
     }

@@ -2,6 +2,7 @@
 // a group.
 #include "kvcache/cache.h"
 #include "prim/gpu_fp8.h"
+#include "prim/gpu_shuffle.h"
 
 namespace kvcache {
 namespace {
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) quantize_keys(IndexerQuantArgs a) {
     amax = fmaxf(amax, fabsf(gpu::to_float(values.at[j])));  // passes over a NaN
   }
   for (int offset = static_cast<int>(a.group) / kN / 2; offset > 0; offset /= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, offset));
+    amax = fmaxf(amax, gpu::shuffle_xor(amax, offset));
   }
   if (slot < 0 || slot >= a.num_blocks * a.block_size) return;
   float scale = fmaxf(amax, 1e-4f) / 448.0f;

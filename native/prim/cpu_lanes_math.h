@@ -77,6 +77,15 @@ OF_EACH(fraction)
 OF_EACH(times_exp2)
 OF_EACH(lost)
 
+#if LANES_ISA == 3
+// Whole parts of 0 <= x < 16, as numbers of entries; and the entries of a table by those numbers.
+LANES Floats entry_numbers(Floats x) { return (Floats)_mm512_cvttps_epi32((__m512)x); }
+LANES Floats entries_of(const float (&table)[16], Floats numbers) {
+  return (Floats)_mm512_permutexvar_ps((__m512i)numbers, _mm512_loadu_ps(table));
+}
+OF_EACH(entry_numbers)
+#endif
+
 // 2^y.
 template <int kBits, class V>
 LANES V exp2_of(V y) {

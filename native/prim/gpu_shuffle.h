@@ -7,12 +7,30 @@
 
 namespace gpu {
 
-// The value of the lane whose number differs in the bits of `mask`. All lanes take part.
+// The value of the lane whose number differs in the bits of `mask`. All lanes take part, here and
+// below.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
 #if COMMUNICATORS_HIP
   return static_cast<uint32_t>(__shfl_xor(static_cast<int>(value), mask));
 #else
   return __shfl_xor_sync(0xffffffffu, value, mask);
+#endif
+}
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+#if COMMUNICATORS_HIP
+  return __shfl_xor(value, mask);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+#endif
+}
+
+// The value of lane `lane`.
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+#if COMMUNICATORS_HIP
+  return __shfl(value, lane);
+#else
+  return __shfl_sync(0xffffffffu, value, lane);
 #endif
 }
 
@@ -33,6 +51,11 @@ __device__ __forceinline__ bool any_lane(bool value) {
   return __any_sync(0xffffffffu, value) != 0;
 #endif
 }
+
+#if !COMMUNICATORS_HIP  // whose wavefronts have 64 lanes
+// One bit for each lane where `value` is true.
+__device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
+#endif
 
 // The value of lane 0 of the first 32, in all of them.
 __device__ __forceinline__ uint32_t shuffle_first(uint32_t value) {

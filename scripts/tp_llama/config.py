@@ -170,7 +170,7 @@ def _rope_scaling(rope: Fields, given: Fields, context: int) -> RopeScaling:
             f"{rope.source}: {rope.inside}of type {rope_type} needs {', '.join(names)}; "
             f"{', '.join(missing)} missing"
         )
-    scaling = RopeScaling(rope_type, **{name: rope.number(name, None) for name in names})
+    scaling = RopeScaling(rope_type, **{name: rope.number(name, None) for name in names})  # type: ignore[arg-type]
     if rope_type == "linear":
         return scaling
     if scaling.low_freq_factor >= scaling.high_freq_factor:

@@ -85,7 +85,7 @@ class Fields:
 
     def number(self, name: str, default: float | None, *, least: float | None = None) -> float:
         """A finite number above 0, or of at least ``least``."""
-        value = self.fields.get(name, default)
+        value: Any = self.fields.get(name, default)
         ok = isinstance(value, int | float) and not isinstance(value, bool)
         ok = ok and abs(value) < 1e300 and math.isfinite(value)  # larger integers are no floats
         if not ok or (value <= 0 if least is None else value < least):

@@ -20,7 +20,7 @@ import communicators.c10d
 from communicators import CommMismatchError, InvalidArgumentError, PeerDiedError
 from tests.ranks import Rank, pool, run_fresh
 
-OPS = {
+OPS: dict[Any, Any] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.PRODUCT: torch.mul,
     dist.ReduceOp.MIN: torch.minimum,
@@ -279,7 +279,7 @@ def clients(rank: Rank) -> None:
         full = torch.arange(24.0).view(6, 4)
         for here, there in itertools.product((Shard(0), Shard(1), Replicate()), repeat=2):
             x = DTensor.from_local(
-                full if here == Replicate() else full.tensor_split(w, here.dim)[me],
+                full.tensor_split(w, here.dim)[me] if isinstance(here, Shard) else full,
                 mesh, [here], shape=full.shape, stride=full.stride(),
             )  # fmt: skip
             assert torch.equal(x.redistribute(mesh, [there]).full_tensor(), full), (here, there)

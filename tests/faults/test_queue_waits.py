@@ -61,7 +61,7 @@ def _fill(writer: MessageQueue, message: Any) -> None:
 
 
 def _write_chunks(writer: MessageQueue, _: MessageQueue) -> None:
-    for _ in range(3):
+    for _number in range(3):
         with writer.acquire_write():
             pass
 
@@ -275,7 +275,7 @@ def test_a_writer_whose_proc_is_another_namespaces_serves_readers_over_tcp() -> 
 
 
 def test_without_proc_a_reader_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process.os, "readlink", _no_proc)
+    monkeypatch.setattr(os, "readlink", _no_proc)
     with MessageQueue(1, 1, settings=SETTINGS) as writer:
         assert process.pid_space() == process.pid_space() == writer.export_handle().pid_space
         with pytest.raises(RefusedError, match=r"this process has no /proc .*list it as remote"):

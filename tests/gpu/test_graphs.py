@@ -5,6 +5,7 @@ The driver destroys what a graph retains on a thread of its own, so "gone" is wa
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -154,7 +155,7 @@ def test_pieces_of_a_step_share_a_pool(ranks: VirtualRanks) -> None:
 
 def end(library: Collectives, handles: list[int], freed: list[int]) -> None:
     for rank, handle in enumerate(handles):
-        library.end(handle, torch.device("cuda"), lambda rank=rank: freed.append(rank))
+        library.end(handle, torch.device("cuda"), functools.partial(freed.append, rank))
 
 
 def test_what_a_graph_reads_outlives_the_end() -> None:

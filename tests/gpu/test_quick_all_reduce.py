@@ -117,7 +117,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.fixture(params=WORLDS, scope="module")
-def ranks(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+def ranks(request: pytest.FixtureRequest):
     with QuickRanks(request.param) as made:
         yield made
 

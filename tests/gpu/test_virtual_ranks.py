@@ -28,7 +28,7 @@ SMALL = (256 << 10, 16 << 10, 64 << 10)  # a workspace that larger messages go t
 
 
 @pytest.fixture(params=WORLDS, scope="module")
-def ranks(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+def ranks(request: pytest.FixtureRequest):
     with VirtualRanks(request.param) as made:
         yield made
 

@@ -37,7 +37,7 @@ def test_nvml_knows_the_gpus_that_cuda_uses() -> None:
         assert not isinstance(facts.device, Unknown), facts.device
         assert f"GPU-{torch.cuda.get_device_properties(ordinal).uuid}" == facts.device.gpu.uuid
         assert facts.device.gpu.name == torch.cuda.get_device_name(ordinal)
-    claims = [is_full_nvlink([0, 1], 2), gpus[0].peer(gpus[1].uuid).nvlink]  # type: ignore[union-attr]
+    claims = [is_full_nvlink([0, 1], 2), gpus[0].peer(gpus[1].uuid).nvlink]
     assert claims[0] == claims[1]
 
 

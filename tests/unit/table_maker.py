@@ -1,6 +1,7 @@
 """Small tables for the tests of tables and of the dispatcher."""
 
 import json
+from typing import Any
 
 from communicators.selection.tables import parse
 
@@ -20,7 +21,7 @@ def table_text(**changes):
     }
     for path, value in changes.items():
         *parents, last = path.split("__")
-        holder = data
+        holder: Any = data
         for key in parents:
             holder = holder[int(key) if key.isdigit() else key]
         holder[last] = value

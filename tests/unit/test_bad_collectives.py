@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +230,8 @@ def cpu_methods(rank: Rank):
     handle = cpu._handle
     x = torch.ones(4)
     neg = torch._neg_view(torch.ones(4))
+    a_list: Any = [1.0]
+    nothing: Any = None
     wrong = [
         (lambda: shm.shm_allreduce(handle, [1.0]), "is a list"),
         (lambda: shm.shm_allreduce(handle, neg), "neg view"),
@@ -238,8 +241,8 @@ def cpu_methods(rank: Rank):
         (lambda: shm.shm_all_gather(handle, x, x[:1].expand(8)), "share memory"),
         (lambda: shm.shm_gather(handle, x, [x, x[:2]], 0), "outputs like it"),
         (lambda: shm.shm_send_tensor_list(handle, x, 1 - me), "a sequence of tensors"),
-        (lambda: shm.shm_send_tensor_list(handle, [x, [1.0]], 1 - me), "a list was given"),
-        (lambda: cpu.send_tensor_list([x, None], 1 - me), "a NoneType was given"),
+        (lambda: shm.shm_send_tensor_list(handle, [x, a_list], 1 - me), "a list was given"),
+        (lambda: cpu.send_tensor_list([x, nothing], 1 - me), "a NoneType was given"),
         (lambda: shm.send(handle, x.to("meta"), 1 - me), "on meta"),
         (lambda: shm.recv_(handle, x.view(2, 2).t(), 1 - me), "not contiguous"),
     ]

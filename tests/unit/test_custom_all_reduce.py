@@ -15,6 +15,7 @@ import torch
 from communicators.backends.custom_all_reduce import CustomAllreduce
 from communicators.base import Refusal
 from communicators.bindings import collectives, native
+from communicators.bindings.workspace import LAYOUT
 from communicators.errors import (
     CommTimeoutError,
     CommunicatorError,
@@ -295,7 +296,7 @@ def test_more_than_two_need_full_nvlink(
     with pytest.raises(InvalidArgumentError, match="4 GPUs need full NVLink"):
         allreduce.init_custom_ar([1, 2, 3, 4], data, 0, False)
     assert allreduce.init_custom_ar([10, 20], data, 0, False) == 11
-    assert allreduce.meta_size() == 65536 + 2 * sum(allreduce.LAYOUT)
+    assert allreduce.meta_size() == 65536 + 2 * sum(LAYOUT)
 
 
 def test_the_seeds_names_are_there() -> None:

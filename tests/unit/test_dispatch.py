@@ -218,7 +218,7 @@ def test_nobody_takes_it():
 
 class Recording(Communicator):
     def __init__(self, group, name, capability):
-        self.name = name
+        self.name = name  # type: ignore[misc]
         self.mine = capability
         self.calls = []
         super().__init__(group, torch.device("cpu"))

@@ -8,6 +8,7 @@ a GPU.
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import shutil
 import subprocess
@@ -27,8 +28,8 @@ from communicators import (
     InvalidArgumentError,
     Settings,
 )
-from communicators.backends import custom_all_reduce
 from communicators.backends.custom_all_reduce import CustomAllreduce
+from communicators.bindings import collectives
 from communicators.bindings.collectives import Collectives
 from communicators.bindings.workspace import SharedBuffer
 from tests.threads import run_ranks
@@ -72,6 +73,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 class Ranks:
     """Two ranks on the emulated GPU, a stream each."""
+
+    nbytes: Callable[[], int]
+    create: Callable[[int], int]
 
     def __init__(self, path: str) -> None:
         self.library = Collectives(path)
@@ -173,7 +177,7 @@ class Captured:
             for _ in range(calls):
                 self.ranks.call("all_reduce", rank, self.inputs[rank], self.outputs[rank], stream)
 
-        return self.ranks.capture(rank, body)  # type: ignore[no-any-return]
+        return self.ranks.capture(rank, body)
 
     def check_replay(self, value: int) -> None:
         for rank in range(WORLD):
@@ -196,8 +200,7 @@ def test_a_recorded_call_is_noted_wherever_it_is_captured(path: str, op: str) ->
     inp, out = (half, whole) if op == "all_gather" else (whole, half)
     out = whole if op == "all_reduce" else out
     graphs = [
-        ranks.capture(r, lambda stream, r=r: [ranks.call(op, r, inp[r], out[r], stream)] * 1)
-        for r in range(WORLD)
+        ranks.capture(r, functools.partial(ranks.call, op, r, inp[r], out[r])) for r in range(WORLD)
     ]
     assert ranks.graphs() == [1, 1]
     found = [ranks.library.captured(handle) for handle in ranks.handles]
@@ -388,7 +391,7 @@ def test_close_keeps_what_a_graph_reads(path: str, monkeypatch: pytest.MonkeyPat
     ranks.library.reclaim()
     assert closed == []
     graph.destroy()
-    monkeypatch.setattr(custom_all_reduce.collectives, "load", lambda: ranks.library)
+    monkeypatch.setattr(collectives, "load", lambda: ranks.library)
     freed = SharedBuffer(0, torch.device("cpu"), 0, b"", 0)
     ranks.library.free([1], freed.close)  # whatever comes next gives back what was kept
     assert sorted(closed) == [0, 0, 1]

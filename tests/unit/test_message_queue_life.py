@@ -98,7 +98,7 @@ def test_handles_that_cannot_be_joined() -> None:
     with pytest.raises(InvalidArgumentError, match="local readers only, of ranks 3"):
         MessageQueue.create_from_handle(handle, 4)
     with pytest.raises(InvalidArgumentError, match="what export_handle"):
-        MessageQueue.create_from_handle("handle", 3)  # type: ignore[arg-type]
+        MessageQueue.create_from_handle("handle", 3)
     with pytest.raises(RefusedError, match="another host"):
         MessageQueue.create_from_handle(replace(handle, pid_space="elsewhere"), 3)
     reader = MessageQueue.create_from_handle(handle, 3)

@@ -48,7 +48,7 @@ def join(handle: Handle, rank: int) -> MessageQueue:
 def test_objects_arrive_locally_and_remotely() -> None:
     with remote_queue(n_remote=2, n_local=1) as (queue, handle):
         ends = [join(handle, rank) for rank in (0, 7, 8)]
-        sent = [
+        sent: list[Any] = [
             {"a": 1},
             np.arange(100_000),
             {"t": torch.randn(300, 100).to(torch.bfloat16), "s": "x" * 100_000},
@@ -58,10 +58,10 @@ def test_objects_arrive_locally_and_remotely() -> None:
             queue.enqueue(obj)
         for end in ends:
             assert end.dequeue() == sent[0]
-            array = end.dequeue()
+            array: Any = end.dequeue()
             array += 1  # one's own
             assert (array == sent[1] + 1).all()
-            third = end.dequeue(copy=False)
+            third: Any = end.dequeue(copy=False)
             assert torch.equal(third["t"], sent[2]["t"]) and third["s"] == sent[2]["s"]
             assert end.dequeue() is None
         for end in ends:

@@ -189,12 +189,13 @@ def test_of_a_coordinator(names: list[str], carrier: str) -> None:
 
 def other_kinds(rank: Rank) -> None:
     """Rank 1 asks for something else than rank 0 sent; it is used up, with its tensors."""
-    many = {"a": torch.arange(100_000), "b": [torch.ones(3), torch.empty(0)], "c": "x"}
+    tensors = [torch.ones(3), torch.empty(0)]
+    many = {"a": torch.arange(100_000), "b": tensors, "c": "x"}
     with world_of(rank, "other kinds") as world:
         cpu = communicator(rank)
         sends = [
             lambda: world.send_object({"x": 1}, 1), lambda: world.send_tensor_dict(many, 1),
-            lambda: cpu.send_tensor_list(list(many["b"]), 1),
+            lambda: cpu.send_tensor_list(tensors, 1),
             lambda: cpu.send_tensor_dict(many, 1),
             lambda: shm_calls.send_object(cpu._handle, {"x": 1}, 1),
             lambda: shm_calls.send_object(cpu._handle, [1], 1),
@@ -258,15 +259,15 @@ def not_dicts(rank: Rank, carrier: str) -> None:
                     with pytest.raises(InvalidArgumentError, match=text):
                         send(wrong, 1)
             assert world.broadcast_tensor_dict({"n": torch.ones(2)})["n"].tolist() == [1, 1]
-        objects = (1, 2) if rank.rank == 0 else [3, 4]
+        objects: Any = (1, 2) if rank.rank == 0 else [3, 4]
         with pytest.raises(InvalidArgumentError, match=r"a list is expected on rank 0.* tuple"):
             world.broadcast_object_list(objects)
         objects = (1, 2) if rank.rank == 1 else [3, 4]
         if rank.rank == 0:
             assert world.broadcast_object_list(objects) == [3, 4]
-            for wrong in ([torch.ones(2), 5], [torch.ones(2).to_mkldnn()]):
+            for bad in ([torch.ones(2), 5], [torch.ones(2).to_mkldnn()]):
                 with pytest.raises(InvalidArgumentError, match=r"int was given|mkldnn|Opaque"):
-                    cpu.send_tensor_list(wrong, 1)
+                    cpu.send_tensor_list(bad, 1)
             cpu.send_tensor_list([torch.eye(3).to_sparse(), torch.ones(2).conj()], 1)
         else:
             with pytest.raises(InvalidArgumentError, match=r"a list is expected on rank 1.* tuple"):

@@ -38,6 +38,9 @@ PLAIN = st.recursive(
 )
 
 
+Point = collections.namedtuple("Point", "x y")
+
+
 class Integer(int):
     pass
 
@@ -53,7 +56,7 @@ OTHERS: dict[str, Any] = {
     "str subclass": type("Name", (str,), {})("name"),
     "ordered dict": collections.OrderedDict(a=1),
     "default dict": collections.defaultdict(int, a=1),
-    "named tuple": collections.namedtuple("Point", "x y")(1, 2),
+    "named tuple": Point(1, 2),
     "float of numpy": np.float64(1.5),
     "array": np.zeros(3),
     "bytearray": bytearray(b"abc"),

@@ -1,6 +1,7 @@
 """PyMscclppCommunicator and the mscclpp functions over a stand-in package, ranks as threads."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_nothing_left_is_a_refusal_on_all_ranks():
 
 @WORLDS
 def test_limits_are_those_of_the_kernels(world_size):
-    fits = {name: algorithm.fits for name, algorithm in ALGORITHMS.items()}
+    fits: Any = {name: algorithm.fits for name, algorithm in ALGORITHMS.items()}
     scratch, w = 12 << 20, world_size
     assert fits["packet"](1 << 20, w, scratch) is None
     assert "more than its 1048576" in fits["packet"]((1 << 20) + 8 * w, w, scratch)

@@ -291,7 +291,7 @@ def test_a_dead_peer_ends_the_communicator_at_once(
         comm._comm._watch.stop()
         abort = comm._comm.nccl.ncclCommAbort
 
-        comm._comm.nccl.ncclCommAbort = lambda handle: (  # type: ignore[method-assign]
+        comm._comm.nccl.ncclCommAbort = lambda handle: (  # type: ignore[method-assign, assignment]
             time.sleep(0.3), abort(handle)  # close() waits for it
         )  # fmt: skip
         with subprocess.Popen(["sleep", "60"]) as peer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -108,7 +110,8 @@ def test_codecs_that_differ_are_a_refusal_on_all_ranks():
         rendezvous = QuickAllReduce.rendezvous
 
         def allocate(self):
-            self._buffer = self._library = object()
+            stand_in: Any = object()
+            self._buffer = self._library = stand_in
             return super().allocate()
 
     codecs = ("Q8", "Q4")

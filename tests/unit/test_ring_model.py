@@ -187,7 +187,7 @@ class Model:
         r, b = s.readers[i], self.broken
 
         def to(pc: str, shared: State = s, **words: object) -> State:
-            changed = r._replace(pc=pc, **words)  # type: ignore[arg-type]
+            changed = r._replace(pc=pc, **words)
             readers = shared.readers
             return shared._replace(readers=(*readers[:i], changed, *readers[i + 1 :]))
 

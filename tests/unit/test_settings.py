@@ -57,7 +57,7 @@ def test_a_wrong_value_names_variable_value_and_what_is_accepted(variable, value
 def test_every_setting_is_frozen_and_described():
     settings = Settings()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.timeout_s = 1
+        settings.timeout_s = 1  # type: ignore[misc]
     assert len(settings.describe()) == len(dataclasses.fields(Settings))
     assert all(name.isupper() for name, _, _ in settings.describe())
 

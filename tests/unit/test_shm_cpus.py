@@ -82,8 +82,8 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, program = folder / "plan.cpp", folder / "plan"
     source.write_text(PROGRAM)
     native = ROOT / "native"
-    command = [compiler, "-std=c++20", "-O1", f"-I{native}", source, native / "shm/cpus.cpp"]
-    subprocess.run([*command, "-o", program], check=True)
+    files = [str(source), str(native / "shm/cpus.cpp"), "-o", str(program)]
+    subprocess.run([compiler, "-std=c++20", "-O1", f"-I{native}", *files], check=True)
     return program
 
 

@@ -67,7 +67,7 @@ class FakeCuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(timing.torch, "cuda", fake)
+    monkeypatch.setattr(torch, "cuda", fake)
     return fake
 
 

@@ -28,7 +28,7 @@ def noting(*groups: GroupCoordinator) -> list[tuple[str, str]]:
             calls.append((_name, "barrier"))
             return _barrier()
 
-        dispatcher.run, group.group.barrier = run, barrier
+        dispatcher.run, group.group.barrier = run, barrier  # type: ignore[method-assign]
     return calls
 
 

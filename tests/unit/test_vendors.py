@@ -3,6 +3,7 @@
 import datetime
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -52,14 +53,15 @@ def fake_bridge():
     """A habana_frameworks.torch that has a device and counts mark_step."""
     names = ("", ".torch", ".torch.hpu", ".torch.distributed", ".torch.distributed.hccl")
     modules = {f"habana_frameworks{n}": types.ModuleType(f"habana_frameworks{n}") for n in names}
-    bridge = modules["habana_frameworks.torch"]
+    bridge: Any = modules["habana_frameworks.torch"]
     bridge.steps = 0
 
     def mark_step():
         bridge.steps += 1
 
     bridge.core = types.SimpleNamespace(mark_step=mark_step)
-    modules["habana_frameworks.torch.hpu"].is_available = lambda: True
+    hpu: Any = modules["habana_frameworks.torch.hpu"]
+    hpu.is_available = lambda: True
     sys.modules.update(modules)
     return bridge
 
@@ -312,7 +314,7 @@ def fake_devices():
     dist.init_process_group(served, store=FakeStore(), rank=1, world_size=4)
     sys.modules["torch_npu"] = types.ModuleType("torch_npu")
     fake_bridge()
-    replaced = type("Xpu", (XpuCommunicator,), {"missing": lambda self: None})
+    replaced: Any = type("Xpu", (XpuCommunicator,), {"missing": lambda self: None})
     for vendor in (HpuCommunicator, NpuCommunicator, replaced):
         communicator = vendor(Alone(dist.group.WORLD))
         assert communicator.refusal is None, communicator.refusal
@@ -351,6 +353,7 @@ def test_no_step_leaves_the_device_of_the_input():
 
 def test_candidates_bind_the_devices_process_group():
     for device_type, vendor in (("hpu", HpuCommunicator), ("xpu", XpuCommunicator)):
+        construct: Any
         (construct,) = candidates(device_type, "the group")
         assert construct.func is vendor
         assert construct.keywords == {"process_group": "the group"}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvcache_ops import _native
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "unit" / "ops"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit" / "ops")]
-
-from ops_cases import sample  # noqa: E402
-
-import kvcache_ops  # noqa: E402
+import kvcache_ops
+from tests.unit.ops.ops_cases import sample
 
 
 def many_rows(device: str) -> None:
@@ -26,7 +21,7 @@ def many_rows(device: str) -> None:
     ends = torch.tensor([0, rows], dtype=torch.int32, device=device)
     token_to_seq = torch.zeros(rows, dtype=torch.int32, device=device)
     scale = torch.ones(1, device=device)
-    bf16 = dict(dtype=torch.bfloat16, device=device)
+    bf16: Any = dict(dtype=torch.bfloat16, device=device)
     out = torch.zeros(rows, 576, **bf16)
     for cache, kv in (
         (torch.ones(blocks, block, 576, **bf16), "auto"),
@@ -52,7 +47,7 @@ def many_rows(device: str) -> None:
 def many_sequences(device: str) -> None:
     """Decode attention with two KV heads a block, over caches that hold exactly the tokens."""
     sequences, length = 150, 40
-    bf16 = dict(dtype=torch.bfloat16, device=device)
+    bf16: Any = dict(dtype=torch.bfloat16, device=device)
     blocks = sequences * length // 8
     table = torch.arange(blocks, dtype=torch.int32, device=device).view(sequences, -1)
     kvcache_ops.paged_attention(

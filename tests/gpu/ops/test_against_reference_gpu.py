@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_cases import all_cases, sample
-from ops_checks import assert_same_memory, check
-from ops_maker import FLOATS, Args, Case, storage
 
 import kvcache_ops
 from kvcache_ops import reference
+from tests.unit.ops.ops_cases import all_cases, sample
+from tests.unit.ops.ops_checks import assert_same_memory, check
+from tests.unit.ops.ops_maker import FLOATS, Args, Case, storage
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=str)
@@ -185,8 +185,8 @@ def test_cache_writes_of_every_16_bit_value(dtype: torch.dtype) -> None:
             k, v = (torch.full((n,), s, device="cuda") for s in (key_scale, value_scale))
             if n == 8:
                 k[3], v[5] = 0.7, 0.3
-            kvcache_ops.reshape_and_cache_flash(x, x, *got, slots, "fp8", k, v)
-            reference.reshape_and_cache_flash(x, x, *want, slots, "fp8", k, v)
+            kvcache_ops.reshape_and_cache_flash(x, x, got[0], got[1], slots, "fp8", k, v)
+            reference.reshape_and_cache_flash(x, x, want[0], want[1], slots, "fp8", k, v)
             assert all(map(torch.equal, got, want)), (key_scale, value_scale, n)
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from ops_maker import Case
-from test_bad_input import ACCEPTED, MUTATIONS, assert_refused, base_cases, wrong_arguments
 from torch import Tensor
 
 import kvcache_ops
+from tests.unit.ops.ops_maker import Case
+from tests.unit.ops.test_bad_input import (
+    ACCEPTED,
+    MUTATIONS,
+    assert_refused,
+    base_cases,
+    wrong_arguments,
+)
 
 # Host memory on purpose: the mapping of swap_blocks, its two sides, the pinned part of a cache, and
 # all of a batch.

@@ -3,15 +3,17 @@ and on few enough for the kernels that do nothing else."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from cases_gather import ds_mla_cache, tables
-from ops_checks import check
-from ops_maker import BF16, FLOATS, ONE_ULP, U8, Args, Case, Maker
 
 import kvcache_ops
 from kvcache_ops import reference
+from tests.unit.ops.cases_gather import ds_mla_cache, tables
+from tests.unit.ops.ops_checks import check
+from tests.unit.ops.ops_maker import BF16, FLOATS, ONE_ULP, U8, Args, Case, Maker
 
 
 def lengths(m: Maker, sequences: int, rows: int) -> tuple[list[int], list[int]]:
@@ -147,7 +149,7 @@ def test_rotary_has_the_same_bits_of_much_and_of_little(
 ) -> None:
     """More than the L2 holds is read ahead of time."""
     torch.manual_seed(0)
-    tokens, put = 4100, {"device": "cuda", "dtype": dtype}
+    tokens, put = 4100, dict[str, Any](device="cuda", dtype=dtype)
     query, cos_sin = torch.randn(tokens, 72 * 128, **put), torch.randn(300, 128, **put)
     key = torch.randn(tokens, 8 * 128, **put) if keys else None
     positions = torch.randint(0, 310, (tokens,), device="cuda")  # some past the table

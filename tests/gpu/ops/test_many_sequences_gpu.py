@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases_attention import paged_args
-from ops_checks import check
-from ops_maker import BF16, ONE_ULP, Args, Case, Maker
 
 import kvcache_ops
+from tests.unit.ops.cases_attention import paged_args
+from tests.unit.ops.ops_checks import check
+from tests.unit.ops.ops_maker import BF16, ONE_ULP, Args, Case, Maker
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])

@@ -4,6 +4,7 @@ graph, and leave it what it reads."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ class Chain:
 
     def __init__(self) -> None:
         torch.manual_seed(3)
-        put = {"device": "cuda", "dtype": BF16}
+        put: Any = {"device": "cuda", "dtype": BF16}
         self.x = torch.randn(4096, 8192, **put)
         self.residual = torch.randn(4096, 8192, **put)
         self.weight = torch.randn(8192, **put)

@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from ops_maker import BF16, U8, Args, Case, Maker, pointing
 from torch import Tensor
+
+from tests.unit.ops.ops_maker import BF16, U8, Args, Case, Maker, pointing
 
 
 def _grouped() -> Iterator[Case]:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from cases_cache import cache_dtype, flash_cache, text
-from ops_maker import F32, FLOATS, ONE_ULP, U8, Args, Case, Maker
 from torch import Tensor
+
+from tests.unit.ops.cases_cache import cache_dtype, flash_cache, text
+from tests.unit.ops.ops_maker import F32, FLOATS, ONE_ULP, U8, Args, Case, Maker
 
 
 def fill(m: Maker, cache: Tensor, kv: str) -> Tensor:
@@ -188,7 +189,7 @@ def _packed() -> Iterator[Case]:
                 )
             return args
 
-        def v2_build(m: Maker, build=build) -> Args:  # type: ignore[no-untyped-def]
+        def v2_build(m: Maker, build=build) -> Args:
             return build(m, v2=True)
 
         name = text(dtype, kv, sum(lens), hq, hkv, d, i)

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-from ops_maker import BF16, F16, FLOATS, U8, Args, Case, Maker
 from torch import Tensor
+
+from tests.unit.ops.ops_maker import BF16, F16, FLOATS, U8, Args, Case, Maker
 
 FORMATS = ("auto", "fp8", "fp8_e5m2")
 
@@ -168,7 +169,7 @@ def _mla() -> Iterator[Case]:
                     kv_cache_scale=m.floats(0.4),
                 )
 
-            def fused_build(m: Maker, build=build) -> Args:  # type: ignore[no-untyped-def]
+            def fused_build(m: Maker, build=build) -> Args:
                 return build(m, fused=True)
 
             name = text(dtype, kv, n, bs, r, p, how)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from ops_maker import F32, FLOATS, ONE_ULP, Args, Case, Maker
+
+from tests.unit.ops.ops_maker import F32, FLOATS, ONE_ULP, Args, Case, Maker
 
 
 def _norm_cases() -> Iterator[Case]:

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from cases_cache import FORMATS, cache_dtype, text
-from ops_maker import BF16, F32, FLOATS, U8, Args, Case, Maker
 from torch import Tensor
+
+from tests.unit.ops.cases_cache import FORMATS, cache_dtype, text
+from tests.unit.ops.ops_maker import BF16, F32, FLOATS, U8, Args, Case, Maker
 
 
 def tables(m: Maker, lens: list[int], starts: list[int], nb: int, bs: int, extra: int) -> Args:

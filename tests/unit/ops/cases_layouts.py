@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from cases_attention import attention_cases
-from cases_cache import cache_cases, text
-from cases_gather import gather_cases
-from ops_maker import BF16, F16, F32, U8, Args, Case, Maker
 from torch import Tensor
+
+from tests.unit.ops.cases_attention import attention_cases
+from tests.unit.ops.cases_cache import cache_cases, text
+from tests.unit.ops.cases_gather import gather_cases
+from tests.unit.ops.ops_maker import BF16, F16, F32, U8, Args, Case, Maker
 
 
 def permuted(m: Maker, order: tuple[int, ...], *shape: int, dtype: torch.dtype) -> Tensor:
@@ -63,8 +64,8 @@ def _padded_batches() -> Iterator[Case]:
     seen: dict[str, int] = {}
     for case in (*gather_cases(), *attention_cases()):
         args = case.args()
-        names = [n for n in ("block_table", "block_tables", "seq_starts", "seq_lens") if n in args]
-        names += ["workspace_starts"] if "workspace_starts" in args else []
+        maps = ["block_table", "block_tables", "seq_starts", "seq_lens", "workspace_starts"]
+        names = [name for name in maps if name in args]
         if not names or seen.get(case.op, 0) == 3 or args.get("seq_starts", 0) is None:
             continue
         seen[case.op] = seen.get(case.op, 0) + 1

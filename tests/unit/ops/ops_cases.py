@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from cases_addresses import address_cases
-from cases_attention import attention_cases
-from cases_cache import cache_cases
-from cases_elementwise import elementwise_cases
-from cases_gather import gather_cases
-from cases_layouts import layout_cases
-from ops_maker import Case
+from tests.unit.ops.cases_addresses import address_cases
+from tests.unit.ops.cases_attention import attention_cases
+from tests.unit.ops.cases_cache import cache_cases
+from tests.unit.ops.cases_elementwise import elementwise_cases
+from tests.unit.ops.cases_gather import gather_cases
+from tests.unit.ops.cases_layouts import layout_cases
+from tests.unit.ops.ops_maker import Case
 
 
 @functools.cache  # making them takes seconds, and arguments are made anew for each run

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from ops_maker import FLOATS, ONE_ULP, Case, behind, storage
 
 import kvcache_ops
 from kvcache_ops import reference
+from tests.unit.ops.ops_maker import FLOATS, ONE_ULP, Case, behind, storage
 
 
 def assert_same_memory(case: Case, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:

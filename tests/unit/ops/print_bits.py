@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from ops_cases import cpu_cases, sample
-from ops_maker import behind, storage
 
 import kvcache_ops
 from communicators.bindings import native
+from tests.unit.ops.ops_cases import cpu_cases, sample
+from tests.unit.ops.ops_maker import behind, storage
 
 
 def main() -> None:

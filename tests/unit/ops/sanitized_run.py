@@ -1,6 +1,6 @@
 """Run by test_sanitizers.py in a process with AddressSanitizer's runtime: the ops of a library.
 
-sanitized_run.py cases | refused | planted-address | planted-undefined
+    python -m tests.unit.ops.sanitized_run cases | refused | planted-address | planted-undefined
 
 COMMUNICATORS_NATIVE_DIR holds the library.
 """
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from ops_cases import cpu_cases, sample
-from ops_checks import check
-from ops_maker import Maker
 
 import kvcache_ops
 from communicators.bindings import native
+from tests.unit.ops.ops_cases import cpu_cases, sample
+from tests.unit.ops.ops_checks import check
+from tests.unit.ops.ops_maker import Maker
 
 
 def cases() -> None:
@@ -36,7 +33,7 @@ def cases() -> None:
 
 def refused() -> None:
     """Each argument wrong once: what is refused must not be looked at too closely either."""
-    from test_bad_input import MUTATIONS, assert_refused, wrong_arguments
+    from tests.unit.ops.test_bad_input import MUTATIONS, assert_refused, wrong_arguments
 
     found = wrong_arguments()
     for case, name, mutation in found:

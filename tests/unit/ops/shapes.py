@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from ops_maker import FLOATS, U8, Maker
 from torch import Tensor
+
+from tests.unit.ops.ops_maker import FLOATS, U8, Maker
 
 dtypes = st.sampled_from(FLOATS)
 seeds = st.integers(0, 10_000)

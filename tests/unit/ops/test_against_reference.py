@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops_cases import cpu_cases, sample
-from ops_checks import check
-from ops_maker import BF16, Case, behind, storage
 
 import kvcache_ops
 from scripts.bench.ops.cpu import cases
+from tests.unit.ops.ops_cases import cpu_cases, sample
+from tests.unit.ops.ops_checks import check
+from tests.unit.ops.ops_maker import BF16, Case, behind, storage
 
 
 @pytest.mark.parametrize("case", cpu_cases(), ids=str)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops_cases import cpu_cases
-from ops_maker import Args, Case, behind, storage
 from torch import Tensor
 
 import kvcache_ops
 from kvcache_ops import _native
+from tests.unit.ops.ops_cases import cpu_cases
+from tests.unit.ops.ops_maker import Args, Case, behind, storage
 
 
 def wrong_dtype(t: Tensor) -> Tensor:

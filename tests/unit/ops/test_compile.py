@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops_cases import cpu_cases, sample
-from ops_checks import assert_same_memory
-from ops_maker import Args, Case, behind
 
 import kvcache_ops
 from kvcache_ops import _native
+from tests.unit.ops.ops_cases import cpu_cases, sample
+from tests.unit.ops.ops_checks import assert_same_memory
+from tests.unit.ops.ops_maker import Args, Case, behind
 
 
 def schema_arguments(op: Any, case: Case, args: Args) -> tuple[tuple[Any, ...], Args]:

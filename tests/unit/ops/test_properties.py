@@ -11,9 +11,10 @@ import math
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops_checks import check
-from ops_maker import BF16, F32, ONE_ULP, U8, Args, Case, Maker
-from shapes import (
+
+from tests.unit.ops.ops_checks import check
+from tests.unit.ops.ops_maker import BF16, F32, ONE_ULP, U8, Args, Case, Maker
+from tests.unit.ops.shapes import (
     block_sizes,
     dtypes,
     formats,

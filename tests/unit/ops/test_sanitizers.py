@@ -80,7 +80,7 @@ def run(library: Path, what: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "2",
     }
     return subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sanitized_run.py")), what],
+        [sys.executable, "-m", "tests.unit.ops.sanitized_run", what],
         capture_output=True,
         text=True,
         check=False,

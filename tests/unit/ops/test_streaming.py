@@ -96,10 +96,10 @@ def test_reshape_and_cache(dtype: torch.dtype, kv_dtype: str) -> None:
     slots = (blocks.unsqueeze(1) * 16 + torch.arange(16)).flatten()
     slots[7] = -1  # one block that is not filled
     scale = torch.tensor([0.3])
-    kvcache_ops.reshape_and_cache(key, value, *whole, slots, kv_dtype, scale, scale)
+    rest = (kv_dtype, scale, scale)
+    kvcache_ops.reshape_and_cache(key, value, whole[0], whole[1], slots, *rest)
     for i in range(0, rows, PART):
         of = slice(i, i + PART)
-        given = (key[of], value[of], *parts, slots[of])
-        kvcache_ops.reshape_and_cache(*given, kv_dtype, scale, scale)
+        kvcache_ops.reshape_and_cache(key[of], value[of], parts[0], parts[1], slots[of], *rest)
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)

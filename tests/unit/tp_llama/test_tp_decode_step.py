@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scripts.tp_llama import decode_step
+from communicators import parallel_state
 from scripts.tp_llama.errors import JobError
 from scripts.tp_llama.generate import Generation, Generator, Limits
 from scripts.tp_llama.kv_cache import PagedKVCache
@@ -89,7 +89,7 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return logits
 
     monkeypatch.setattr(LlamaModel, "decode", decode)
-    monkeypatch.setattr(decode_step.ps, "graph_capture", graph_capture)
+    monkeypatch.setattr(parallel_state, "graph_capture", graph_capture)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

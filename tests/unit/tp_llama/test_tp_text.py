@@ -94,7 +94,7 @@ def test_the_stream_keeps_spaces_that_a_tokenizer_drops() -> None:
         def decode(self, ids: list[int]) -> str:
             return " ".join(f"w{i}" for i in ids)
 
-    stream = TextStream(Words(), [1, 2])  # type: ignore[arg-type]
+    stream = TextStream(Words(), [1, 2])
     assert stream.push(3) + stream.push(4) == " w3 w4"
 
 
