@@ -44,8 +44,8 @@ _FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "quick_ar_set_launch": (_NUMBER, (_HANDLE, _NUMBER, _NUMBER, _NUMBER, _NUMBER)),
 }
 
-#: DType of native/prim/dtype.h
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: What is summed, by DType of native/prim/dtype.h.
+DTYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 #: collectives::Algorithm
 ALGORITHMS = ("automatic", "one_shot", "streamed", "two_shot")
 #: quick::Codec

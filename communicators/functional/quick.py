@@ -122,7 +122,7 @@ def qr_all_reduce(
         library.quick_ar_all_reduce(
             opened.handle,
             collectives.CODECS.index(_LEVELS[quant_level]),
-            int(inp.dtype is torch.bfloat16),
+            collectives.DTYPES[inp.dtype],
             inp.data_ptr(),
             out.data_ptr(),
             inp.nbytes,

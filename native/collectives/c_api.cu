@@ -152,12 +152,11 @@ EXPORTED int communicators_quick_ar_create(int64_t* handle, const uint64_t* base
   });
 }
 
-EXPORTED int communicators_quick_ar_all_reduce(int64_t handle, int codec, int bfloat16,
+EXPORTED int communicators_quick_ar_all_reduce(int64_t handle, int codec, int dtype,
                                                const void* inp, void* out, uint64_t bytes,
                                                void* stream) {
   return on_device<QuickAllReduce>(handle, [&](auto& communicator) {
-    const quick::Half half = bfloat16 != 0 ? quick::Half::kBFloat16 : quick::Half::kFloat16;
-    communicator.run(static_cast<quick::Codec>(codec), half, inp, out, bytes,
+    communicator.run(static_cast<quick::Codec>(codec), static_cast<DType>(dtype), inp, out, bytes,
                      static_cast<gpu::Stream>(stream));
   });
 }

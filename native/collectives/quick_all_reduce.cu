@@ -26,7 +26,7 @@ struct Work {
   uint32_t ahead;
 };
 
-template <Codec C, Half H, int W>
+template <Codec C, DType H, int W>
 class Kernel {
  public:
   using Sent = Message<C, H>;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void mark_busy(const View& view, StateWord& word, uin
   gpu::report_once(view.spin, gpu::kSpinBusy, view.rank, epoch, blockIdx.x, epoch * 2, before, 0);
 }
 
-template <Codec C, Half H, int W>
+template <Codec C, DType H, int W>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     quick_all_reduce_kernel(const __grid_constant__ View view,
                             const __grid_constant__ gpu::SpanOf<typename Element<H>::type> inp,
@@ -257,7 +257,7 @@ uint64_t tiles_at_once(const View& view, uint32_t world, Codec codec) {
   return view.area_bytes / (part_bytes(codec, world) * (world - 1));
 }
 
-void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const void* inp,
+void all_reduce(const View& view, uint32_t world, Codec codec, DType dtype, const void* inp,
                 void* out, uint64_t bytes, const Launch& launch, gpu::Stream stream) {
   const auto tiles = static_cast<uint32_t>((bytes + kTileBytes - 1) / kTileBytes);
   const uint32_t of_tile = messages_of_tile(world);
@@ -272,16 +272,19 @@ void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const 
       const auto go = [&](auto dtype) {
         constexpr int W = decltype(number)::value;
         constexpr Codec C = decltype(chosen)::value;
-        constexpr Half H = decltype(dtype)::value;
+        constexpr DType H = decltype(dtype)::value;
         using Span = gpu::SpanOf<typename Element<H>::type>;
         gpu::launch<quick_all_reduce_kernel<C, H, W>>(
             {blocks, launch.threads, stream, launch.overlap}, "quick_all_reduce", view,
             Span(inp, bytes), Span(out, bytes), work);
       };
-      if (half == Half::kBFloat16) {
-        go(std::integral_constant<Half, Half::kBFloat16>{});
-      } else {
-        go(std::integral_constant<Half, Half::kFloat16>{});
+      switch (dtype) {
+        case DType::kBFloat16:
+          return go(std::integral_constant<DType, DType::kBFloat16>{});
+        case DType::kFloat16:
+          return go(std::integral_constant<DType, DType::kFloat16>{});
+        default:
+          prim::fail(prim::kInvalid, "the sums are of float16 or bfloat16");
       }
     });
   });

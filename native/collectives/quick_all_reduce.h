@@ -82,7 +82,7 @@ struct Launch {
   int ahead;     // messages that a thread sends before it reads, and reads before it gathers
   bool overlap;  // programmatic dependent launch
 };
-void all_reduce(const View& view, uint32_t world, Codec codec, Half half, const void* inp,
+void all_reduce(const View& view, uint32_t world, Codec codec, DType dtype, const void* inp,
                 void* out, uint64_t bytes, const Launch& launch, gpu::Stream stream);
 // Most tiles of one launch: as many parts as an area holds.
 uint64_t tiles_at_once(const View& view, uint32_t world, Codec codec);
@@ -97,7 +97,8 @@ class QuickAllReduce : public collectives::Communicator {
       : QuickAllReduce(over(bases, rank, area_bytes), static_cast<uint32_t>(bases.size())) {}
 
   // Sum of `bytes` of fp16 or bf16; pointers aligned to an element; in place or not.
-  void run(Codec codec, Half half, const void* inp, void* out, uint64_t bytes, gpu::Stream stream);
+  void run(Codec codec, DType dtype, const void* inp, void* out, uint64_t bytes,
+           gpu::Stream stream);
   // 0: the default.
   void set_shape(int blocks, int threads, int ahead);
   void set_overlap(bool overlap) { overlap_ = overlap && can_overlap_; }

@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "prim/dtype.h"
 #include "prim/host_device.h"
 
 namespace quick {
@@ -31,7 +32,6 @@ inline constexpr int kGroup = 8;   // values that are encoded together: 16 bytes
 inline constexpr int kGroups = kBlock / kGroup;
 
 enum class Codec : int { kFp = 0, kQ8 = 1, kQ6 = 2, kQ4 = 3 };
-enum class Half : int { kFloat16 = 0, kBFloat16 = 1 };  // the 16-bit dtype of the tensor
 
 constexpr int bits_of(Codec codec) {
   return codec == Codec::kFp ? 16 : codec == Codec::kQ8 ? 8 : codec == Codec::kQ6 ? 6 : 4;
@@ -72,12 +72,12 @@ HOST_DEVICE uint32_t signed_extreme(Extreme e) {
 
 // fp32 bits -> 16 bits of the dtype, away from zero, so that no value of the block exceeds m. A
 // value that has the dtype already stays as it is.
-template <Half H>
+template <DType H>
 HOST_DEVICE uint16_t away_from_zero(uint32_t bits) {
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude < kSmallest) return 0;
-  if constexpr (H == Half::kBFloat16) {
+  if constexpr (H == DType::kBFloat16) {
     if (magnitude > kInf) return 0x7fc0;
     return static_cast<uint16_t>(sign | (magnitude + 0xffffu) >> 16);
   } else {
@@ -92,9 +92,9 @@ HOST_DEVICE uint16_t away_from_zero(uint32_t bits) {
 }
 
 // 16 bits of the dtype -> fp32, exactly.
-template <Half H>
+template <DType H>
 HOST_DEVICE float widen(uint16_t half) {
-  if constexpr (H == Half::kBFloat16) {
+  if constexpr (H == DType::kBFloat16) {
     return std::bit_cast<float>(uint32_t{half} << 16);
   } else {
     const uint32_t sign = (uint32_t{half} & 0x8000u) << 16;

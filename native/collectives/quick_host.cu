@@ -58,17 +58,17 @@ Launch QuickAllReduce::shape(Codec codec, uint64_t tiles) const {
   return {blocks, threads, ahead_ > 0 ? ahead_ : 1, overlap_};
 }
 
-void QuickAllReduce::run(Codec codec, Half half, const void* inp, void* out, uint64_t bytes,
+void QuickAllReduce::run(Codec codec, DType dtype, const void* inp, void* out, uint64_t bytes,
                          gpu::Stream stream) {
   check();
   if (bytes == 0) return;
-  captures().note(stream, static_cast<uint64_t>(codec), static_cast<uint64_t>(half), bytes);
+  captures().note(stream, static_cast<uint64_t>(codec), static_cast<uint64_t>(dtype), bytes);
   View view = view_;
   view.spin = spin();
   const uint64_t most = tiles_at_once(view_, world_, codec) * kTileBytes;
   for (uint64_t begin = 0; begin < bytes; begin += most) {
     const uint64_t part = std::min(bytes - begin, most);
-    all_reduce(view, world_, codec, half, static_cast<const char*>(inp) + begin,
+    all_reduce(view, world_, codec, dtype, static_cast<const char*>(inp) + begin,
                static_cast<char*>(out) + begin, part,
                shape(codec, (part + kTileBytes - 1) / kTileBytes), stream);
   }

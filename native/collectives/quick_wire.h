@@ -14,15 +14,15 @@
 
 namespace quick {
 
-template <Half H>
+template <DType H>
 struct Element {
   using type = gpu::Half;
 };
 template <>
-struct Element<Half::kBFloat16> {
+struct Element<DType::kBFloat16> {
   using type = gpu::BFloat16;
 };
-template <Half H>
+template <DType H>
 using Floats = gpu::Floats<typename Element<H>::type>;
 
 inline constexpr int kQuad = 4;  // lanes, blocks and vectors of a lane
@@ -56,7 +56,7 @@ __device__ __forceinline__ Item reduce_scatter(const Item (&items)[kQuad], Excha
 }
 
 // The m of block j, for lane j.
-template <Half H>
+template <DType H>
 __device__ __forceinline__ uint16_t extreme_of_quad(const Vectors& v) {
   uint32_t extremes[kQuad];
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ uint16_t extreme_of_quad(const Vectors& v) {
   return away_from_zero<H>(signed_extreme({bits(mine & 0xffffu), bits(mine >> 16)}));
 }
 
-template <Half H>
+template <DType H>
 __device__ __forceinline__ uint16_t extreme_of_quad(const Floats<H> (&x)[kQuad]) {
   Extreme extremes[kQuad];
 #pragma unroll
@@ -135,7 +135,7 @@ struct Plane {
   }
 };
 
-template <Codec C, Half H>
+template <Codec C, DType H>
 struct Message {
   static constexpr int kBits = bits_of(C);
   static constexpr int kWords = kBits;  // 32 codes of so many bits
@@ -205,7 +205,7 @@ struct Message {
 };
 
 // The tensor's own bits, inverted; a pair of NaNs of all ones becomes another pair.
-template <Half H>
+template <DType H>
 struct Message<Codec::kFp, H> {
   static constexpr int kWords = 4 * kQuad;
 

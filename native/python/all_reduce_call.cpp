@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "prim/dtype.h"
+
 namespace python {
 namespace {
 
@@ -41,9 +43,9 @@ bool look(const AllReduceCall& call, PyObject* object, DLTensor* tensor) {
 // DType (prim/dtype.h), or kNotApplicable.
 int number_of(DLDataType dtype) {
   if (dtype.lanes != 1) return kNotApplicable;
-  if (dtype.code == kDLFloat && dtype.bits == 32) return 0;
-  if (dtype.code == kDLFloat && dtype.bits == 16) return 1;
-  if (dtype.code == kDLBfloat && dtype.bits == 16) return 2;
+  if (dtype.code == kDLFloat && dtype.bits == 32) return static_cast<int>(DType::kFloat32);
+  if (dtype.code == kDLFloat && dtype.bits == 16) return static_cast<int>(DType::kFloat16);
+  if (dtype.code == kDLBfloat && dtype.bits == 16) return static_cast<int>(DType::kBFloat16);
   return kNotApplicable;
 }
 

@@ -22,11 +22,12 @@ size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * 
 struct AllReduce {
   Team& team;
   Lane& lane;
+  const Reduction reduction;
   const DType dtype;
   const std::byte* const inp;
   std::byte* const out;
   const size_t elements;
-  const size_t size = sum_element_size(dtype);
+  const size_t size = reduced_size(reduction, dtype);
   const int w = team.world_size();
   const int rank = team.rank();
 
@@ -40,7 +41,7 @@ struct AllReduce {
     for (int p = 0; p < w; ++p) {
       sources[p] = p == rank ? inp : lane.payload(p, epoch);
     }
-    sum(dtype, out, nullptr, sources, w, elements);
+    shm::reduce(reduction, dtype, out, nullptr, sources, w, elements);
   }
 
   void one_shot() {
@@ -50,7 +51,7 @@ struct AllReduce {
     lane.wait_all(epoch);
     const void* sources[kMaxRanks];
     for (int p = 0; p < w; ++p) sources[p] = p == rank ? inp : lane.slot(p, epoch);
-    sum(dtype, out, nullptr, sources, w, elements);
+    shm::reduce(reduction, dtype, out, nullptr, sources, w, elements);
   }
 
   // A chunk and its parts.
@@ -86,7 +87,8 @@ struct AllReduce {
     for (int p = 0; p < w; ++p) {
       sources[p] = p == rank ? inp + first * size : lane.slot(p, contributed) + offset(c, p, rank);
     }
-    sum(dtype, out + first * size, lane.my_slot(reduced), sources, w, c.count(rank));
+    shm::reduce(reduction, dtype, out + first * size, lane.my_slot(reduced), sources, w,
+                c.count(rank));
   }
 
   void collect(const Chunk& c, uint32_t reduced) {
@@ -133,20 +135,22 @@ struct AllReduce {
     size_t limit = std::min(team.tuning().one_shot_bytes, lane.slot_bytes());
     // Every rank adds everything in one-shot; where adding is slower than copying, less is too
     // much.
-    if (dtype == DType::kBF16 || dtype == DType::kF16) limit /= 2;
+    if (dtype == DType::kBFloat16 || dtype == DType::kFloat16) limit /= 2;
     return elements * size <= limit;
   }
 };
 
 }  // namespace
 
-void all_reduce(Team& team, DType dtype, const void* inp, void* out, size_t elements) {
+void all_reduce(Team& team, DType dtype, const void* inp, void* out, size_t elements,
+                Reduction reduction) {
   if (elements == 0) return;
-  const size_t size = sum_element_size(dtype);
-  const Call call(team, {Op::kAllReduce, dtype, 0, elements * size});
+  const size_t size = reduced_size(reduction, dtype);
+  const Call call(team, {Op::kAllReduce, dtype, 0, elements * size, reduction});
   const auto part = [&](Lane& lane, size_t begin, size_t end) {
     return AllReduce{team,
                      lane,
+                     reduction,
                      dtype,
                      static_cast<const std::byte*>(inp) + begin * size,
                      static_cast<std::byte*>(out) + begin * size,

@@ -105,7 +105,7 @@ void send(Team& team, DType dtype, const void* data, size_t bytes, int to) {
 }
 
 size_t next_message_bytes(Team& team, int from) {
-  const Call call(team, {Op::kRecv, DType::kU8, from, 0});
+  const Call call(team, {Op::kRecv, DType::kUInt8, from, 0});
   End end(team, from, team.rank());
   Header header;
   end.peek(&header, sizeof header);

@@ -1,47 +1,16 @@
-// all_gather, gather, reduce_scatter, broadcast and barrier. Each moves its data through the slots
-// in chunks; a rank fills the next chunk's slot before it reads the peers' of this one.
+// all_gather, gather, reduce, reduce_scatter, scatter, broadcast and barrier. Each moves its data
+// through the slots in chunks; a rank fills the next chunk's slot before it reads the peers' of
+// this one.
 #include "shm/collectives.h"
 
 #include <algorithm>
 
+#include "shm/pipeline.h"
 #include "shm/reduce.h"
 #include "shm/rows.h"
 
 namespace shm {
 namespace {
-
-size_t chunk_bytes(const Team& team, const Lane& lane) {
-  return std::min(team.tuning().chunk_bytes, lane.slot_bytes());
-}
-
-size_t round_down(size_t value, size_t unit) { return value / unit * unit; }
-
-// Chunks of a lane's part of a message, [begin, end) in bytes, in the order of its steps.
-struct Chunks {
-  size_t begin;
-  size_t end;
-  size_t chunk;
-  size_t count() const { return (end - begin + chunk - 1) / chunk; }
-  size_t start(size_t c) const { return begin + c * chunk; }
-  size_t length(size_t c) const { return std::min(chunk, end - start(c)); }
-};
-
-// fill(c, epoch) then publish, one chunk ahead of drain(c, epoch).
-template <typename Fill, typename Drain>
-void pipeline(Lane& lane, size_t count, Fill fill, Drain drain) {
-  const auto put = [&](size_t c) {
-    const uint32_t epoch = lane.next_step();
-    fill(c, epoch);
-    lane.publish(epoch);
-    return epoch;
-  };
-  uint32_t epoch = put(0);
-  for (size_t c = 0; c < count; ++c) {
-    const uint32_t next = c + 1 < count ? put(c + 1) : 0;
-    drain(c, epoch);
-    epoch = next;
-  }
-}
 
 Rows<std::byte> part(void* tensor, int rank, int w, size_t inner) {
   return {static_cast<std::byte*>(tensor) + rank * inner, inner, w * inner};
@@ -94,11 +63,38 @@ void gather(Team& team, DType dtype, const void* inp, void* out, size_t bytes, s
   gather_parts(team, inp, out, bytes, inner_bytes, is_root, !is_root);
 }
 
-void reduce_scatter(Team& team, DType dtype, const void* inp, void* out, size_t elements,
-                    size_t inner) {
+void reduce(Team& team, DType dtype, const void* inp, void* out, size_t elements, int root,
+            Reduction reduction) {
   if (elements == 0) return;
-  const size_t size = sum_element_size(dtype);
-  const Call call(team, {Op::kReduceScatter, dtype, 0, elements * size});
+  const size_t size = reduced_size(reduction, dtype);
+  const Call call(team, {Op::kReduce, dtype, root, elements * size, reduction});
+  const int w = team.world_size();
+  const bool is_root = team.rank() == root;
+  const auto* mine = static_cast<const std::byte*>(inp);
+  team.on_lanes(elements, size, [&](Lane& lane, size_t first, size_t last) {
+    const Chunks chunks{first * size, last * size, round_down(chunk_bytes(team, lane), 64)};
+    const auto fill = [&](size_t c, uint32_t epoch) {
+      if (!is_root) std::memcpy(lane.my_slot(epoch), mine + chunks.start(c), chunks.length(c));
+    };
+    const auto drain = [&](size_t c, uint32_t epoch) {
+      if (!is_root) return;
+      lane.wait_all(epoch);
+      const void* sources[kMaxRanks];
+      for (int p = 0; p < w; ++p) {
+        sources[p] = p == root ? mine + chunks.start(c) : lane.slot(p, epoch);
+      }
+      shm::reduce(reduction, dtype, static_cast<std::byte*>(out) + chunks.start(c), nullptr,
+                  sources, w, chunks.length(c) / size);
+    };
+    pipeline(lane, chunks.count(), fill, drain);
+  });
+}
+
+void reduce_scatter(Team& team, DType dtype, const void* inp, void* out, size_t elements,
+                    size_t inner, Reduction reduction) {
+  if (elements == 0) return;
+  const size_t size = reduced_size(reduction, dtype);
+  const Call call(team, {Op::kReduceScatter, dtype, 0, elements * size, reduction});
   const int w = team.world_size();
   const int rank = team.rank();
   team.on_lanes(elements, size, [&](Lane& lane, size_t first, size_t last) {
@@ -123,8 +119,36 @@ void reduce_scatter(Team& team, DType dtype, const void* inp, void* out, size_t 
                   for (int p = 0; p < w; ++p) {
                     sources[p] = p == rank ? at : lane.slot(p, epoch) + offset(p, rank) + from;
                   }
-                  sum(dtype, to + from, nullptr, sources, w, bytes / size);
+                  shm::reduce(reduction, dtype, to + from, nullptr, sources, w, bytes / size);
                 });
+    };
+    pipeline(lane, chunks.count(), fill, drain);
+  });
+}
+
+void scatter(Team& team, DType dtype, const void* inp, void* out, size_t bytes, int root) {
+  if (bytes == 0) return;
+  const Call call(team, {Op::kScatter, dtype, root, bytes});
+  const int w = team.world_size();
+  const int rank = team.rank();
+  const auto* all = static_cast<const std::byte*>(inp);
+  auto* mine = static_cast<std::byte*>(out);
+  team.on_lanes(bytes, 1, [&](Lane& lane, size_t begin, size_t end) {
+    const size_t chunk = round_down(chunk_bytes(team, lane) / (w - 1), 64);
+    const Chunks chunks{begin, end, std::max(chunk, size_t{64})};
+    // Where in the root's slot the part of q lies: its own is left out.
+    const auto offset = [&](int q) { return (q - (q > root)) * chunks.chunk; };
+    const auto fill = [&](size_t c, uint32_t epoch) {
+      for (int q = 0; rank == root && q < w; ++q) {
+        const std::byte* from = all + q * bytes + chunks.start(c);
+        std::byte* to = q == root ? mine + chunks.start(c) : lane.my_slot(epoch) + offset(q);
+        std::memcpy(to, from, chunks.length(c));
+      }
+    };
+    const auto drain = [&](size_t c, uint32_t epoch) {
+      if (rank == root) return;
+      lane.wait(root, epoch);
+      std::memcpy(mine + chunks.start(c), lane.slot(root, epoch) + offset(rank), chunks.length(c));
     };
     pipeline(lane, chunks.count(), fill, drain);
   });
@@ -150,7 +174,7 @@ void broadcast(Team& team, DType dtype, void* data, size_t bytes, int root) {
 }
 
 void barrier(Team& team) {
-  const Call call(team, {Op::kBarrier, DType::kU8, 0, 0});
+  const Call call(team, {Op::kBarrier, DType::kUInt8, 0, 0});
   Lane& lane = team.lane();
   const uint32_t epoch = lane.next_step();
   lane.publish(epoch);

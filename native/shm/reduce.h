@@ -1,4 +1,4 @@
-// The sum of the ranks' contributions, in rank order, rounded once.
+// One tensor from those of the ranks, in rank order.
 #pragma once
 
 #include <cstddef>
@@ -7,13 +7,15 @@
 
 namespace shm {
 
-// Bytes of one element, or 0 for a dtype that is not summed.
-size_t sum_element_size(DType dtype);
+// Bytes of one element, or 0 for a dtype that is not reduced so: bits are of integers and of bool,
+// of which there is neither a sum nor an average.
+size_t reduced_size(Reduction reduction, DType dtype);
 
-// out[i] = sources[0][i] + ... + sources[count-1][i]: fp32, fp16 and bf16 in fp32, fp64 in fp64,
-// integers exactly (modulo 2^bits). The same value is written to `copy` unless it is null. `out`
-// may be one of the sources; nothing else may overlap.
-void sum(DType dtype, void* out, void* copy, const void* const* sources, int count,
-         size_t elements);
+// out[i] = sources[0][i] + ... + sources[count-1][i], or another reduction: fp16 and bf16 in fp32
+// and rounded once, integers exactly (sums and products modulo 2^bits; an average is the sum
+// divided, towards zero). A NaN is the least and the largest. The same value is written to `copy`
+// unless it is null. `out` may be one of the sources; nothing else may overlap.
+void reduce(Reduction reduction, DType dtype, void* out, void* copy, const void* const* sources,
+            int count, size_t elements);
 
 }  // namespace shm

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "prim/dtype.h"
+
 namespace shm {
 
 enum class Op : uint32_t {
@@ -15,19 +17,21 @@ enum class Op : uint32_t {
   kBroadcast,
   kSend,
   kRecv,
+  kAllToAll,
+  kReduce,
+  kScatter,
 };
 
-// The numbers of torch's ScalarType (torch/headeronly/core/ScalarType.h), which are stable.
-enum class DType : uint32_t {
-  kU8 = 0,
-  kI8 = 1,
-  kI16 = 2,
-  kI32 = 3,
-  kI64 = 4,
-  kF16 = 5,
-  kF32 = 6,
-  kF64 = 7,
-  kBF16 = 15,
+// By what elements of the ranks become one; the numbers of torch's ReduceOp, which are stable.
+enum class Reduction : uint32_t {
+  kSum = 0,
+  kAverage = 1,
+  kProduct = 2,
+  kMin = 3,
+  kMax = 4,
+  kAnd = 5,  // of bits
+  kOr = 6,
+  kXor = 7,
 };
 
 struct Signature {
@@ -35,18 +39,21 @@ struct Signature {
   DType dtype;
   int root;        // or the peer; 0 where there is none
   uint64_t bytes;  // of one rank's contribution
+  Reduction reduction = Reduction::kSum;
 
   uint64_t packed() const {
     return uint64_t{static_cast<uint32_t>(op)} | uint64_t{static_cast<uint32_t>(dtype) & 63} << 4 |
-           uint64_t{static_cast<uint32_t>(root) & 127} << 10 | bytes << 17;
+           uint64_t{static_cast<uint32_t>(root) & 63} << 10 |
+           uint64_t{static_cast<uint32_t>(reduction)} << 16 | bytes << 19;
   }
   static Signature unpack(uint64_t word) {
     return {static_cast<Op>(word & 15), static_cast<DType>(word >> 4 & 63),
-            static_cast<int>(word >> 10 & 127), word >> 17};
+            static_cast<int>(word >> 10 & 63), word >> 19, static_cast<Reduction>(word >> 16 & 7)};
   }
 };
 
 const char* name_of(Op op);
+const char* name_of(Reduction reduction);
 std::string name_of(DType dtype);  // as in Python: "float32"
 
 // "all_reduce of 64 bytes of float32".

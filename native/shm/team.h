@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "prim/error.h"
 #include "shm/fd_exchange.h"
 #include "shm/process.h"
 #include "shm/protocol.h"
@@ -36,10 +37,7 @@ struct Tuning {
   size_t chunk_bytes = size_t{256} << 10;    // of a slot that one step of a pipeline uses
 };
 
-// The text of an error starts with the name of the Python exception that it becomes.
-class Error : public std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+using Error = prim::Error;
 
 class Team;
 

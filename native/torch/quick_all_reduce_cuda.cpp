@@ -41,7 +41,7 @@ void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec,
   check(codec >= 0 && codec <= 3, op, ": codec must be 0 to 3, got ", codec);
   const gpu::DeviceGuard guard(communicator.device());
   communicator.run(static_cast<quick::Codec>(codec),
-                   dtype == ScalarType::BFloat16 ? quick::Half::kBFloat16 : quick::Half::kFloat16,
+                   dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16,
                    inp.const_data_ptr(), out.mutable_data_ptr(),
                    static_cast<uint64_t>(inp.numel()) * 2,
                    torch_glue::current_stream(communicator.device()));

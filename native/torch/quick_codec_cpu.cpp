@@ -20,7 +20,7 @@ using torch_glue::fail;
 constexpr int kWords = quick::kBlock / 4;  // of a block's codes, a byte each
 
 // By way of what the wire carries, where nothing may look absent.
-template <int B, quick::Half H>
+template <int B, DType H>
 void encode_block(const float (&x)[quick::kBlock], uint16_t* extreme, uint32_t (&codes)[kWords]) {
   const uint16_t m = quick::away_from_zero<H>(quick::signed_extreme(quick::extreme_of(x)));
   const float inverse = quick::inverse_step<B>(quick::widen<H>(m));
@@ -36,7 +36,7 @@ void encode_block(const float (&x)[quick::kBlock], uint16_t* extreme, uint32_t (
   quick::unpack<B>(words, codes);
 }
 
-template <int B, quick::Half H>
+template <int B, DType H>
 void decode_block(uint16_t extreme, const uint32_t (&codes)[kWords], float* x) {
   const float step = quick::step_of<B>(quick::widen<H>(extreme));
   for (int i = 0; i < kWords; ++i) quick::decode4<B>(codes[i], step, x + 4 * i);
@@ -47,9 +47,9 @@ void by_codec(int64_t bits, bool bfloat16, const char* op, Body body) {
   const auto with = [&](auto b) {
     constexpr int B = decltype(b)::value;
     if (bfloat16) {
-      body.template operator()<B, quick::Half::kBFloat16>();
+      body.template operator()<B, DType::kBFloat16>();
     } else {
-      body.template operator()<B, quick::Half::kFloat16>();
+      body.template operator()<B, DType::kFloat16>();
     }
   };
   if (bits == 8) return with(std::integral_constant<int, 8>{});
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> quick_encode(Tensor x, int64_t bits, bool bfloat16) {
   const auto* from = static_cast<const float (*)[quick::kBlock]>(x.const_data_ptr());
   auto* m = static_cast<uint16_t*>(extremes.mutable_data_ptr());
   auto* to = static_cast<uint32_t (*)[kWords]>(codes.mutable_data_ptr());
-  by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
+  by_codec(bits, bfloat16, op, [&]<int B, DType H>() {
     for (int64_t n = 0; n < blocks; ++n) encode_block<B, H>(from[n], m + n, to[n]);
   });
   return {extremes, codes};
@@ -90,7 +90,7 @@ Tensor quick_decode(Tensor extremes, Tensor codes, int64_t bits, bool bfloat16) 
   const auto* m = static_cast<const uint16_t*>(extremes.const_data_ptr());
   const auto* from = static_cast<const uint32_t (*)[kWords]>(codes.const_data_ptr());
   auto* to = static_cast<float*>(x.mutable_data_ptr());
-  by_codec(bits, bfloat16, op, [&]<int B, quick::Half H>() {
+  by_codec(bits, bfloat16, op, [&]<int B, DType H>() {
     for (int64_t n = 0; n < blocks; ++n) decode_block<B, H>(m[n], from[n], to + n * quick::kBlock);
   });
   return x;

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from communicators.bindings.collectives import Collectives
+from communicators.bindings.collectives import DTYPES, Collectives
 from communicators.errors import CommTimeoutError
 from tests.gpu.test_quick_all_reduce import QuickRanks
 from tests.gpu.virtual_ranks import VirtualRanks, rank_ordered_sum
@@ -227,7 +227,7 @@ def test_a_graph_that_one_rank_replays_alone_meets_the_deadline() -> None:
             stream = torch.cuda.current_stream().cuda_stream
             at = (x.data_ptr(), x.data_ptr(), x.nbytes)
             ranks.library.check(
-                ranks.library.custom_ar_all_reduce(ranks.handles[0], 0, *at, stream)
+                ranks.library.custom_ar_all_reduce(ranks.handles[0], DTYPES[x.dtype], *at, stream)
             )
         assert graphs_of(ranks) == [1, 0]
         graph.replay()

@@ -62,7 +62,7 @@ class QuickRanks:
                 self.library.quick_ar_all_reduce(
                     self.handles[rank],
                     collectives.CODECS.index(codec),
-                    int(inputs[rank].dtype is torch.bfloat16),
+                    collectives.DTYPES[inputs[rank].dtype],
                     inputs[rank].data_ptr(),
                     outputs[rank].data_ptr(),
                     inputs[rank].nbytes,

@@ -77,9 +77,9 @@ EXPORT int communicators_quick_ar_create(int64_t* h, const uint64_t* bases, int 
   *h = bases[rank] + area;
   return world == 3;
 }
-EXPORT int communicators_quick_ar_all_reduce(int64_t h, int codec, int bfloat16, const void* i,
+EXPORT int communicators_quick_ar_all_reduce(int64_t h, int codec, int dtype, const void* i,
                                              void* o, uint64_t bytes, void* stream) {
-  return bytes == 20 && bfloat16 == 1 ? codec : 9;
+  return bytes == 20 && dtype == 15 ? codec : 9;
 }
 EXPORT int communicators_quick_ar_set_launch(int64_t h, int blocks, int threads, int ahead,
                                              int overlap) {
@@ -229,7 +229,7 @@ def test_native_refusals_are_raised(library: collectives.Collectives) -> None:
     library.tune(1, "blocks", 16)
     library.quick_ar_set_launch(1, 1, 2, 3, 4)
     library.gpu_check(1)
-    assert library.quick_ar_all_reduce(1, 2, 1, None, None, 20, None) == 2
+    assert library.quick_ar_all_reduce(1, 2, 15, None, None, 20, None) == 2
     assert library.captured(1) == (5, 77)
     assert [library.algorithm(1, nbytes) for nbytes in (9, 10)] == ["one_shot", "streamed"]
 

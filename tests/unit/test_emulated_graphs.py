@@ -44,6 +44,7 @@ _SOURCES = [
     )),
 ]  # fmt: skip
 LAYOUT = (32768, 8192, 8192)
+F32, BF16 = (collectives.DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16))
 WORLD = 2
 
 
@@ -135,9 +136,9 @@ class Exact(Ranks):
         library.check(
             library.custom_ar_all_gather(handle, *at, inp.nbytes, stream)
             if op == "all_gather"
-            else library.custom_ar_reduce_scatter(handle, 0, *at, out.nbytes, stream)
+            else library.custom_ar_reduce_scatter(handle, F32, *at, out.nbytes, stream)
             if op == "reduce_scatter"
-            else library.custom_ar_all_reduce(handle, 0, *at, inp.nbytes, stream)
+            else library.custom_ar_all_reduce(handle, F32, *at, inp.nbytes, stream)
         )
 
 
@@ -155,7 +156,7 @@ class Quick(Ranks):
     def call(self, op: str, rank: int, inp: torch.Tensor, out: torch.Tensor, stream: int) -> None:
         at = (inp.data_ptr(), out.data_ptr())
         self.library.check(
-            self.library.quick_ar_all_reduce(self.handles[rank], 0, 1, *at, inp.nbytes, stream)
+            self.library.quick_ar_all_reduce(self.handles[rank], 0, BF16, *at, inp.nbytes, stream)
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from communicators.bindings.collectives import DTYPES
 from communicators.backends.quick import codecs as quick_codecs
 
 _HERE = Path(__file__).parent / "emulated_gpu"
@@ -66,7 +67,7 @@ class Ranks:
         wrong = self.library.quick_run(
             self.handle,
             _CODECS.index(codec),
-            int(inputs[0].dtype is torch.bfloat16),
+            DTYPES[inputs[0].dtype],
             addresses(inputs),
             addresses(outputs),
             inputs[0].nbytes,

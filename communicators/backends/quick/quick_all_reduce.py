@@ -157,7 +157,7 @@ class QuickAllReduce(Communicator):
             self._library.quick_ar_all_reduce(
                 self._handle,
                 codec,
-                int(inp.dtype is torch.bfloat16),
+                collectives.DTYPES[inp.dtype],
                 inp.data_ptr(),
                 out.data_ptr(),
                 inp.nbytes,

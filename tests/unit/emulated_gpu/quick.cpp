@@ -64,7 +64,7 @@ void* quick_open(int world, uint64_t area, double timeout_s) {
 
 // One call of the ranks below `present`, in launches of as many tiles as an area holds; null, or
 // what is wrong.
-const char* quick_run(void* handle, int codec, int bfloat16, void** inputs, void** outputs,
+const char* quick_run(void* handle, int codec, int dtype, void** inputs, void** outputs,
                       uint64_t bytes, int present, int blocks, int ahead) {
   auto& ranks = *static_cast<Ranks*>(handle);
   const auto world = static_cast<uint32_t>(ranks.of.size());
@@ -76,7 +76,7 @@ const char* quick_run(void* handle, int codec, int bfloat16, void** inputs, void
       threads.emplace_back([&, r] {
         for (uint64_t begin = 0; begin < bytes; begin += most) {
           all_reduce(ranks.of[r]->view, world, chosen,
-                     bfloat16 != 0 ? Half::kBFloat16 : Half::kFloat16,
+                     static_cast<DType>(dtype),
                      static_cast<char*>(inputs[r]) + begin, static_cast<char*>(outputs[r]) + begin,
                      std::min(bytes - begin, most), {blocks, 32, ahead, false}, nullptr);
         }
