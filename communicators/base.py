@@ -39,9 +39,21 @@ if TYPE_CHECKING:
 #:   gather           inp [n]      out [W*n] on root, else None
 #:   broadcast        inp is out [n]                         root's content everywhere
 #:   send, recv       inp [n] / out [n]                      root is the peer
-OPS = ("all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "send", "recv")
-#: Those that add; the others move bytes, and what the bytes are makes no difference to them.
-REDUCTIONS = ("all_reduce", "reduce_scatter")
+#:   reduce           inp [n]      out [n] on root, else None
+#:   scatter          inp [W*n] on root, else None, out [n]  part `rank` of the root's
+#:   all_to_all       inp [n]      out [m]                   parts by `splits`
+OPS = (
+    "all_reduce", "all_gather", "reduce_scatter", "gather", "broadcast", "send", "recv",
+    "reduce", "scatter", "all_to_all",
+)  # fmt: skip
+#: Those that reduce; the others move bytes, and what the bytes are makes no difference to them.
+REDUCTIONS = ("all_reduce", "reduce_scatter", "reduce")
+#: What they reduce by, in the order of the numbers of torch's ReduceOp. Bits are those of integers
+#: and of bool, of which there is neither a sum nor an average.
+BY = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
+BITS = frozenset({"band", "bor", "bxor"})
+#: Of an all_to_all: elements that go to each rank, and that come from each.
+Splits = tuple[Sequence[int], Sequence[int]]
 
 #: How a request is issued: by the host now, or recorded in a CUDA graph.
 MODES = ("eager", "capture")
@@ -57,13 +69,15 @@ class Request:
 
     op: str
     dtype: torch.dtype
-    nbytes: int  # of the smaller side: what one rank contributes (inp, or out of reduce_scatter)
+    nbytes: int  # of the smaller side: what one rank contributes, or gets of a scattered whole
     mode: str = "eager"
     exact: bool = False  # nobody who rounds on the way, whatever the user allows in general
+    by: str = "sum"  # of a reduction: one of BY
 
     def __str__(self) -> str:
         exact = ", exact" if self.exact else ""
-        return f"{self.op} of {self.nbytes} bytes of {dtype_name(self.dtype)}, {self.mode}{exact}"
+        op = self.op if self.by == "sum" else f"{self.op} by {self.by}"
+        return f"{op} of {self.nbytes} bytes of {dtype_name(self.dtype)}, {self.mode}{exact}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Capability:
 
     ops: frozenset[str]
     dtypes: frozenset[torch.dtype] | None = None  # of the reductions; None: any
+    by: frozenset[str] = frozenset({"sum"})
     modes: frozenset[str] = frozenset({"eager"})
     max_bytes: int | None = None
     min_bytes: int = 0
@@ -103,6 +118,8 @@ class Capability:
         ):
             names = ", ".join(sorted(dtype_name(dtype) for dtype in self.dtypes))
             return Refusal(f"it sums {names}, not {dtype_name(request.dtype)}")
+        if request.op in REDUCTIONS and request.by not in self.by:
+            return Refusal(f"it reduces by {', '.join(sorted(self.by))}, not by {request.by}")
         if request.exact and self.rounds:
             return Refusal(f"it rounds ({self.rounds}), and this call is exact")
         if self.max_bytes is not None and request.nbytes > self.max_bytes:
@@ -167,13 +184,21 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         """Runs one collective that `capabilities` admits, on contiguous tensors.
 
         Args:
             op: one of OPS, whose table gives the shapes.
-            root: rank of the root in the group (gather, broadcast), or of the peer (send, recv).
+            root: rank of the root in the group, or of the peer (send, recv).
+            by: of a reduction, one of BY.
+            splits: of an all_to_all.
         Raises CommunicatorError or a subclass; after one the communicator stays unusable.
         """
 

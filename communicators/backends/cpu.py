@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from ..base import OPS, Capability, Communicator, Refusal
+from ..base import BY, OPS, REDUCTIONS, Capability, Communicator, Refusal, Splits
 from ..bindings import native
 from ..errors import InvalidArgumentError, NativeLibraryError, RefusedError
 from ..functional import shm
@@ -20,8 +20,8 @@ from ..groups.arguments import (
     check_in_place,
     check_mapping,
     check_peer,
+    check_reduced,
     check_root,
-    check_summed,
     check_tensor,
 )
 from ..groups.group import Group
@@ -62,7 +62,7 @@ class CpuCommunicator(Communicator):
             native.load("cpu")
         except NativeLibraryError as error:
             return Refusal(str(error))
-        return Capability(frozenset(OPS), dtypes=shm.SUMMED)
+        return Capability(frozenset(OPS), dtypes=shm.REDUCED, by=frozenset(BY))
 
     def allocate(self) -> Any:
         self._handle = shm.init_shm_manager(
@@ -94,6 +94,11 @@ class CpuCommunicator(Communicator):
             "broadcast_": ops.shm_broadcast_.default,
             "send": ops.shm_send.default,
             "recv_": ops.shm_recv_.default,
+            "all_reduce_by": ops.shm_all_reduce_by.default,
+            "reduce_scatter_by": ops.shm_reduce_scatter_by.default,
+            "reduce": ops.shm_reduce.default,
+            "scatter": ops.shm_scatter.default,
+            "all_to_all": ops.shm_all_to_all.default,
             "barrier": ops.shm_barrier.default,
         }
 
@@ -107,9 +112,17 @@ class CpuCommunicator(Communicator):
         self._handle, self._ops = -1, {}
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
-        if op == "all_reduce":
+        if by != "sum":
+            self._reduce_by(op, out, inp, root, by)
+        elif op == "all_reduce":
             if out is inp:
                 self._do("all_reduce_", out)
             else:
@@ -126,10 +139,30 @@ class CpuCommunicator(Communicator):
             self._do("gather", out, inp, inp.numel(), root)
         elif op == "reduce_scatter" and out is not None:
             self._do("reduce_scatter", out, inp, out.numel())
+        elif op == "reduce":
+            self._reduce_by(op, out, inp, root, by)
+        elif op == "scatter":
+            self._do("scatter", out, inp, root)
+        elif op == "all_to_all" and splits is not None:
+            self._do("all_to_all", out, inp, *splits)
         else:
             raise InvalidArgumentError(f"run({op!r}, out={out}, inp={inp}): see base.OPS")
 
-    def _do(self, name: str, *arguments: Any) -> Any:
+    def _reduce_by(
+        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int, by: str
+    ) -> None:
+        if op not in REDUCTIONS or by not in BY:
+            raise InvalidArgumentError(f"run({op!r}, by={by!r}): see base.REDUCTIONS and base.BY")
+        number = BY.index(by)
+        if op == "reduce":
+            self._do("reduce", out, inp, root, number, by=by)
+        elif op == "all_reduce":
+            self._do("all_reduce_by", out, inp, number, by=by)
+        else:
+            inner = 0 if out is None else out.numel()
+            self._do("reduce_scatter_by", out, inp, inner, number, by=by)
+
+    def _do(self, name: str, *arguments: Any, by: str = "sum") -> Any:
         """The native operator of this name; they all take the handle last."""
         try:
             return self._ops[name](*arguments, self._handle)
@@ -137,12 +170,12 @@ class CpuCommunicator(Communicator):
             self.require_live()
             for x in arguments:
                 if isinstance(x, torch.Tensor):
-                    self._require(name, x)
+                    self._require(name, x, by)
             if isinstance(error, KeyError):
                 raise
             raise native.typed(error) from None
 
-    def _require(self, call: str, x: torch.Tensor) -> torch.Tensor:
+    def _require(self, call: str, x: torch.Tensor, by: str = "sum") -> torch.Tensor:
         """check_tensor, and what else the native operators refuse, before anything moves."""
         rank = self.group.rank
         x = check_tensor(call, x, rank)
@@ -150,8 +183,8 @@ class CpuCommunicator(Communicator):
             raise InvalidArgumentError(
                 f"{call}(x) on rank {rank}: x is on {x.device}; {self.name} is for the CPU"
             )
-        if call.startswith(("all_reduce", "reduce_scatter")):
-            check_summed(call, x.dtype, shm.SUMMED, rank)
+        if call.startswith(REDUCTIONS):
+            check_reduced(call.removesuffix("_by"), x.dtype, shm.REDUCED, rank, by=by)
         return x
 
     # -- the same, for tensors of any layout; torch.compile traces them ------------------------

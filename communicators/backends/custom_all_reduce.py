@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..base import Capability, Communicator, Refusal, dtype_name
+from ..base import Capability, Communicator, Refusal, Splits, dtype_name
 from ..bindings import collectives
 from ..bindings.workspace import LAYOUT, SharedBuffer
 from ..errors import CommMismatchError, CommunicatorError, InvalidArgumentError, NativeLibraryError
@@ -127,7 +127,13 @@ class CustomAllreduce(Communicator):
         self._fast = None if self.settings.debug else self._call
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         if not self._handle:
             self.require_live()

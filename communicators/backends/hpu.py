@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..base import Refusal
+from ..base import Refusal, Splits
 from .vendor import VendorCommunicator
 
 _BRIDGE = "habana_frameworks.torch"
@@ -37,8 +37,14 @@ class HpuCommunicator(VendorCommunicator):
         return None
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         self.require_live()
         self._bridge.core.mark_step()
-        super().run(op, out, inp, root)
+        super().run(op, out, inp, root, by, splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..base import OPS, REDUCTIONS, Capability, Communicator, Refusal
+from ..base import BITS, OPS, REDUCTIONS, Capability, Communicator, Refusal, Splits
 from ..errors import CommTimeoutError, CommunicatorError
 from ..groups.arguments import check_tensor
 from ..groups.group import Group
@@ -25,6 +25,9 @@ _BOTH = frozenset(
 #: What a backend adds (torch adds a complex tensor as its two parts). Not bool: gloo adds its bytes
 #: and leaves a bool that is 2. A backend that is not here is a vendor's, who says it himself.
 SUMMED = {"gloo": _BOTH | _COMPLEX, "nccl": _BOTH | _COMPLEX}
+_NUMBERS = frozenset({"sum", "product", "min", "max"})
+#: What it reduces by. gloo has no average: that is its sum, divided.
+BY_OF = {"gloo": _NUMBERS | BITS | {"avg"}, "nccl": _NUMBERS | {"avg"}}
 
 
 class TorchDistributedCommunicator(Communicator):
@@ -57,16 +60,23 @@ class TorchDistributedCommunicator(Communicator):
         return Capability(
             frozenset(OPS),
             dtypes=SUMMED.get(backend),
+            by=BY_OF.get(backend, frozenset({"sum"})),
             modes=frozenset(modes),
             deterministic=False,
         )
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         self.require_live()
         try:
-            self._run(op, out, inp, root)
+            self._run(op, out, inp, root, by, splits)
         except dist.DistError as error:
             raise CommunicatorError(f"{op} on rank {self.group.rank}: {error}") from error
         except RuntimeError as error:
@@ -80,9 +90,24 @@ class TorchDistributedCommunicator(Communicator):
                 ) from error
             raise
 
-    def _run(self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int) -> None:
+    def _run(
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int,
+        by: str,
+        splits: Splits | None,
+    ) -> None:
         group, global_root = self.process_group, self.group.ranks[root]
-        if op not in REDUCTIONS and self.capabilities is not None and self.capabilities.dtypes:
+        if op in REDUCTIONS:
+            assert inp is not None
+            self._reduce(op, out, inp, root, by)
+            return
+        if self.capabilities is not None and self.capabilities.dtypes:
+            x = out if inp is None else inp
+            if splits is not None and x is not None and x.dtype not in _BOTH:
+                splits = ([x.itemsize * n for n in splits[0]], [x.itemsize * n for n in splits[1]])
             out, inp = (_movable(x) for x in (out, inp))
         if op == "gather":
             assert inp is not None
@@ -97,21 +122,46 @@ class TorchDistributedCommunicator(Communicator):
         elif op == "broadcast":
             assert out is not None
             dist.broadcast(out, src=global_root, group=group)
-        else:
+        elif op == "scatter":
+            assert out is not None
+            parts = None if inp is None else list(inp.view(self.group.world_size, -1).unbind(0))
+            dist.scatter(out.view(-1), parts, src=global_root, group=group)
+        elif op == "all_to_all" and splits is not None:
             assert out is not None and inp is not None
-            if op == "all_reduce":
-                if out is not inp:
-                    out.copy_(inp)
-                staged = out.resolve_conj()
-                dist.all_reduce(staged, group=group)
-                if staged is not out:
-                    out.copy_(staged)
-            elif op == "all_gather":
-                _all_gather(out.view(-1), inp.view(-1), group=group)
-            elif op == "reduce_scatter":
-                _reduce_scatter(out.view(-1), inp.view(-1), group=group)
-            else:
-                raise CommunicatorError(f"{op!r} is not one of {OPS}")
+            to, come = (list(sizes) for sizes in splits)
+            dist.all_to_all_single(out.view(-1), inp.view(-1), come, to, group=group)
+        elif op == "all_gather":
+            assert out is not None and inp is not None
+            _all_gather(out.view(-1), inp.view(-1), group=group)
+        else:
+            raise CommunicatorError(f"{op!r} is not one of {OPS}")
+
+    def _reduce(
+        self, op: str, out: torch.Tensor | None, inp: torch.Tensor, root: int, by: str
+    ) -> None:
+        group = self.process_group
+        divided = by == "avg" and dist.get_backend(group) == "gloo"
+        name = "sum" if divided else by
+        reduce_op = getattr(dist.ReduceOp, name.upper())
+        if op == "reduce_scatter":
+            assert out is not None
+            _reduce_scatter(out.view(-1), inp.view(-1), reduce_op, group=group)
+        elif op == "all_reduce":
+            assert out is not None
+            if out is not inp:
+                out.copy_(inp)
+            staged = out.resolve_conj()
+            dist.all_reduce(staged, reduce_op, group=group)
+            if staged is not out:
+                out.copy_(staged)
+        else:  # gloo and NCCL may write into what the others pass
+            staged = inp.clone().resolve_conj()
+            dist.reduce(staged, dst=self.group.ranks[root], op=reduce_op, group=group)
+            if out is not None:
+                out.copy_(staged)
+        if divided and out is not None:
+            whole = not (out.is_floating_point() or out.is_complex())
+            out.div_(self.group.world_size, rounding_mode="trunc" if whole else None)
 
 
 def _movable(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from ..base import Capability, Refusal
+from ..base import Capability, Refusal, Splits
 from ..errors import CommMismatchError, InvalidArgumentError
 from ..groups.arguments import check_dim, check_in_place, check_root, check_tensor
 from ..groups.group import Group
@@ -67,10 +67,16 @@ class VendorCommunicator(TorchDistributedCommunicator):
         return super().capability()
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         if op != "gather":
-            return super().run(op, out, inp, root)
+            return super().run(op, out, inp, root, by, splits)
         # Not every vendor's backend has gather; all have all_gather.
         assert inp is not None
         everywhere = inp.new_empty([self.group.world_size, inp.numel()]) if out is None else out

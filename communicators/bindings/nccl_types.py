@@ -133,3 +133,13 @@ class ncclRedOpTypeEnum(IntEnum):
             if op == torch_op:
                 return int(value)
         raise InvalidArgumentError(f"NCCL reduces by SUM, PRODUCT, MAX, MIN or AVG, not by {op}")
+
+
+#: Of the reductions of base.BY, those that NCCL has.
+NCCL_REDUCTIONS = {
+    "sum": int(ncclRedOpTypeEnum.ncclSum),
+    "avg": int(ncclRedOpTypeEnum.ncclAvg),
+    "product": int(ncclRedOpTypeEnum.ncclProd),
+    "min": int(ncclRedOpTypeEnum.ncclMin),
+    "max": int(ncclRedOpTypeEnum.ncclMax),
+}

@@ -17,6 +17,7 @@ from .library import SharedLibrary, find_loaded_library
 from .nccl_types import (
     FP8_DTYPES,
     FP8_SINCE,
+    NCCL_REDUCTIONS,
     NCCL_WIN_COLL_SYMMETRIC,
     buffer_type,
     cudaStream_t,
@@ -32,6 +33,7 @@ from .nccl_types import (
 __all__ = [
     "FP8_DTYPES",
     "FP8_SINCE",
+    "NCCL_REDUCTIONS",
     "NCCL_WIN_COLL_SYMMETRIC",
     "NCCLLibrary",
     "NcclError",

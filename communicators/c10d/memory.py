@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ..backends.cpu import CpuCommunicator
 from ..errors import InvalidArgumentError
-from ..shm import SUMMED
-from . import reductions
+from ..functional.shm import REDUCED, SUMMED
+from .reductions import by_of
+
+#: Elements of each rank that are gathered at a time: bounds the memory.
+_CHUNK = 1 << 20
 
 
 class SharedMemory:
@@ -29,21 +32,52 @@ class SharedMemory:
     def broadcast(self, x: Tensor, root: int) -> None:
         self._cpu.broadcast(x.detach(), root)
 
-    def reduce(self, call: str, x: Tensor, reduce_op: Any) -> None:
-        """All ranks' `x` reduced into this rank's `x`."""
-        kind = reductions.kind(call, reduce_op, x, self._rank)
-        x = x.detach()
-        if kind.summed and x.is_complex():
-            x = torch.view_as_real(x)
-        if kind.summed and x.dtype in SUMMED:
+    def all_reduce(self, call: str, x: Tensor, reduce_op: Any) -> None:
+        """All ranks' `x` reduced, in place."""
+        if x.is_conj() or x.is_neg():  # views, whose memory holds other numbers
+            staged = x.detach().resolve_conj().resolve_neg()
+            self.all_reduce(call, staged, reduce_op)
+            x.detach().copy_(staged)
+            return
+        by = by_of(call, reduce_op, x, self._rank)
+        x = _numbers(x.detach(), by)
+        if by == "sum" and x.dtype in SUMMED:
             self._cpu.all_reduce_(x)
+            return
+        flat = x.contiguous().view(-1)
+        if x.dtype in REDUCED:
+            self._cpu.run("all_reduce", flat, flat, 0, by)
         else:
-            flat = x.contiguous().view(-1)
-            reductions.reduce(kind, flat, self._world_size, self.all_gather)
-            if flat.data_ptr() != x.data_ptr():
-                x.copy_(flat.view_as(x))
-        if kind.averaged:
-            reductions.average(x, self._world_size)
+            self._gathered(flat, by)
+        if flat.data_ptr() != x.data_ptr():
+            x.copy_(flat.view_as(x))
+
+    def _gathered(self, x: Tensor, by: str) -> None:
+        """Products of complex numbers: gathered, and multiplied by each rank in rank order."""
+        if by != "product" or not x.is_complex():
+            raise InvalidArgumentError(
+                f"a reduction on rank {self._rank}: {x.dtype} cannot be reduced by {by}"
+            )
+        for part in x.split(_CHUNK):
+            parts = part.new_empty([self._world_size, part.numel()])
+            self.all_gather(parts, part)
+            total = parts[0]
+            for rank in range(1, self._world_size):
+                total = total * parts[rank]
+            part.copy_(total)
+
+    def reduce(self, call: str, x: Tensor, reduce_op: Any, root: int) -> None:
+        """All ranks' `x` reduced into rank `root`'s `x`; the others keep theirs."""
+        by = by_of(call, reduce_op, x, self._rank)
+        x = _numbers(x.detach(), by)
+        if x.dtype not in REDUCED:
+            self.all_reduce(call, x if root == self._rank else x.clone(), reduce_op)
+            return
+        flat = x.contiguous().view(-1)
+        out = flat if root == self._rank else None
+        self._cpu.run("reduce", out, flat, root, by)
+        if out is not None and out.data_ptr() != x.data_ptr():
+            x.copy_(out.view_as(x))
 
     def reduce_scatter(self, name: str, out: Tensor, inp: Tensor, reduce_op: Any) -> None:
         """Part `rank` of the flat reduced `inp` into `out`."""
@@ -52,18 +86,14 @@ class SharedMemory:
                 f"{name} on rank {self._rank}: the input has {inp.numel()} elements and the output "
                 f"{out.numel()}; the input must have {self._world_size} times as many"
             )
-        kind = reductions.kind(name, reduce_op, inp, self._rank)
-        inp, out = inp.detach(), out.detach()
-        if kind.summed and inp.is_complex():
-            inp, out = torch.view_as_real(inp.resolve_conj()), torch.view_as_real(out)
-        if kind.summed and inp.dtype in SUMMED:
+        by = by_of(name, reduce_op, inp, self._rank)
+        inp, out = _numbers(inp.detach().resolve_conj(), by), _numbers(out.detach(), by)
+        if inp.dtype in REDUCED:
             mine = out if out.is_contiguous() else torch.empty_like(out)
-            self._cpu.run("reduce_scatter", mine.view(-1), inp.reshape(-1))
-            if kind.averaged:
-                reductions.average(mine, self._world_size)
+            self._cpu.run("reduce_scatter", mine.view(-1), inp.reshape(-1), 0, by)
         else:
             whole = inp.reshape(-1).clone()
-            self.reduce(name, whole, reduce_op)
+            self._gathered(whole, by)
             mine = whole.view(self._world_size, -1)[self._rank]
         if mine.data_ptr() != out.data_ptr():
             out.copy_(mine.view_as(out))
@@ -95,17 +125,14 @@ class SharedMemory:
 
     def scatter(self, out: Tensor, parts: Sequence[Tensor], root: int) -> None:
         """Rank `root`'s parts[p] into `out` of rank p; the others pass none."""
-        if root != self._rank:
-            self.receive(out.detach(), root)
-            return
-        for rank, part in enumerate(parts):
-            if rank == self._rank:
-                out.detach().copy_(part.detach().view_as(out))
-            else:
-                self.send(part.detach(), rank)
+        whole = torch.stack([x.detach() for x in parts]).view(-1) if root == self._rank else None
+        mine = out.detach() if out.is_contiguous() else torch.empty_like(out)
+        self._cpu.run("scatter", mine.view(-1), whole, root)
+        if mine.data_ptr() != out.data_ptr():
+            out.detach().copy_(mine)
 
-    def parts(self, what: str, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """What of `x` goes to, or comes from, each rank, along dim 0."""
+    def sizes(self, what: str, x: Tensor, sizes: Sequence[int]) -> list[int]:
+        """Elements of `x` that go to, or come from, each rank, of `sizes` along dim 0."""
         length = x.size(0) if x.dim() else 1
         if not sizes and length % self._world_size:
             raise InvalidArgumentError(
@@ -113,44 +140,33 @@ class SharedMemory:
                 f"multiple of the {self._world_size} ranks; split sizes are needed"
             )
         sizes = list(sizes) or [length // self._world_size] * self._world_size
-        if len(sizes) != self._world_size or sum(sizes) != length:
+        if len(sizes) != self._world_size or sum(sizes) != length or min(sizes) < 0:
             raise InvalidArgumentError(
                 f"all_to_all_single on rank {self._rank}: {what} split sizes {sizes} are not "
                 f"{self._world_size} sizes with the sum {length}"
             )
-        return list(x.detach().split(sizes))
+        row = x.numel() // length if length else 0
+        return [size * row for size in sizes]
 
-    def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        """inputs[p] to rank p, outputs[p] from it: in pairs, the lower sends first."""
-        outputs[self._rank].copy_(inputs[self._rank].view_as(outputs[self._rank]))
-        even = self._world_size + self._world_size % 2  # one sits out where the number is odd
-        for turn in range(even - 1):
-            peer = _partner(self._rank, turn, even)
-            if peer >= self._world_size:
-                continue
-            if self._rank < peer:
-                self.send(inputs[peer], peer)
-            self.receive(outputs[peer], peer)
-            if self._rank > peer:
-                self.send(inputs[peer], peer)
+    def all_to_all_single(
+        self, out: Tensor, inp: Tensor, come: Sequence[int], to: Sequence[int]
+    ) -> None:
+        """to[p] elements of the flat `inp` to rank p, come[p] from it into the flat `out`."""
+        mine = out.detach() if out.is_contiguous() else torch.empty_like(out)
+        self._cpu.run("all_to_all", mine.view(-1), inp.detach().reshape(-1), splits=(to, come))
+        if mine.data_ptr() != out.data_ptr():
+            out.detach().copy_(mine)
 
-    def send(self, x: Tensor, peer: int) -> None:
-        if x.numel():
-            self._cpu.run("send", None, x.contiguous().view(-1), peer)
-
-    def receive(self, x: Tensor, peer: int) -> None:
-        if x.numel():
-            whole = x if x.is_contiguous() else torch.empty_like(x)
-            self._cpu.run("recv", whole.view(-1), None, peer)
-            if whole is not x:
-                x.copy_(whole)
+    def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """inputs[p] to rank p, outputs[p] from it."""
+        come = [x.numel() for x in outputs]
+        out = outputs[0].new_empty(sum(come))
+        joined = torch.cat([x.detach().reshape(-1) for x in inputs])
+        self.all_to_all_single(out, joined, come, [x.numel() for x in inputs])
+        for x, found in zip(outputs, out.split(come), strict=True):
+            x.detach().copy_(found.view_as(x))
 
 
-def _partner(rank: int, turn: int, count: int) -> int:
-    """Whom `rank` of `count` (even) meets in this turn of count-1: each meets all others once."""
-    last = count - 1
-    if rank == last:
-        return turn
-    if rank == turn:
-        return last
-    return (2 * turn - rank) % last
+def _numbers(x: Tensor, by: str) -> Tensor:
+    """`x`; the pairs of a complex one, which are added apart."""
+    return torch.view_as_real(x) if x.is_complex() and by in ("sum", "avg") else x

@@ -203,7 +203,7 @@ class ProcessGroup(_Base):
 
         def call() -> None:
             for x in tensors:
-                memory.reduce("all_reduce", x, opts.reduceOp)
+                memory.all_reduce("all_reduce", x, opts.reduceOp)
 
         return self._call("all_reduce", tensors, opts, call)
 
@@ -221,8 +221,7 @@ class ProcessGroup(_Base):
 
         def call() -> None:
             for x in tensors:
-                mine = x if opts.rootRank == self._rank else x.clone()
-                memory.reduce("reduce", mine, opts.reduceOp)
+                memory.reduce("reduce", x, opts.reduceOp, opts.rootRank)
 
         return self._call("reduce", tensors, opts, call)
 
@@ -239,7 +238,7 @@ class ProcessGroup(_Base):
                     continue
                 for rank, part in enumerate(parts):
                     mine = part.clone(memory_format=torch.contiguous_format)
-                    memory.reduce("reduce_scatter", mine, opts.reduceOp)
+                    memory.reduce("reduce_scatter", mine, opts.reduceOp, rank)
                     if rank == self._rank:
                         out.detach().copy_(mine.view_as(out))
 
@@ -347,7 +346,7 @@ class ProcessGroup(_Base):
             return self._by_gloo("alltoall", outputs, inputs, opts)
 
         def call() -> None:
-            memory.exchange([x.detach() for x in outputs], [x.detach() for x in inputs])
+            memory.all_to_all(outputs, inputs)
 
         return self._call("all_to_all", [*outputs, *inputs], opts, call)
 
@@ -357,8 +356,12 @@ class ProcessGroup(_Base):
         opts = opts if opts is not None else dist.AllToAllOptions()
         if (memory := self._memory) is None:
             return self._by_gloo("alltoall_base", out, inp, out_sizes, in_sizes, opts)
-        parts = [memory.parts("output", out, out_sizes), memory.parts("input", inp, in_sizes)]
-        return self._call("all_to_all_single", [out, inp], opts, lambda: memory.exchange(*parts))
+        come, to = memory.sizes("output", out, out_sizes), memory.sizes("input", inp, in_sizes)
+
+        def call() -> None:
+            memory.all_to_all_single(out, inp, come, to)
+
+        return self._call("all_to_all_single", [out, inp], opts, call)
 
     # -- one to one -----------------------------------------------------------------------------
 

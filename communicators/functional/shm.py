@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from ..bindings import native
 from ..errors import InvalidArgumentError
 from ..groups import objects, tensor_dict
-from ..groups.arguments import check_summed, check_tensor, check_written
+from ..groups.arguments import check_reduced, check_tensor, check_written
 from ..groups.traced import keep, order_tensor
 from ..settings import Settings
 
@@ -62,6 +62,8 @@ SUMMED = frozenset(
         torch.uint8,
     }
 )
+#: What is reduced in other ways than by a sum, too.
+REDUCED = SUMMED | {torch.bool}
 
 
 @functools.cache
@@ -82,6 +84,11 @@ def load() -> None:
         "shm_all_gather",
         "shm_gather",
         "shm_reduce_scatter",
+        "shm_all_reduce_by",
+        "shm_reduce_scatter_by",
+        "shm_reduce",
+        "shm_scatter",
+        "shm_all_to_all",
         "shm_broadcast_",
         "shm_send",
         "shm_recv_",
@@ -306,7 +313,7 @@ def _require(
             "for the CPU"
         )
     if summed:
-        check_summed(call, x.dtype, SUMMED, rank, argument)
+        check_reduced(call, x.dtype, SUMMED, rank, argument)
 
 
 def send_object(handle: int, value: object, dst: int) -> None:

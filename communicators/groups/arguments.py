@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..base import BITS, BY
 from ..errors import InvalidArgumentError
 
 _WANTED = "a strided torch.Tensor with memory of its own is accepted"
@@ -132,16 +133,44 @@ def check_written(call: str, x: Any, rank: int, argument: str = "x") -> None:
         )
 
 
-def check_summed(
-    call: str, dtype: torch.dtype, summed: Collection[torch.dtype], rank: int, argument: str = "x"
+def check_reduced(
+    call: str,
+    dtype: torch.dtype,
+    known: Collection[torch.dtype],
+    rank: int,
+    argument: str = "x",
+    by: str = "sum",
 ) -> None:
-    """A dtype that is added."""
-    if dtype not in summed:
-        names = ", ".join(sorted(_name(dtype) for dtype in summed))
+    """A dtype of `known` that can be reduced by `by` (reducible)."""
+    accepted = {one for one in known if reducible(by, one)}
+    if dtype not in accepted:
+        names = ", ".join(sorted(_name(dtype) for dtype in accepted))
+        how = {"sum": "summed", "avg": "averaged"}.get(by, f"reduced by {by}")
         raise InvalidArgumentError(
             f"{call}({argument}) on rank {rank}: {argument} is of dtype "
-            f"{_name(dtype)}, and {_name(dtype)} cannot be summed; {names} are accepted"
+            f"{_name(dtype)}, and {_name(dtype)} cannot be {how}; {names} are accepted"
         )
+
+
+def reducible(by: str, dtype: torch.dtype) -> bool:
+    """Whether there is such a reduction of such numbers."""
+    if by in ("sum", "avg"):
+        return dtype is not torch.bool
+    if by in ("min", "max"):
+        return not dtype.is_complex
+    return by not in BITS or not (dtype.is_floating_point or dtype.is_complex)
+
+
+def check_by(call: str, by: Any, rank: int) -> str:
+    """What a reduction reduces by, one of base.BY, also of a torch ReduceOp."""
+    name = by if isinstance(by, str) else str(getattr(by, "op", by)).rpartition(".")[2]
+    name = name.lower()
+    if name not in BY:
+        raise InvalidArgumentError(
+            f"{call}(op={by!r}) on rank {rank}: {', '.join(BY)} are accepted, and torch's "
+            "ReduceOps of these names"
+        )
+    return name
 
 
 def check_dim(call: str, x: torch.Tensor, dim: int, rank: int) -> int:

@@ -7,15 +7,19 @@ operator of the same name instead (traced.py). Every check comes before anything
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ..base import Splits
 from ..errors import InvalidArgumentError
 from ..selection.dispatcher import Dispatcher
 from .arguments import (
+    check_by,
     check_dim,
     check_in_place,
     check_new,
@@ -44,32 +48,38 @@ class Collectives:
 
     # -- reductions ---------------------------------------------------------------------------
 
-    def all_reduce(self, x: Tensor, *, exact: bool = False) -> Tensor:
+    def all_reduce(self, x: Tensor, *, exact: bool = False, op: Any = "sum") -> Tensor:
         """The sum of every rank's `x`, as a new tensor; never aliases `x`.
 
         Our own paths add in rank order in fp32 and round once: equal bits on all ranks. `exact`
         leaves out the quantized all-reduce, where the group's settings allow that one.
+
+        Args:
+            op: "sum", "avg" (of integers towards zero), "product", "min", "max" (NaN is both), or
+                "band", "bor", "bxor" of integers and bool; also torch's ReduceOp of that name.
         """
+        by = op if op == "sum" else check_by("all_reduce", op, self.rank_in_group)
         if is_compiling():
             x = self._tensor("all_reduce", x)
             if self.world_size == 1:
                 return x.clone(memory_format=torch.contiguous_format)
-            return _ops.group_all_reduce(x, self.name, exact, order=self._order)
+            return _ops.group_all_reduce(x, self.name, exact, by, order=self._order)
         if type(x) is not Tensor or x.layout is not torch.strided or x.is_neg():
             x = check_tensor("all_reduce", x, self.rank_in_group)
         x = x.contiguous()
         out = torch.empty_like(x)
         if self.world_size == 1:
             return out.copy_(x)
-        self._run("all_reduce", out, x, exact=exact)
+        self._run("all_reduce", out, x, exact=exact, by=by)
         return out
 
-    def all_reduce_(self, x: Tensor, *, exact: bool = False) -> Tensor:
+    def all_reduce_(self, x: Tensor, *, exact: bool = False, op: Any = "sum") -> Tensor:
         """The same in place; returns `x`."""
+        by = op if op == "sum" else check_by("all_reduce_", op, self.rank_in_group)
         if is_compiling():
             x = self._tensor("all_reduce_", x)
             if self.world_size > 1:
-                _ops.group_all_reduce_(x, self.name, exact, order=self._order)
+                _ops.group_all_reduce_(x, self.name, exact, by, order=self._order)
             return x
         if (
             type(x) is not Tensor
@@ -83,8 +93,24 @@ class Collectives:
         else:  # what check_in_place lets through, as nearly all are
             staged = x
         if self.world_size > 1:
-            self._run("all_reduce", staged, staged, exact=exact)
+            self._run("all_reduce", staged, staged, exact=exact, by=by)
         return x if staged is x else x.copy_(staged)
+
+    def reduce(self, x: Tensor, dst: int = 0, *, op: Any = "sum") -> Tensor | None:
+        """all_reduce for rank `dst` of the group alone; None on the others."""
+        x = self._tensor("reduce", x)
+        rank = self.rank_in_group
+        dst = check_root("reduce", "dst", dst, self.world_size, rank)
+        by = check_by("reduce", op, rank)
+        if self.world_size == 1:
+            return x.clone(memory_format=torch.contiguous_format)
+        if is_compiling():
+            found = _ops.group_reduce(x, dst, rank, self.name, by, order=self._order)
+            return found if rank == dst else None
+        x = x.contiguous()
+        out = torch.empty_like(x) if rank == dst else None
+        self._run("reduce", out, x, dst, by=by)
+        return out
 
     def reduce_scatter(self, x: Tensor, dim: int = -1) -> Tensor:
         """Part `rank_in_group` of the sum, split evenly along `dim`; a new tensor."""
@@ -191,6 +217,64 @@ class Collectives:
         shape[dim] *= self.world_size
         return parts.movedim(0, dim).reshape(shape).contiguous()
 
+    # -- all to all ---------------------------------------------------------------------------
+
+    def all_to_all_single(
+        self,
+        x: Tensor,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Part p of `x` goes to rank p; the parts that come, in rank order; along dim 0.
+
+        Args:
+            output_split_sizes: how much comes from each rank along dim 0; default: as much.
+            input_split_sizes: how much of `x` goes to each rank along dim 0; default: equal parts.
+
+        Raises CommMismatchError where two ranks disagree on what one sends the other.
+        """
+        x = self._tensor("all_to_all_single", x)
+        rank, ranks = self.rank_in_group, self.world_size
+        length = x.size(0) if x.dim() else 1
+        if input_split_sizes is None:
+            if length % ranks:
+                raise InvalidArgumentError(
+                    f"all_to_all_single(x) on rank {rank}: size {length} of x {list(x.shape)} is "
+                    f"not a multiple of the {ranks} ranks; input_split_sizes are needed"
+                )
+            to = [length // ranks] * ranks
+        else:
+            to = check_sizes("all_to_all_single", x, input_split_sizes, ranks, rank, length)
+        come = to if output_split_sizes is None else output_split_sizes
+        come = check_sizes("all_to_all_single", x, come, ranks, rank)
+        if is_compiling() and ranks > 1:
+            return _ops.group_all_to_all_single(x, come, to, self.name, order=self._order)
+        x = (x.reshape(1) if x.dim() == 0 else x).contiguous()
+        out = x.new_empty([sum(come), *x.shape[1:]])
+        if ranks == 1:
+            return out.copy_(x)
+        row = math.prod(x.shape[1:])
+        self._run("all_to_all", out, x, splits=([n * row for n in to], [n * row for n in come]))
+        return out
+
+    def all_to_all(self, tensors: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """tensors[p] goes to rank p; the result's p came from rank p and has the shape sizes[p].
+
+        All of one dtype. Raises CommMismatchError where two ranks disagree on a size.
+        """
+        rank, ranks = self.rank_in_group, self.world_size
+        parts = [self._tensor("all_to_all", x) for x in tensors]
+        if len(parts) != ranks or len(sizes) != ranks or len({x.dtype for x in parts}) != 1:
+            raise InvalidArgumentError(
+                f"all_to_all(tensors, sizes) on rank {rank}: {ranks} tensors of one dtype and as "
+                f"many shapes are expected; {len(parts)} of {sorted({str(x.dtype) for x in parts})}"
+                f" and {len(sizes)} were given"
+            )
+        come = [math.prod(shape) for shape in sizes]
+        joined = torch.cat([x.reshape(-1) for x in parts])
+        out = self.all_to_all_single(joined, come, [x.numel() for x in parts])
+        return [x.view(list(shape)) for x, shape in zip(out.split(come), sizes, strict=True)]
+
     # -- one to all, one to one ---------------------------------------------------------------
 
     def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
@@ -204,6 +288,36 @@ class Collectives:
         staged = check_in_place("broadcast", x, self.rank_in_group)
         if self.world_size > 1:
             self._run("broadcast", staged, staged, src)
+        return x if staged is x else x.copy_(staged)
+
+    def scatter(self, x: Tensor, tensors: Sequence[Tensor] | None = None, src: int = 0) -> Tensor:
+        """Rank `src`'s tensors[r] in rank r's `x`, in place; returns `x`.
+
+        Args:
+            tensors: on rank `src`, one a rank, each of x's shape and dtype; None on the others.
+        """
+        rank = self.rank_in_group
+        src = check_root("scatter", "src", src, self.world_size, rank)
+        if is_compiling():
+            given = None if tensors is None else list(tensors)
+            _ops.group_scatter(x, given, src, self.name, order=self._order)
+            return x
+        staged = check_in_place("scatter", x, rank)
+        whole = None
+        if rank == src:
+            parts = [self._tensor("scatter", one) for one in tensors or ()]
+            alike = all(one.shape == x.shape and one.dtype == x.dtype for one in parts)
+            if len(parts) != self.world_size or not alike:
+                raise InvalidArgumentError(
+                    f"scatter(x, tensors) on rank {rank}, the source: {self.world_size} tensors of "
+                    f"{list(x.shape)} and {x.dtype} are expected, and {len(parts)} were given: "
+                    f"{[(list(one.shape), str(one.dtype)) for one in parts]}"
+                )
+            whole = torch.stack([one.contiguous() for one in parts])
+        if self.world_size == 1 and whole is not None:
+            staged.copy_(whole[0])
+        else:
+            self._run("scatter", staged, whole, src)
         return x if staged is x else x.copy_(staged)
 
     def send(self, x: Tensor, dst: int | None = None) -> None:
@@ -261,13 +375,15 @@ class Collectives:
         inp: Tensor | None,
         root: int = 0,
         exact: bool = False,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         x = out if inp is None else inp
         assert x is not None
         dispatcher = self._host if x.is_cpu else self._dispatcher_at.get(x.device)
         if dispatcher is None:
             dispatcher = self._dispatcher_at[x.device] = self._dispatcher_of(op, x.device)
-        dispatcher.run(op, out, inp, root, exact)
+        dispatcher.run(op, out, inp, root, exact, by, splits)
 
     def _dispatcher_of(self, op: str, device: torch.device) -> Dispatcher:
         self.group.require_own_process()

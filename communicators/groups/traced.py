@@ -89,14 +89,27 @@ def _collective(parameters: str, result: str = "Tensor") -> Callable[[Callable[.
     return register
 
 
-@_collective("Tensor x, str group, bool exact=False")
-def all_reduce(x: Tensor, group: str, exact: bool = False) -> Tensor:
+@_collective('Tensor x, str group, bool exact=False, str op="sum"')
+def all_reduce(x: Tensor, group: str, exact: bool = False, op: str = "sum") -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_collective("Tensor(a!) x, str group, bool exact=False", "()")
-def all_reduce_(x: Tensor, group: str, exact: bool = False) -> None:
+@_collective('Tensor(a!) x, str group, bool exact=False, str op="sum"', "()")
+def all_reduce_(x: Tensor, group: str, exact: bool = False, op: str = "sum") -> None:
     return None
+
+
+@_collective('Tensor x, int dst, int rank, str group, str op="sum"')
+def reduce(x: Tensor, dst: int, rank: int, group: str, op: str = "sum") -> Tensor:
+    """Empty where the method returns None."""
+    return torch.empty_like(x) if rank == dst else x.new_empty(0)
+
+
+@_collective("Tensor x, SymInt[] output_split_sizes, SymInt[] input_split_sizes, str group")
+def all_to_all_single(
+    x: Tensor, output_split_sizes: list[int], input_split_sizes: list[int], group: str
+) -> Tensor:
+    return _resized(x, 0, lambda size: sum(output_split_sizes))
 
 
 @_collective("Tensor x, int dim, int world_size, str group")
@@ -127,6 +140,11 @@ def gather(x: Tensor, dst: int, dim: int, world_size: int, rank: int, group: str
 
 @_collective("Tensor(a!) x, int src, str group", "()")
 def broadcast(x: Tensor, src: int, group: str) -> None:
+    return None
+
+
+@_collective("Tensor(a!) x, Tensor[]? tensors, int src, str group", "()")
+def scatter(x: Tensor, tensors: list[Tensor] | None, src: int, group: str) -> None:
     return None
 
 

@@ -22,18 +22,21 @@ from ..base import (
     Communicator,
     Refusal,
     Request,
+    Splits,
     dtype_name,
     size_name,
 )
 from ..errors import CommMismatchError, CommunicatorError, InvalidArgumentError
 from ..groups import forks
-from ..groups.arguments import check_summed
+from ..groups.arguments import check_reduced
 from ..groups.group import Group
 from .policy import MARGIN, Choice, choose
 from .tables import EMPTY, Table
 
 _MAX_PLANS = 4096  # choices remembered; a job has a few sizes, and a runaway must not grow for ever
 _MAX_RECORDED = 4096  # entries for captures that nobody compares; the latest of them
+#: Where what comes out is a part of what goes in.
+_SCATTERED = ("reduce_scatter", "scatter")
 _ALIGNED = 256  # explain() asks about sizes that no `multiple` of a communicator refuses
 
 
@@ -63,7 +66,7 @@ class Dispatcher:
         self.refused: dict[str, Refusal] = {
             c.name: c.refusal for c in communicators if c.refusal is not None
         }
-        self._plans: dict[tuple[str, torch.dtype, int, bool, bool], Communicator] = {}
+        self._plans: dict[tuple[str, torch.dtype, int, bool, bool, str], Communicator] = {}
         self._on_cuda = device.type == "cuda"
         self._debug = group.settings.debug
         #: (how many in a row, call) that CUDA graphs have recorded since they were last compared.
@@ -91,25 +94,35 @@ class Dispatcher:
         inp: torch.Tensor | None,
         root: int = 0,
         exact: bool = False,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         """Runs one collective on contiguous tensors; shapes as in base.OPS.
 
         Args:
             exact: by nobody who rounds on the way (Request.exact).
+            by: of a reduction, one of base.BY.
+            splits: of an all_to_all, elements to and from each rank.
         Raises CommunicatorError when nobody takes it, and whatever the communicator raises.
         """
-        smaller = out if inp is None or op == "reduce_scatter" else inp
+        smaller = out if inp is None or op in _SCATTERED else inp
         assert smaller is not None
+        # What one rank sends in an all_to_all the others do not know, so nothing is chosen by it.
+        nbytes = smaller.nbytes if splits is None else 1
         if self._debug and op not in ("send", "recv"):
-            self._compare(op, smaller, root)
+            self._compare(op, smaller, root, by, splits)
         capturing = self._on_cuda and torch.cuda.is_current_stream_capturing()
-        key = (op, smaller.dtype, smaller.nbytes, capturing, exact)
+        key = (op, smaller.dtype, nbytes, capturing, exact, by)
         communicator = self._plans.get(key)
         if communicator is None:
             communicator = self._plan(key, smaller)
         if capturing and op not in ("send", "recv"):
-            self._record(f"{op} of {smaller.nbytes} bytes of {dtype_name(smaller.dtype)}")
-        communicator.run(op, out, inp, root)
+            call = op if by == "sum" else f"{op} by {by}"
+            self._record(f"{call} of {nbytes} bytes of {dtype_name(smaller.dtype)}")
+        if by == "sum" and splits is None:
+            communicator.run(op, out, inp, root)
+        else:
+            communicator.run(op, out, inp, root, by, splits)
 
     def _record(self, call: str) -> None:
         """Notes a call that a CUDA graph records; calls alike in a row become one entry."""
@@ -131,9 +144,13 @@ class Dispatcher:
                     "these graphs would wait for calls that never come"
                 )
 
-    def _compare(self, op: str, tensor: torch.Tensor, root: int) -> None:
+    def _compare(
+        self, op: str, tensor: torch.Tensor, root: int, by: str, splits: Splits | None
+    ) -> None:
         """COMMUNICATORS_DEBUG: the ranks compare their calls on the host before they make them."""
-        call = f"{op} of {list(tensor.shape)} {dtype_name(tensor.dtype)}, root {root}"
+        shape = list(tensor.shape) if splits is None else "parts"
+        call = f"{op} of {shape} {dtype_name(tensor.dtype)}, root {root}"
+        call += "" if by == "sum" else f", by {by}"
         for rank, theirs in enumerate(self.group.gather_objects("debug", call)):
             if theirs != call:
                 raise CommMismatchError(
@@ -141,7 +158,7 @@ class Dispatcher:
                 )
 
     def _plan(
-        self, key: tuple[str, torch.dtype, int, bool, bool], tensor: torch.Tensor
+        self, key: tuple[str, torch.dtype, int, bool, bool, str], tensor: torch.Tensor
     ) -> Communicator:
         self.group.require_own_process()
         if tensor.device.type != self.device.type:
@@ -149,9 +166,9 @@ class Dispatcher:
                 f"{key[0]}: the tensor is on {tensor.device}; rank {self.group.rank} of group "
                 f"{self.group.name} works on {self.device}"
             )
-        op, dtype, nbytes, capturing, exact = key
-        request = Request(op, dtype, nbytes, "capture" if capturing else "eager", exact)
-        self._require_dtype(op, dtype)
+        op, dtype, nbytes, capturing, exact, by = key
+        request = Request(op, dtype, nbytes, "capture" if capturing else "eager", exact, by)
+        self._require_dtype(op, dtype, by)
         if nbytes == 0:
             self._plans[key] = _NOTHING
             return _NOTHING
@@ -167,15 +184,15 @@ class Dispatcher:
         self._plans[key] = communicator
         return communicator
 
-    def _require_dtype(self, op: str, dtype: torch.dtype) -> None:
-        """InvalidArgumentError for a sum of a dtype that no live communicator adds."""
+    def _require_dtype(self, op: str, dtype: torch.dtype, by: str) -> None:
+        """InvalidArgumentError for a reduction of a dtype that no live communicator reduces."""
         if op not in REDUCTIONS:
             return
         known = [c.capabilities for c in self.live if c.capabilities is not None]
         sums = [one.dtypes for one in known if op in one.ops]
         if sums and None not in sums:
             summed = frozenset().union(*(dtypes for dtypes in sums if dtypes is not None))
-            check_summed(f"{self.group.name}.{op}", dtype, summed, self.group.rank)
+            check_reduced(f"{self.group.name}.{op}", dtype, summed, self.group.rank, by=by)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from communicators import (
     Request,
     Settings,
 )
-from communicators.base import OPS, Communicator
+from communicators.base import OPS, REDUCTIONS, Communicator
 from communicators.errors import InvalidArgumentError
 from communicators.selection.dispatcher import Dispatcher
 from communicators.selection.policy import choose
@@ -48,7 +48,7 @@ def test_a_row_decides_where_there_is_one():
     assert str(choice.refused["small"]) == "measured 3.5 us against 2 at 256 B"
 
 
-MOVES = [op for op in OPS if op not in ("all_reduce", "reduce_scatter")]
+MOVES = [op for op in OPS if op not in REDUCTIONS]
 ANY = Capability(frozenset(OPS))
 THREE = [("a", ANY), ("b", ANY), ("c", ANY)]
 
@@ -226,7 +226,7 @@ class Recording(Communicator):
     def capability(self):
         return self.mine
 
-    def run(self, op, out, inp, root=0):
+    def run(self, op, out, inp, root=0, by="sum", splits=None):
         self.calls.append((op, root))
 
 
@@ -246,7 +246,7 @@ def test_what_explain_prints_is_what_runs():
     assert "\n    above 1 KB: all, the first in order" in text
     assert "\n      not small: 2048 bytes" not in text, "the reason is of the size asked about"
     assert "  all_gather; bfloat16, eager:\n    any size: all" in text
-    assert "  reduce_scatter, gather, broadcast, send, recv; bfloat16, eager:" in text
+    assert "  reduce_scatter, gather, broadcast, send, recv, reduce, scatter" in text
     assert "any size: nothing" in text
     assert "not opened: absent: no such device" in text
     small, large = torch.zeros(512, dtype=torch.bfloat16), torch.zeros(513, dtype=torch.bfloat16)

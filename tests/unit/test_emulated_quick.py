@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from communicators.bindings.collectives import DTYPES
 from communicators.backends.quick import codecs as quick_codecs
+from communicators.bindings.collectives import DTYPES
 
 _HERE = Path(__file__).parent / "emulated_gpu"
 _NATIVE = Path(__file__).parents[2] / "native"

@@ -24,7 +24,7 @@ class Nothing(Communicator):
     def capability(self) -> Capability:
         return Capability(frozenset(OPS), modes=frozenset({"eager", "capture"}))
 
-    def run(self, op: str, out: Any, inp: Any, root: int = 0) -> None:
+    def run(self, op: str, out: Any, inp: Any, root: int = 0, *_: Any) -> None:
         return None
 
 

@@ -129,14 +129,14 @@ class Exact(Communicator):
     def capability(self):
         return Capability(SUMS)
 
-    def run(self, op, out, inp, root=0):
+    def run(self, op, out, inp, root=0, by="sum", splits=None):
         self.calls += 1
 
 
 class Counting(OnCpu):
     calls = 0
 
-    def run(self, op, out, inp, root=0):
+    def run(self, op, out, inp, root=0, by="sum", splits=None):
         self.calls += 1
 
 

@@ -101,7 +101,7 @@ def test_a_wrong_result_of_one_rank_is_timed_by_none() -> None:
         def capability(self) -> Capability:
             return Capability(frozenset({"all_reduce"}))
 
-        def run(self, op: str, out: Any, inp: Any, root: int = 0) -> None:
+        def run(self, op: str, out: Any, inp: Any, root: int = 0, *_: Any) -> None:
             out.copy_(inp.float() * 2 if self.group.rank == 0 else inp)
 
     def body(group: Group) -> list[tuning.Cell]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ...base import Capability, Communicator, Refusal, dtype_name
+from ...base import Capability, Communicator, Refusal, Splits, dtype_name
 from ...errors import CommunicatorError, InvalidArgumentError, RefusedError
 from ...groups.arguments import check_tensor
 from ...groups.group import Group
@@ -253,7 +253,13 @@ class PyMscclppCommunicator(Communicator):
         return super().disabled or not self._enabled
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         self.require_live()
         assert self.context is not None and out is not None and inp is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ...base import OPS
+from ...base import OPS, Splits
 from ...bindings.pynccl_wrapper import NcclError, NCCLLibrary, ncclDataTypeEnum, ncclRedOpTypeEnum
 from ...errors import (
     CommTimeoutError,
@@ -191,6 +191,16 @@ class NcclComm:
                     for peer in range(self.world_size if self.rank == root else 0):
                         at = target + peer * sent
                         nccl.ncclRecv(at, sent, _BYTE, peer, comm, stream)
+            elif op == "reduce" and inp is not None:
+                # Only the root's output is written; the others' is not looked at.
+                to, dtype = target or source, ncclDataTypeEnum.from_torch(inp.dtype)
+                nccl.ncclReduce(source, to, inp.numel(), dtype, reduction, root, comm, stream)
+            elif op == "scatter":
+                with self.grouped():
+                    for peer in range(self.world_size if self.rank == root else 0):
+                        at = source + peer * received
+                        nccl.ncclSend(at, received, _BYTE, peer, comm, stream)
+                    nccl.ncclRecv(target, received, _BYTE, root, comm, stream)
             elif op == "broadcast":
                 nccl.ncclBroadcast(target, target, received, _BYTE, root, comm, stream)
             elif op == "send":
@@ -199,6 +209,18 @@ class NcclComm:
                 nccl.ncclRecv(target, received, _BYTE, root, comm, stream)
             else:
                 raise InvalidArgumentError(f"{op!r} is not one of {', '.join(OPS)}")
+
+    def all_to_all(self, out: torch.Tensor, inp: torch.Tensor, splits: Splits, stream: Any) -> None:
+        """Parts of `inp`, of splits[0] elements, to each rank; of splits[1] from each, in `out`."""
+        nccl, item = self.nccl, inp.itemsize
+        source, target = inp.data_ptr(), out.data_ptr()
+        with self.operation("all_to_all") as comm, self.grouped():
+            for peer, (sent, received) in enumerate(zip(*splits, strict=True)):
+                if sent:
+                    nccl.ncclSend(source, sent * item, _BYTE, peer, comm, stream)
+                if received:
+                    nccl.ncclRecv(target, received * item, _BYTE, peer, comm, stream)
+                source, target = source + sent * item, target + received * item
 
     def all_gather_ragged(
         self, parts: Sequence[torch.Tensor], inp: torch.Tensor, stream: Any

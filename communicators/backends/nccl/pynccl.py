@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
-from ...base import OPS, Capability, Communicator, Refusal
+from ...base import OPS, Capability, Communicator, Refusal, Splits
 from ...bindings.pynccl_wrapper import (
     FP8_DTYPES,
     FP8_SINCE,
+    NCCL_REDUCTIONS,
     NcclError,
     NCCLLibrary,
     ncclRedOpTypeEnum,
@@ -100,6 +101,7 @@ class PyNcclCommunicator(Communicator):
             ops=frozenset(OPS),
             dtypes=_DTYPES | FP8_DTYPES if hopper and self.nccl_version >= FP8_SINCE else _DTYPES,
             modes=frozenset({"eager", "capture"}),
+            by=frozenset(NCCL_REDUCTIONS),
             deterministic=False,
         )
 
@@ -210,13 +212,21 @@ class PyNcclCommunicator(Communicator):
     # Operations
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         self.require_live()
         tensor = out if inp is None else inp
         assert tensor is not None and self._comm is not None
-        if tensor.numel():
-            self._comm.enqueue(op, out, inp, root, self._raw_stream(None))
+        if splits is not None and out is not None and inp is not None:
+            self._comm.all_to_all(out, inp, splits, self._raw_stream(None))
+        elif tensor.numel():
+            self._comm.enqueue(op, out, inp, root, self._raw_stream(None), NCCL_REDUCTIONS[by])
 
     def all_reduce(
         self,

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
-from ...base import Capability, Communicator, Refusal, dtype_name
+from ...base import Capability, Communicator, Refusal, Splits, dtype_name
 from ...bindings import collectives
 from ...bindings.workspace import SharedBuffer
 from ...errors import InvalidArgumentError, NativeLibraryError, RefusedError
@@ -141,7 +141,13 @@ class QuickAllReduce(Communicator):
         self.set_timeout(self.settings.timeout_s)
 
     def run(
-        self, op: str, out: torch.Tensor | None, inp: torch.Tensor | None, root: int = 0
+        self,
+        op: str,
+        out: torch.Tensor | None,
+        inp: torch.Tensor | None,
+        root: int = 0,
+        by: str = "sum",
+        splits: Splits | None = None,
     ) -> None:
         self.require_live()
         assert out is not None and inp is not None

@@ -5,7 +5,8 @@ machine does falls on all of them. Every result is compared with its reference b
 A cell is the median over the rounds of the slowest rank's time a call.
 
 `bytes` is what one rank contributes. busbw is nccl-tests' (its page PERFORMANCE): the bytes
-that must cross between ranks, by the time: all_reduce bytes * 2(W-1)/W, the others bytes * (W-1).
+that must cross between ranks, by the time: all_reduce bytes * 2(W-1)/W, all_to_all half of that,
+the others bytes * (W-1).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ...errors import CommunicatorError, RefusedError
 from . import launch
 from .record import Row
 
-OPS = ("all_reduce", "all_gather", "gather", "reduce_scatter")
+OPS = ("all_reduce", "all_gather", "gather", "reduce_scatter", "all_to_all")
 OURS = "communicators"
 OTHER_SIZES = [1 << shift for shift in (10, 14, 16, 18, 20, 22, 24, 26)]
 ALL_REDUCE_SIZES = sorted([8, 64, 4 << 10, *OTHER_SIZES])
@@ -88,11 +89,13 @@ def _calls(ours: Any, peer: str | None, op: str, x: Any, out: Any) -> dict[str, 
 
     world = ours.group
     target = None if op == "gather" and world.rank != 0 else out
+    splits = [x.numel() // world.world_size] * world.world_size
     calls: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: ours.all_reduce_(x),
         "all_gather": lambda: ours.run("all_gather", out, x),
         "gather": lambda: ours.run("gather", target, x, 0),
         "reduce_scatter": lambda: ours.run("reduce_scatter", out, x),
+        "all_to_all": lambda: ours.run("all_to_all", out, x, 0, "sum", (splits, splits)),
     }
     found = {OURS: calls[op], "gloo": peers.gloo(op, x, out)}
     return {**found, **importlib.import_module(peer).calls(op, x, out)} if peer else found
@@ -103,6 +106,8 @@ def _tensors(op: str, dtype: Any, nbytes: int, rank: int, world_size: int) -> tu
     import torch
 
     n = max(nbytes // dtype.itemsize, 1)
+    if op == "all_to_all":
+        n = -(-n // world_size) * world_size
     many = n * world_size
     x = torch.empty(many if op == "reduce_scatter" else n, dtype=dtype).fill_(float(rank + 1))
     out = torch.empty(many if op in ("all_gather", "gather") else n, dtype=dtype).fill_(-1.0)
@@ -119,7 +124,8 @@ def _expected(op: str, x: Any, out: Any, rank: int, world_size: int) -> Any:
         return torch.full_like(out, total)
     if op == "gather" and rank != 0:
         return torch.full_like(out, -1.0)
-    return torch.arange(1.0, world_size + 1).repeat_interleave(x.numel()).to(x.dtype)
+    each = out.numel() // world_size
+    return torch.arange(1.0, world_size + 1).repeat_interleave(each).to(x.dtype)
 
 
 def _spend(us: float) -> None:

@@ -23,6 +23,8 @@ def gloo(op: str, x: Any, out: Any) -> Call:
         root = dist.get_rank() == 0
         parts = list(out.view(dist.get_world_size(), -1).unbind(0)) if root else None
         return lambda: dist.gather(x, parts, dst=0)
+    if op == "all_to_all":
+        return lambda: dist.all_to_all_single(out, x)
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return lambda: scatter(out, x)
 

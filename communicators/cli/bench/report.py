@@ -32,7 +32,8 @@ def busbw(row: Row, name: str) -> float | None:
     if not {"op", "bytes", "ranks"} <= set(row.key) or row.key.get("timed", "graph") != "graph":
         return None
     w = row.key["ranks"]
-    factor = 2 * (w - 1) / w if row.key["op"] == "all_reduce" else w - 1
+    of_op = {"all_reduce": 2 / w, "all_to_all": 1 / w}
+    factor = (w - 1) * of_op.get(row.key["op"], 1)
     return float(row.key["bytes"] * factor / row.values[name] / 1e3) if name in row.values else None
 
 

@@ -44,4 +44,6 @@ def calls(op: str, x: Any, out: Any) -> dict[str, Callable[[], Any]]:
     if op == "gather":
         target = b if comm.Get_rank() == 0 else None
         return {"Open MPI": lambda: comm.Gather(a, target, 0)}
+    if op == "all_to_all":
+        return {"Open MPI": lambda: comm.Alltoall(a, b)}
     return {"Open MPI": lambda: comm.Reduce_scatter_block(a, b)}
