@@ -68,6 +68,26 @@ class Collectives:
     current when the handle was made.
     """
 
+    # What _FUNCTIONS names; a test compares.
+    gpu_error: Callable[..., Any]
+    gpu_check: Callable[..., Any]
+    gpu_destroy: Callable[..., Any]
+    gpu_retire: Callable[..., Any]
+    gpu_captured: Callable[..., Any]
+    gpu_graphs: Callable[..., Any]
+    gpu_set_timeout_ns: Callable[..., Any]
+    custom_ar_bytes: Callable[..., Any]
+    custom_ar_create: Callable[..., Any]
+    custom_ar_all_reduce: Callable[..., Any]
+    custom_ar_all_gather: Callable[..., Any]
+    custom_ar_reduce_scatter: Callable[..., Any]
+    custom_ar_tune: Callable[..., Any]
+    custom_ar_algorithm: Callable[..., Any]
+    quick_ar_bytes: Callable[..., Any]
+    quick_ar_create: Callable[..., Any]
+    quick_ar_all_reduce: Callable[..., Any]
+    quick_ar_set_launch: Callable[..., Any]
+
     def __init__(self, path: str) -> None:
         #: By handle, the memory of all ranks; and what is to be done once no graph reads it.
         self._pointers: dict[int, list[int]] = {}
@@ -84,9 +104,6 @@ class Collectives:
                 setattr(self, name, functools.partial(self._checked, function))
         function = self.library.communicators_custom_ar_all_reduce
         self.all_reduce_address = ctypes.cast(function, _POINTER).value
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:  # for type checkers; all are set above
-        raise AttributeError(name)
 
     def create_custom_ar(
         self, pointers: Sequence[int], rank: int, layout: tuple[int, int, int]

@@ -83,7 +83,7 @@ class QuickRanks:
     def __exit__(self, *_: object) -> None:
         torch.cuda.synchronize()
         for handle in self.handles:
-            self.library.destroy(handle)
+            self.library.gpu_destroy(handle)
         for buffer in self.buffers:
             buffer.close()
 

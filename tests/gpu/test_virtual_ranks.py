@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from communicators.bindings import collectives
 from communicators.errors import CommTimeoutError, CommunicatorError
 from tests.gpu.virtual_ranks import VirtualRanks, rank_ordered_sum, same_bits
 
@@ -174,8 +175,13 @@ def test_a_missing_rank_is_named() -> None:
                 ) -> int:  # fmt: skip
                     if rank == late:
                         return 0
-                    return ranks.library.all_reduce(
-                        handle, 0, x.data_ptr(), x.data_ptr(), x.nbytes, stream
+                    return ranks.library.custom_ar_all_reduce(
+                        handle,
+                        collectives.DTYPES[x.dtype],
+                        x.data_ptr(),
+                        x.data_ptr(),
+                        x.nbytes,
+                        stream,
                     )
 
                 ranks.each(launch)
@@ -191,12 +197,14 @@ def test_two_streams_at_once() -> None:
     with VirtualRanks(2, timeout_s=2.0) as ranks:
         x = torch.ones(1000, device="cuda")
         other = torch.cuda.Stream()
-        arguments = (0, x.data_ptr(), x.data_ptr(), x.nbytes)
+        arguments = (collectives.DTYPES[x.dtype], x.data_ptr(), x.data_ptr(), x.nbytes)
         handle = ranks.handles[0]
         ranks.library.check(
-            ranks.library.all_reduce(handle, *arguments, ranks.streams[0].cuda_stream)
+            ranks.library.custom_ar_all_reduce(handle, *arguments, ranks.streams[0].cuda_stream)
         )
-        ranks.library.check(ranks.library.all_reduce(handle, *arguments, other.cuda_stream))
+        ranks.library.check(
+            ranks.library.custom_ar_all_reduce(handle, *arguments, other.cuda_stream)
+        )
         with pytest.raises(CommunicatorError, match="another call in flight"):
             ranks.check()
 

@@ -239,6 +239,7 @@ def test_every_exported_function_is_bound() -> None:
     text = (Path(__file__).parents[2] / "native/collectives/c_api.cu").read_text()
     exported = re.findall(r"^EXPORTED .*?\bcommunicators_(\w+)\(", text, re.MULTILINE)
     assert sorted(exported) == sorted(collectives._FUNCTIONS)
+    assert set(collectives._FUNCTIONS) <= set(collectives.Collectives.__annotations__)
 
 
 def _open(world_size: int, verdict: Verdict | None, device: Any = "cuda:0") -> list[Any]:
