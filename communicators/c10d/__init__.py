@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .process_group import ProcessGroup
 
-__all__ = ["BACKEND", "ProcessGroup"]
+__all__ = ["BACKEND", "ProcessGroup", "register"]
 
 #: The name under which torch.distributed knows it.
 BACKEND = "communicators"
@@ -32,5 +32,11 @@ def _create(options: Any, _: Any) -> ProcessGroup:
     )
 
 
-if BACKEND not in dist.Backend.backend_list:
-    dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+def register() -> None:
+    """Makes the backend known to torch.distributed. Idempotent; importing this module calls it, and
+    torch 2.14 and newer find it by its entry point (torch.distributed.backends)."""
+    if BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+
+
+register()
