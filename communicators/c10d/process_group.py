@@ -29,8 +29,6 @@ from .memory import SharedMemory
 from .work import Work, Worker
 
 _CPU = torch.device("cpu")
-
-
 _Base: Any = dist.ProcessGroup  # its stubs name arguments that nobody passes by name
 
 
@@ -198,8 +196,9 @@ class ProcessGroup(_Base):
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else dist.AllreduceOptions()
         tensors = _listed(tensors)
-        if (memory := self._memory) is None:
-            return self._by_gloo("allreduce", tensors, opts)
+        memory = self._memory
+        if memory is None or any(x.layout is not torch.strided for x in tensors):
+            return self._by_gloo("allreduce", tensors, opts)  # which adds sparse tensors
 
         def call() -> None:
             for x in tensors:
