@@ -28,7 +28,7 @@ MISSING = 77  # the exit status by which test drivers know a skip
 
 #: Kernel files: for each kernel, by a part of its name, how many instructions of system scope it
 #: has at least, as the source has them: barriers before which every thread releases its own stores,
-#: releasing stores, acquiring loads. In kernels that use marked vectors data is in place of them.
+#: releasing stores, acquiring loads. In kernels that use Lamport vectors data is in place of them.
 KERNELS = {
     "quick_all_reduce": {"quick_all_reduce_kernel": (0, 0, 0)},
     "all_reduce_one_shot": {"one_shot_kernel": (0, 0, 0), "one_shot_rounds_kernel": (0, 0, 0)},

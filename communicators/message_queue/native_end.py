@@ -25,7 +25,7 @@ from .native_ring import CANCELLED, EMPTY, IN_PLACE, INLINE, MESSAGE, READY, api
 
 #: What put() and try_put() say: not applicable (it is to be pickled), sent, no slot is free, busy
 #: (another thread is inside).
-OTHERWISE, SENT, FULL, BUSY = range(4)
+NOT_APPLICABLE, SENT, FULL, BUSY = range(4)
 
 
 def module() -> ModuleType | None:
@@ -74,7 +74,7 @@ class PythonWriterEnd:
     def put(self, obj: Any) -> int:
         if self._handle and self._sleepers[0]:
             api().nudge(self._handle)
-        return OTHERWISE
+        return NOT_APPLICABLE
 
     def put_pickle(self, stream: bytes) -> bool:
         if not self._handle or len(stream) > self._slot_bytes:

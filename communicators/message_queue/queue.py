@@ -30,7 +30,7 @@ from .deadline import LOOK_S, Deadline
 from .ends import RingReader, RingWriter
 from .handle import VERSION, Handle, join_ring
 from .lifetime import QueueEnd
-from .native_end import FULL, NOTHING, OTHERWISE, SENT, reader_end, writer_end
+from .native_end import FULL, NOT_APPLICABLE, NOTHING, SENT, reader_end, writer_end
 from .native_ring import IN_PLACE, INLINE, RAW, RAW_BLOCK
 from .process import pid_space, start_time
 from .ring import ShmRingBuffer
@@ -258,7 +258,7 @@ class MessageQueue(QueueEnd):
             self._wait_for_lock(Deadline(timeout, self._settings))
         try:
             deadline = None
-            if why != OTHERWISE:
+            if why != NOT_APPLICABLE:
                 deadline = Deadline(timeout, self._settings)
                 if self._put(obj, deadline):
                     return
@@ -429,7 +429,7 @@ def _not_a_writer(obj: Any) -> None:
 
 
 def _never_sent(obj: Any) -> int:
-    return OTHERWISE
+    return NOT_APPLICABLE
 
 
 def _nothing(timeout: float | None) -> Any:

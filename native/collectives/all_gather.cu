@@ -1,4 +1,4 @@
-// All-gather, bit for bit. Small parts travel as tagged packets (twice the bytes, one trip, no
+// All-gather, bit for bit. Small parts travel as LL packets (twice the bytes, one trip, no
 // fence). Large ones are pushed as they are, chunk by chunk, behind a counter a pushing block;
 // other blocks copy chunks that have arrived into the output.
 #include <algorithm>
@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   gpu::dependency_wait();
   gpu::launch_dependents();
   if (!call.enter()) return;
-  const uint64_t offset = ws.layout.tagged_offset(call.epoch & 1);
+  const uint64_t offset = ws.layout.ll_offset(call.epoch & 1);
   const auto area = [&](uint32_t owner, uint32_t sender) {
     return reinterpret_cast<ulonglong2*>(ws.base[owner] + offset +
-                                         Workspace::place(sender, owner) * ws.tagged_stride);
+                                         Workspace::place(sender, owner) * ws.ll_stride);
   };
   const uint32_t tag = static_cast<uint32_t>(call.epoch) + 1;
   const uint32_t step = gridDim.x * blockDim.x;
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int turn = 1; turn < W; ++turn) {
       ulonglong2* slot = area((ws.rank + turn) % W, ws.rank) + 2 * i;
-      gpu::send_tagged(slot, make_uint2(own.x, own.y), tag);
-      gpu::send_tagged(slot + 1, make_uint2(own.z, own.w), tag);
+      gpu::send_ll(slot, make_uint2(own.x, own.y), tag);
+      gpu::send_ll(slot + 1, make_uint2(own.z, own.w), tag);
     }
   }
   call.settle(ws);
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kMaxThreads)
         high[turn] = gpu::ld_relaxed_sys(slot + 1);
         if (spin.give_up(ws.spin, sender, call.epoch, i, tag, low[turn].x >> 32)) break;
       }
-      const uint2 a = gpu::tagged_data(low[turn]);
-      const uint2 b = gpu::tagged_data(high[turn]);
+      const uint2 a = gpu::ll_data(low[turn]);
+      const uint2 b = gpu::ll_data(high[turn]);
       out.of<Element>(sender).store(i, make_uint4(a.x, a.y, b.x, b.y));
     }
   }
@@ -161,7 +161,7 @@ void by_element(const void* inp, const void* out, uint64_t bytes, uint64_t strid
 
 }  // namespace
 
-uint64_t all_gather_small_limit(const Workspace& ws) { return ws.tagged_stride / 2; }
+uint64_t all_gather_small_limit(const Workspace& ws) { return ws.ll_stride / 2; }
 
 uint64_t all_gather_limit(const Workspace& ws) { return ws.bulk_stride; }
 

@@ -12,7 +12,7 @@
 
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
-#include "collectives/marked.h"
+#include "collectives/lamport.h"
 #include "prim/gpu_launch.h"
 
 namespace collectives {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (inside) {
 #pragma unroll
     for (int turn = 1; turn < W; ++turn) {
-      gpu::send_marked(reinterpret_cast<uint4*>(theirs[turn] + slot), own);
+      gpu::send_lamport(reinterpret_cast<uint4*>(theirs[turn] + slot), own);
     }
   }
   // Blocks of the next kernel that start sooner get in the way of these stores.
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int k = 0; k < W - 1; ++k) {
       auto* done = reinterpret_cast<uint4*>(ours + k * ws.slot_stride);
       if constexpr (kGrid == Grid::kLarge) {
-        gpu::clear_marked(done, gpu::first_to_leave());
+        gpu::clear_lamport(done, gpu::evict_first());
       } else {
-        gpu::clear_marked(done);
+        gpu::clear_lamport(done);
       }
     }
   }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       own = inp.load(i);
 #pragma unroll
       for (int turn = 1; turn < W; ++turn) {
-        gpu::send_marked(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + slot + place), own);
+        gpu::send_lamport(reinterpret_cast<uint4*>(ws.pushes[turn - 1] + slot + place), own);
       }
     }
     if (!settled) call.settle(ws);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     out.store(i, rank_ordered_sum<T, W>(own, peers, ws.rank));
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
-      gpu::clear_marked(reinterpret_cast<uint4*>(ours + place + k * ws.slot_stride));
+      gpu::clear_lamport(reinterpret_cast<uint4*>(ours + place + k * ws.slot_stride));
     }
   }
   call.leave();

@@ -12,7 +12,7 @@
 // whole call: it never looks for piece q where another block has yet to clear piece q - 2.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
-#include "collectives/marked.h"
+#include "collectives/lamport.h"
 #include "prim/gpu_launch.h"
 
 namespace collectives {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void push(const Workspace& ws, Call<>& call,
       for (int u = 0; u < kUnroll; ++u) {
         const uint32_t i = first + u * blockDim.x;
         if (base + i < cut.vectors) {
-          gpu::send_marked(area + i, values[u]);
+          gpu::send_lamport(area + i, values[u]);
         }
       }
       if (cut.in_place) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
         if (inside) own[u] = inp.load(base + i);
       }
       wait_for_warp(slots[kUnroll - 1], ws, spin, epoch, first, peer);
-      receive_marked(theirs, slots, ws, spin, epoch, first, [&](int) { return peer; });
+      receive_lamport(theirs, slots, ws, spin, epoch, first, [&](int) { return peer; });
       if (cut.in_place) {
         if (threadIdx.x == 0) {
           const uint32_t pusher = chunk % cut.pushers;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void reduce(const Workspace& ws, Call<>& call,
           const uint4 peer_value[1] = {theirs[u]};
           out.store(base + first + u * blockDim.x,
                     rank_ordered_sum<T, 2>(own[u], peer_value, ws.rank));
-          gpu::clear_marked(slots[u]);
+          gpu::clear_lamport(slots[u]);
         }
       }
     }

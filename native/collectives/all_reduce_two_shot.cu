@@ -8,7 +8,7 @@
 // which is after its owner had this rank's part of it.
 #include "collectives/collectives.h"
 #include "collectives/dispatch.h"
-#include "collectives/marked.h"
+#include "collectives/lamport.h"
 #include "prim/gpu_launch.h"
 
 namespace collectives {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void push(const Workspace& ws, const char* inp, const
     for (int turn = 1; turn < W; ++turn) {
       const uint32_t peer = (ws.rank + turn) % W;
       if (i < length<T>(slices.of<T, W>(inp, peer))) {
-        gpu::send_marked(area(ws, peer, epoch, ws.rank, false) + i, values[turn]);
+        gpu::send_lamport(area(ws, peer, epoch, ws.rank, false) + i, values[turn]);
       }
     }
   }
@@ -89,13 +89,13 @@ __device__ __forceinline__ void own(const Workspace& ws, const char* inp, const 
 #pragma unroll
       for (int turn = 1; turn < W; ++turn) {
         const uint32_t peer = (ws.rank + turn) % W;
-        gpu::send_marked(area(ws, peer, epoch, ws.rank, true) + i, sum);
+        gpu::send_lamport(area(ws, peer, epoch, ws.rank, true) + i, sum);
       }
     }
     out.store(i, sum);
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
-      gpu::clear_marked(reinterpret_cast<uint4*>(raw + k * ws.slot_stride));
+      gpu::clear_lamport(reinterpret_cast<uint4*>(raw + k * ws.slot_stride));
     }
   }
 }
@@ -112,12 +112,12 @@ __device__ __forceinline__ void collect(const Workspace& ws, const char* out, co
       const bool wanted = r != static_cast<int>(ws.rank) && i < length<T>(slices.of<T, W>(out, r));
       slots[r] = wanted ? area(ws, ws.rank, epoch, r, true) + i : nullptr;
     }
-    receive_marked(values, slots, ws, spin, epoch, i, [](int r) { return r; });
+    receive_lamport(values, slots, ws, spin, epoch, i, [](int r) { return r; });
 #pragma unroll
     for (int r = 0; r < W; ++r) {
       if (slots[r] != nullptr) {
         slices.of<T, W>(out, r).store(i, values[r]);
-        gpu::clear_marked(slots[r]);
+        gpu::clear_lamport(slots[r]);
       }
     }
   }

@@ -91,15 +91,14 @@ EXPORTED int communicators_gpu_set_timeout_ns(int64_t handle, uint64_t timeout_n
 
 // --- exact ---------------------------------------------------------------------------------------
 
-EXPORTED uint64_t communicators_custom_ar_bytes(uint64_t slot, uint64_t tagged, uint64_t bulk) {
-  return collectives::Layout{slot, tagged, bulk}.total();
+EXPORTED uint64_t communicators_custom_ar_bytes(uint64_t slot, uint64_t ll, uint64_t bulk) {
+  return collectives::Layout{slot, ll, bulk}.total();
 }
 
 EXPORTED int communicators_custom_ar_create(int64_t* handle, const uint64_t* bases, int world,
-                                            int rank, uint64_t slot, uint64_t tagged,
-                                            uint64_t bulk) {
+                                            int rank, uint64_t slot, uint64_t ll, uint64_t bulk) {
   return guarded([&] {
-    const collectives::Layout layout{slot, tagged, bulk};
+    const collectives::Layout layout{slot, ll, bulk};
     *handle =
         collectives::add(std::make_shared<CustomAllReduce>(addresses(bases, world), rank, layout));
   });

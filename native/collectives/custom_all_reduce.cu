@@ -29,7 +29,7 @@ Workspace CustomAllReduce::over(const std::vector<char*>& bases, int rank, const
   ws.world = static_cast<uint32_t>(bases.size());
   const auto area = [&](uint64_t size) { return size / (ws.world - 1) & ~uint64_t{255}; };
   ws.slot_stride = area(layout.slot);
-  ws.tagged_stride = area(layout.tagged);
+  ws.ll_stride = area(layout.ll);
   ws.bulk_stride = area(layout.bulk);
   ws.finish();
   return ws;

@@ -5,8 +5,8 @@
 // reads a peer's memory: a store across the link takes one trip, a load two. Layout of a workspace:
 //
 //   Control        64 KB      the words of the table below
-//   slots          2 x slot   marked vectors (prim/gpu_packet.h); kEmpty everywhere at rest
-//   tagged         2 x tag    tagged packets, for small copies; anything at rest
+//   slots          2 x slot   Lamport vectors (prim/gpu_packet.h); kEmpty everywhere at rest
+//   ll             2 x ll     LL packets, for small copies; anything at rest
 //   bulk           2 x bulk   plain bytes behind counters, for large copies; anything at rest
 //
 // A slot is divided into one area a sender. Calls use slot 0 and 1 in turn: the parity of the
@@ -73,20 +73,20 @@ struct Control {
 // Sizes are bytes, multiples of 128. The same on all ranks.
 struct Layout {
   uint64_t slot;
-  uint64_t tagged;
+  uint64_t ll;
   uint64_t bulk;
 
   static constexpr uint64_t kControl = 64 * 1024;
   __host__ __device__ uint64_t slot_offset(uint32_t parity) const {
     return kControl + parity * slot;
   }
-  __host__ __device__ uint64_t tagged_offset(uint32_t parity) const {
-    return kControl + 2 * slot + parity * tagged;
+  __host__ __device__ uint64_t ll_offset(uint32_t parity) const {
+    return kControl + 2 * slot + parity * ll;
   }
   __host__ __device__ uint64_t bulk_offset(uint32_t parity) const {
-    return kControl + 2 * slot + 2 * tagged + parity * bulk;
+    return kControl + 2 * slot + 2 * ll + parity * bulk;
   }
-  __host__ __device__ uint64_t total() const { return kControl + 2 * slot + 2 * tagged + 2 * bulk; }
+  __host__ __device__ uint64_t total() const { return kControl + 2 * slot + 2 * ll + 2 * bulk; }
 };
 static_assert(sizeof(Control) <= Layout::kControl, "Control has outgrown its place");
 
@@ -101,8 +101,8 @@ struct Workspace {
   uint64_t second_slot;         // from slot 0 to slot 1: layout.slot
   char* pushes[kMaxWorld - 1];  // where this rank writes, in slot 0 of the peer 1, 2, ... ranks on
   char* base[kMaxWorld];
-  uint64_t slot_stride;    // between senders' areas in a slot; the first half of an area holds raw
-  uint64_t tagged_stride;  // vectors and the second half sums, where a call has both
+  uint64_t slot_stride;  // between senders' areas in a slot; the first half of an area holds raw
+  uint64_t ll_stride;    // vectors and the second half sums, where a call has both
   uint64_t bulk_stride;
   uint32_t rank;
   uint32_t world;
@@ -132,7 +132,7 @@ struct Workspace {
   // Where peers write here, in slot 0.
   __device__ __forceinline__ char* slots() const { return own + Layout::kControl; }
 
-  // Where `sender` writes its marked vectors in `owner`'s slot 0; slot 1 is layout.slot bytes on.
+  // Where `sender` writes its Lamport vectors in `owner`'s slot 0; slot 1 is layout.slot bytes on.
   __device__ __forceinline__ char* slot_area(uint32_t owner, uint32_t sender) const {
     return base[owner] + layout.slot_offset(0) + place(sender, owner) * slot_stride;
   }

@@ -127,7 +127,7 @@ LANES void interleaved(T* out, const T* pairs, float alpha, float limit) {
   Group<kCount> x, y;
   for (int i = 0; i < kCount; ++i, pairs += 2 * kWidth) {
     if constexpr (std::is_same_v<T, cpu::BFloat16>) {
-      const Pair split = load_pair(pairs);  // by even and odd places
+      const Pair split = load_pair(pairs);  // of even and odd items
       x.v[i] = split.a, y.v[i] = split.b;
     } else {
       const Floats a = load(pairs), b = load(pairs + kWidth);

@@ -34,8 +34,8 @@ namespace cpu {
 #define PICK_ISA(...) portable::__VA_ARGS__
 #endif
 
-// The items of two vectors at constant places, those of b counting on from those of a. Places is
-// the type of GCC's vector of places.
+// The items of two vectors by constant indices, those of b counting on from those of a. Places is
+// the type of GCC's vector of indices.
 #if defined(__clang__)
 #define SHUFFLED(Places, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else

@@ -4,7 +4,7 @@
 // 2 * kWidth codes, in the low bytes of a pair, in the order of the items.
 template <class T, cpu::Stores kStores>
 LANES void store_code_pair(uint8_t* at, Words a, Words b) {
-  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // even and odd items
     const Shorts both = narrow((a & 0xffu) | (b << 8 & 0xff00u));
     put<kStores>(at, both);
   } else {
@@ -54,7 +54,7 @@ LANES Pair load_decoded_pair(const uint8_t* at) {
             (Floats)(widen((Shorts)_mm512_extracti64x4_epi64(items, 1)) << 16)};
   }
 #else
-  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // items at even and at odd places
+  if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // even and odd items
     const Words both = widen(load_as<Shorts>(at));
     return {from_fp8<kFormat>(both & 0xffu), from_fp8<kFormat>(both >> 8)};
   } else {
@@ -86,10 +86,10 @@ LANES void quantize_pair(uint8_t* out, const T* x, Floats scale) {
     const __m512i first = (__m512i)magnitude_to_fp8<kFormat>(a);
     const __m512i second = (__m512i)magnitude_to_fp8<kFormat>(b);
     __m512i codes;
-    if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // of even places, of odd ones
+    if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // of even items, of odd ones
       codes = _mm512_mask_blend_epi16(0x55555555u, _mm512_slli_epi32(second, 16), first);
     } else {
-      const __m512i even = (__m512i)(places() * 0x40004 + 0x20000);
+      const __m512i even = (__m512i)(lane_numbers() * 0x40004 + 0x20000);
       codes = _mm512_permutex2var_epi16(first, even, second);
     }
     const __m512i signs = _mm512_srli_epi16(load_as<__m512i>(x), 8);

@@ -22,10 +22,10 @@ LANES Vector load_as(const Pointer* at) {
 }
 
 // 0, 1, 2, ...
-LANES Ints places() {
-  Ints places;
-  for (int j = 0; j < kWidth; ++j) places[j] = j;
-  return places;
+LANES Ints lane_numbers() {
+  Ints numbers;
+  for (int j = 0; j < kWidth; ++j) numbers[j] = j;
+  return numbers;
 }
 
 LANES Floats splat(float x) { return x - Floats{}; }
@@ -277,7 +277,7 @@ LANES void store_pair(T* at, Pair x) {
   store<kStores>(at + kWidth, x.b);
 }
 
-// bf16: the items at even and at odd places, which shifts and masks tell apart.
+// bf16: the even and odd items, which shifts and masks tell apart.
 template <>
 LANES Pair load_pair<cpu::BFloat16>(const cpu::BFloat16* at) {
   const Words both = load_as<Words>(at);
@@ -291,7 +291,7 @@ LANES Words rounded_bits(Floats x) {
   return x == x ? rounded : Words{} + 0x7fc00000u;
 }
 #if LANES_ISA == 3
-// The nearest bf16 of both at even and odd places, as rounded_bits<false> but all at once: the
+// The nearest bf16 of both, even and odd, as rounded_bits<false> but all at once: the
 // lower halves and 0x7fff, or 0x8000 where the upper half is odd, carry into it or not; an average
 // of 16-bit words keeps the carry.
 LANES __m512i nearest_bf16(Floats even, Floats odd) {
@@ -344,7 +344,7 @@ template <cpu::Stores kStores = cpu::Stores::kCached, class T>
 LANES void store_two(T* at, Floats a, Floats b) {
 #if LANES_ISA == 3
   if constexpr (std::is_same_v<T, cpu::BFloat16>) {  // the upper halves of both
-    const __m512i odd = (__m512i)(places() * 0x40004 + 0x30001);
+    const __m512i odd = (__m512i)(lane_numbers() * 0x40004 + 0x30001);
     return put<kStores>(at, _mm512_permutex2var_epi16((__m512i)rounded_bits<false>(a), odd,
                                                       (__m512i)rounded_bits<false>(b)));
   }

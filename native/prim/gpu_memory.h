@@ -146,7 +146,7 @@ __device__ __forceinline__ uint64_t clock_ns() {
 __device__ __forceinline__ void nap(uint32_t ns) { __nanosleep(ns); }
 
 // The L2 evict-first policy, for stores to lines that are not read again soon.
-__device__ __forceinline__ uint64_t first_to_leave() {
+__device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;

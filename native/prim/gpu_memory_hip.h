@@ -97,7 +97,7 @@ __device__ __forceinline__ void dependency_wait() {}
 __device__ __forceinline__ void launch_dependents() {}
 
 // There is no L2 eviction policy to set.
-__device__ __forceinline__ uint64_t first_to_leave() { return 0; }
+__device__ __forceinline__ uint64_t evict_first() { return 0; }
 __device__ __forceinline__ void st_relaxed_sys_with_policy(uint4* address, uint4 value, uint64_t) {
   st_relaxed_sys(address, value);
 }

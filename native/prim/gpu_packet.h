@@ -32,20 +32,20 @@ __device__ __forceinline__ uint4 without_empty(uint4 v) {
   return make_uint4(without_empty(v.x), without_empty(v.y), without_empty(v.z), without_empty(v.w));
 }
 
-__device__ __forceinline__ void send_marked(uint4* slot, uint4 value) {
+__device__ __forceinline__ void send_lamport(uint4* slot, uint4 value) {
   st_relaxed_sys(slot, without_empty(value));
 }
 
-__device__ __forceinline__ void clear_marked(uint4* slot) {
+__device__ __forceinline__ void clear_lamport(uint4* slot) {
   st_relaxed_sys(slot, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
 }
 
-__device__ __forceinline__ void clear_marked(uint4* slot, uint64_t policy) {
+__device__ __forceinline__ void clear_lamport(uint4* slot, uint64_t policy) {
   st_relaxed_sys_with_policy(slot, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty), policy);
 }
 
 // Two packets in one 16-byte store.
-__device__ __forceinline__ void send_tagged(ulonglong2* slot, uint2 data, uint32_t tag) {
+__device__ __forceinline__ void send_ll(ulonglong2* slot, uint2 data, uint32_t tag) {
   const uint64_t high = static_cast<uint64_t>(tag) << 32;
   st_relaxed_sys(slot, make_ulonglong2(high | data.x, high | data.y));
 }
@@ -55,7 +55,7 @@ __device__ __forceinline__ bool has_tag(ulonglong2 packets, uint32_t tag) {
          static_cast<uint32_t>(packets.y >> 32) == tag;
 }
 
-__device__ __forceinline__ uint2 tagged_data(ulonglong2 packets) {
+__device__ __forceinline__ uint2 ll_data(ulonglong2 packets) {
   return make_uint2(static_cast<uint32_t>(packets.x), static_cast<uint32_t>(packets.y));
 }
 

@@ -19,20 +19,20 @@ struct WriterEnd {
 
 WriterEnd* of(PyObject* self) { return reinterpret_cast<WriterEnd*>(self); }
 
-// kOtherwise: not applicable, it is to be pickled. kFull: no slot is free. kBusy: a longer call is
+// kNotApplicable: it is to be pickled. kFull: no slot is free. kBusy: a longer call is
 // under way.
-enum Put : long { kOtherwise, kSent, kFull, kBusy };
+enum Put : long { kNotApplicable, kSent, kFull, kBusy };
 
 // The message is made in the slot itself: until publish() that is the writer's.
 Put put(WriterEnd* self, PyObject* object) {
   shm::RingWriter* ring = self->ring;
-  if (ring == nullptr) return kOtherwise;
+  if (ring == nullptr) return kNotApplicable;
   // Before anything else: a sleeper's wake-up takes longer than making the message.
   if (ring->somebody_sleeps()) ring->nudge();
-  if (self->slot_bytes == 0) return kOtherwise;
+  if (self->slot_bytes == 0) return kNotApplicable;
   if (!ring->has_slot_soon()) return kFull;
   const size_t bytes = self->encoder->encode(object, ring->slot_payload(), self->slot_bytes);
-  if (bytes == 0) return kOtherwise;
+  if (bytes == 0) return kNotApplicable;
   ring->publish(shm::SlotKind::kInline, bytes);
   return kSent;
 }

@@ -145,7 +145,7 @@ def test_reduce_scatter(ranks: VirtualRanks, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.float32, torch.int64))
 def test_all_gather_keeps_every_bit(ranks: VirtualRanks, dtype: torch.dtype) -> None:
-    for small_most in (1 << 30, 0):  # tagged packets where they fit; bulk
+    for small_most in (1 << 30, 0):  # LL packets where they fit; bulk
         ranks.tune(gather_small_most=small_most)
         for count in (1, 13, 16, 1000, 4099, 300_000):
             bits = torch.randint(0, 256, (ranks.world_size, count * dtype.itemsize))

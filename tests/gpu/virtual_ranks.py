@@ -25,7 +25,7 @@ class VirtualRanks:
         world_size: 2, 4, 6 or 8.
         timeout_s: deadline of the waits on the device; by default 5 s, or what
             COMMUNICATORS_TIMEOUT_S says (compute-sanitizer makes kernels very slow).
-        layout: bytes of (slot, tagged, bulk); small ones make messages take several pieces.
+        layout: bytes of (slot, ll, bulk); small ones make messages take several pieces.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ Ranks open_ranks(int world, const Layout& layout, double timeout_s) {
     ws.layout = layout;
     const auto area = [&](uint64_t size) { return size / (world - 1) & ~uint64_t{255}; };
     ws.slot_stride = area(layout.slot);
-    ws.tagged_stride = area(layout.tagged);
+    ws.ll_stride = area(layout.ll);
     ws.bulk_stride = area(layout.bulk);
     ws.rank = r;
     ws.world = world;

@@ -44,7 +44,7 @@ inline void st_relaxed_sys(uint64_t* a, uint64_t v) { st_word(a, v, kRelaxed); }
 inline uint64_t ld_acquire_sys(const uint64_t* a) { return ld_word(a, std::memory_order_acquire); }
 inline void st_release_sys(uint64_t* a, uint64_t v) { st_word(a, v, std::memory_order_release); }
 inline void fence_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline uint64_t first_to_leave() { return 0; }
+inline uint64_t evict_first() { return 0; }
 inline void st_relaxed_sys_with_policy(uint4* a, uint4 v, uint64_t) { st_relaxed_sys(a, v); }
 inline void sync_before_release() { __syncthreads(); }
 inline void sync_warp() {}

@@ -1,4 +1,4 @@
-// Reading marked vectors that peers push: shared by the kernels that add.
+// Reading Lamport vectors (prim/gpu_packet.h) that peers push: shared by the kernels that add.
 #pragma once
 
 #include "collectives/workspace.h"
@@ -9,9 +9,9 @@ namespace collectives {
 // One vector from each of N slots, all loads in flight together; polls until none is empty. Slots
 // may be null. `sender(k)` names the sender of slot k in a report.
 template <int N, typename Sender>
-__device__ __forceinline__ void receive_marked(uint4 (&values)[N], uint4* const (&slots)[N],
-                                               const Workspace& ws, gpu::Spin& spin, uint64_t epoch,
-                                               uint64_t position, Sender sender) {
+__device__ __forceinline__ void receive_lamport(uint4 (&values)[N], uint4* const (&slots)[N],
+                                                const Workspace& ws, gpu::Spin& spin,
+                                                uint64_t epoch, uint64_t position, Sender sender) {
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     if (slots[k] != nullptr) values[k] = gpu::ld_relaxed_sys(slots[k]);
