@@ -136,8 +136,11 @@ def operators(rank: Rank, key):
         order, x = order_tensor(), torch.arange(12.0).view(4, 3)
         cases = [
             (ops.group_all_reduce, (x, name)),
-            (ops.group_all_reduce, (x, name, True, order)),
-            (ops.group_all_reduce_, (x.clone(), name, False, order)),
+            (ops.group_all_reduce, (x, name, True, "sum", order)),
+            (ops.group_all_reduce_, (x.clone(), name, False, "max", order)),
+            (ops.group_reduce, (x, 1, me, name, "product", order)),
+            (ops.group_all_to_all_single, (x, [2, 2], [2, 2], name, order)),
+            (ops.group_scatter, (x.clone(), [x, x + 1] if me == 0 else None, 0, name, order)),
             (ops.group_all_gather, (x, 1, 2, name)),
             (ops.group_all_gather, (torch.tensor(1.0), 0, 2, name, order)),
             (ops.group_all_gatherv, (x[: me + 1], [1, 2], 0, name, order)),
