@@ -89,18 +89,20 @@ class SharedMemory:
         by = by_of(name, reduce_op, inp, self._rank)
         inp, out = _numbers(inp.detach().resolve_conj(), by), _numbers(out.detach(), by)
         if inp.dtype in REDUCED:
-            mine = out if out.is_contiguous() else torch.empty_like(out)
+            mine = _in_order(out)
             self._cpu.run("reduce_scatter", mine.view(-1), inp.reshape(-1), 0, by)
         else:
             whole = inp.reshape(-1).clone()
             self._gathered(whole, by)
             mine = whole.view(self._world_size, -1)[self._rank]
-        if mine.data_ptr() != out.data_ptr():
-            out.copy_(mine.view_as(out))
+        _put(out, mine)
 
     def all_gather(self, out: Tensor, inp: Tensor) -> None:
-        """Every rank's contiguous `inp` into the contiguous `out`, in rank order."""
-        self._cpu.run("all_gather", out.view(-1), inp.reshape(-1))
+        """Every rank's `inp` into `out`, in rank order."""
+        out = out.detach()
+        mine = _in_order(out)
+        self._cpu.run("all_gather", mine.view(-1), inp.detach().reshape(-1))
+        _put(out, mine)
 
     def all_gather_into_list(self, parts: Sequence[Tensor], inp: Tensor) -> None:
         if len({part.numel() for part in parts}) == 1 and parts[0].numel() == inp.numel():
@@ -126,10 +128,10 @@ class SharedMemory:
     def scatter(self, out: Tensor, parts: Sequence[Tensor], root: int) -> None:
         """Rank `root`'s parts[p] into `out` of rank p; the others pass none."""
         whole = torch.stack([x.detach() for x in parts]).view(-1) if root == self._rank else None
-        mine = out.detach() if out.is_contiguous() else torch.empty_like(out)
+        out = out.detach()
+        mine = _in_order(out)
         self._cpu.run("scatter", mine.view(-1), whole, root)
-        if mine.data_ptr() != out.data_ptr():
-            out.detach().copy_(mine)
+        _put(out, mine)
 
     def sizes(self, what: str, x: Tensor, sizes: Sequence[int]) -> list[int]:
         """Elements of `x` that go to, or come from, each rank, of `sizes` along dim 0."""
@@ -152,10 +154,10 @@ class SharedMemory:
         self, out: Tensor, inp: Tensor, come: Sequence[int], to: Sequence[int]
     ) -> None:
         """to[p] elements of the flat `inp` to rank p, come[p] from it into the flat `out`."""
-        mine = out.detach() if out.is_contiguous() else torch.empty_like(out)
+        out = out.detach()
+        mine = _in_order(out)
         self._cpu.run("all_to_all", mine.view(-1), inp.detach().reshape(-1), splits=(to, come))
-        if mine.data_ptr() != out.data_ptr():
-            out.detach().copy_(mine)
+        _put(out, mine)
 
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """inputs[p] to rank p, outputs[p] from it."""
@@ -165,6 +167,19 @@ class SharedMemory:
         self.all_to_all_single(out, joined, come, [x.numel() for x in inputs])
         for x, found in zip(outputs, out.split(come), strict=True):
             x.detach().copy_(found.view_as(x))
+
+
+def _in_order(out: Tensor) -> Tensor:
+    """`out` itself, or room like it whose elements lie in their order."""
+    if out.is_contiguous():
+        return out
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+def _put(out: Tensor, found: Tensor) -> None:
+    """`found` in `out`, unless it is `out`, of _in_order."""
+    if found is not out:
+        out.copy_(found.view_as(out))
 
 
 def _numbers(x: Tensor, by: str) -> Tensor:

@@ -286,10 +286,7 @@ class ProcessGroup(_Base):
                         f"{out.numel()} elements of {out.dtype}; {self._world_size} times "
                         f"{inp.numel()} of {inp.dtype} are needed"
                     )
-                whole = out.detach() if out.is_contiguous() else torch.empty_like(out)
-                memory.all_gather(whole, inp.detach())
-                if whole.data_ptr() != out.data_ptr():
-                    out.detach().copy_(whole)
+                memory.all_gather(out, inp)
 
         return self._call("all_gather_into_tensor", outputs, opts, call)
 

@@ -306,3 +306,26 @@ def clients(rank: Rank) -> None:
 
 def test_dtensor_ddp_and_fsdp() -> None:
     pool(2).run(clients)
+
+
+def other_layouts(rank: Rank) -> None:
+    """Results that lie transposed, which no flat view describes."""
+    w, me = rank.world_size, rank.rank
+    with world(rank, "other layouts"):
+        whole = torch.arange(6.0 * w).view(w, 2, 3)
+        out = torch.empty(3, 2).t()
+        dist.scatter(out, list((whole + 1).unbind(0)) if me == 0 else None, src=0)
+        assert torch.equal(out, whole[me] + 1)
+        reduce_scatter_single(out, whole)
+        assert torch.equal(out, whole[me] * w)
+        gathered = torch.empty(3, 2 * w).t()
+        all_gather_single(gathered, whole[me])
+        assert torch.equal(gathered, whole.view(2 * w, 3))
+        exchanged = torch.empty(3, w).t()
+        dist.all_to_all_single(exchanged, whole[:, 0] + 100 * me)
+        assert torch.equal(exchanged, whole[me, 0] + 100 * torch.arange(w).view(w, 1))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_results_of_other_layouts(world_size: int) -> None:
+    pool(world_size).run(other_layouts)
