@@ -72,9 +72,8 @@ class CustomAllreduce(Communicator):
         self._handle = 0
         self._index = device.index
         self._call: collectives.AllReduceCall | None = None
-        self._fast: collectives.AllReduceCall | None = (
-            None  # where calls are not counted or compared
-        )
+        # `_call`, where calls are not compared.
+        self._fast: collectives.AllReduceCall | None = None
         ranks = Group.of(group)
         if verdict is None and ranks.world_size in WORLD_SIZES:
             verdict = p2p.group_verdict(ranks, device)

@@ -236,10 +236,12 @@ class ProcessGroup(_Base):
                     memory.reduce_scatter("reduce_scatter", out, whole, opts.reduceOp)
                     continue
                 for rank, part in enumerate(parts):
+                    if rank != self._rank:  # reduced into somebody else's: it stays as it is
+                        memory.reduce("reduce_scatter", part, opts.reduceOp, rank)
+                        continue
                     mine = part.clone(memory_format=torch.contiguous_format)
                     memory.reduce("reduce_scatter", mine, opts.reduceOp, rank)
-                    if rank == self._rank:
-                        out.detach().copy_(mine.view_as(out))
+                    out.detach().copy_(mine.view_as(out))
 
         return self._call("reduce_scatter", outputs, opts, call)
 

@@ -14,16 +14,14 @@ from ..groups.arguments import reducible
 
 #: By number, since torch's enums take microseconds to compare.
 _NAMES = {int(getattr(ReduceOp, name.upper())): name for name in BY}
-#: Truth values: their sum is whether any is true, as NCCL's backend has it.
-_OF_BOOL = {"sum": "bor", "product": "band", "min": "band", "max": "bor"}
 
 
 def by_of(call: str, reduce_op: Any, x: Tensor, rank: int) -> str:
     """One of base.BY; InvalidArgumentError if it cannot be done with `x`'s dtype."""
     number = getattr(reduce_op, "op", reduce_op)
     by = _NAMES.get(int(number))
-    if x.dtype is torch.bool and by is not None:
-        by = _OF_BOOL.get(by, by)
+    if by == "sum" and x.dtype is torch.bool:
+        by = "bor"  # whether any is true, as NCCL's backend has it
     if by is not None and reducible(by, x.dtype):
         return by
     given = f"{call}(tensor, op={number}) on rank {rank}"

@@ -142,9 +142,8 @@ def check_reduced(
     by: str = "sum",
 ) -> None:
     """A dtype of `known` that can be reduced by `by` (reducible)."""
-    accepted = {one for one in known if reducible(by, one)}
-    if dtype not in accepted:
-        names = ", ".join(sorted(_name(dtype) for dtype in accepted))
+    if dtype not in known or not reducible(by, dtype):
+        names = ", ".join(sorted(_name(one) for one in known if reducible(by, one)))
         how = {"sum": "summed", "avg": "averaged"}.get(by, f"reduced by {by}")
         raise InvalidArgumentError(
             f"{call}({argument}) on rank {rank}: {argument} is of dtype "

@@ -107,9 +107,8 @@ class Table:
             return found
         for low, high in pairwise(sorted(points)):
             below, beyond = points[low], points[high]
-            if (
-                below.keys() != beyond.keys()
-            ):  # what has one of the two times counts at that end alone
+            # What has one of the two times alone counts at that end, and not between.
+            if below.keys() != beyond.keys():
                 found.add(high - 1)
             for a, b in permutations(below.keys() & beyond.keys(), 2):
                 before = below[a] - margin * below[b]

@@ -73,9 +73,7 @@ void check_rank(const std::vector<char*>& bases, int rank, const std::vector<int
     prim::fail(prim::kInvalid, "the world size is ", world, "; the kernels are made for ",
                accepted);
   }
-  if (rank < 0 || rank >= world) {
-    prim::fail(prim::kInvalid, "rank ", rank, " is not in 0..", world - 1);
-  }
+  prim::require(rank >= 0 && rank < world, "rank ", rank, " is not in 0..", world - 1);
 }
 
 int64_t add(std::shared_ptr<Communicator> communicator) {

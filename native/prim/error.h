@@ -24,4 +24,10 @@ inline constexpr const char* kTimeout = "CommTimeoutError";
 inline constexpr const char* kInvalid = "InvalidArgumentError";
 inline constexpr const char* kFailed = "CommunicatorError";
 
+// InvalidArgumentError with this sentence, unless `ok`.
+template <class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (!ok) fail(kInvalid, parts...);
+}
+
 }  // namespace prim

@@ -10,13 +10,15 @@
 // peers finish the step it needs, and chunks are small enough for the slots to stay in the cache.
 #include <algorithm>
 
+#include "prim/round.h"
 #include "shm/collectives.h"
+#include "shm/pipeline.h"
 #include "shm/reduce.h"
 
 namespace shm {
 namespace {
 
-size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+using prim::round_up;
 
 // What one lane does of it.
 struct AllReduce {
@@ -69,8 +71,8 @@ struct AllReduce {
     const size_t length = std::min(chunk_elements, elements - start);
     return {start, length, round_up((length + w - 1) / w, line)};
   }
-  // Where in p's slot the contribution to the part of q lies: p's own part is left out.
-  size_t offset(const Chunk& c, int p, int q) const { return (q - (q > p)) * c.part * size; }
+  // Where in p's slot the contribution to the part of q lies.
+  size_t offset(const Chunk& c, int p, int q) const { return part_offset(p, q, c.part * size); }
 
   void contribute(const Chunk& c, uint32_t epoch) {
     std::byte* mine = lane.my_slot(epoch);

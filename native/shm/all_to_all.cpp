@@ -14,9 +14,7 @@
 namespace shm {
 namespace {
 
-constexpr size_t kAlign = 64;
-
-size_t round_up(size_t value) { return (value + kAlign - 1) / kAlign * kAlign; }
+size_t whole_lines(size_t bytes) { return prim::round_up(bytes, prim::kLineBytes); }
 
 // What one rank has written first: the bytes to each rank, then those from each.
 struct Sizes {
@@ -31,7 +29,7 @@ struct AllToAll {
   const Sizes mine;
   const int w = team.world_size();
   const int rank = team.rank();
-  const size_t header = round_up(2 * sizeof(uint64_t) * static_cast<size_t>(w));
+  const size_t header = whole_lines(2 * sizeof(uint64_t) * static_cast<size_t>(w));
   bool fitted[kMaxRanks] = {};  // all that a rank sends, in its first slot
 
   size_t offset(const uint64_t* sizes, int part) const {
@@ -49,7 +47,7 @@ struct AllToAll {
   // Where in p's first slot the part of q lies; q = w: where the last one ends.
   size_t place(const Sizes& sizes, int p, int q) const {
     size_t at = header;
-    for (int other = 0; other < q; ++other) at += other == p ? 0 : round_up(sizes.to[other]);
+    for (int other = 0; other < q; ++other) at += other == p ? 0 : whole_lines(sizes.to[other]);
     return at;
   }
   bool fits(const Sizes& sizes, int p, const Lane& lane) const {
@@ -103,14 +101,12 @@ struct AllToAll {
 
   // Chunk [start, start + length) of all parts that did not fit.
   void others(Lane& lane, size_t begin, size_t end) const {
-    const size_t chunk = round_down(chunk_bytes(team, lane) / static_cast<size_t>(w - 1), kAlign);
-    const Chunks chunks{begin, end, std::max(chunk, kAlign)};
+    const Chunks chunks{begin, end, part_bytes(team, lane)};
     const auto length = [&](size_t c, size_t size) {
       const size_t start = chunks.start(c);
       return start < size ? std::min(chunks.length(c), size - start) : size_t{0};
     };
-    // Where in p's slot the part of q lies: p's own part is left out.
-    const auto area = [&](int p, int q) { return static_cast<size_t>(q - (q > p)) * chunks.chunk; };
+    const auto area = [&](int p, int q) { return part_offset(p, q, chunks.chunk); };
     const auto fill = [&](size_t c, uint32_t epoch) {
       if (fitted[rank]) return;
       for (int q = 0; q < w; ++q) {

@@ -5,16 +5,18 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "prim/round.h"
+
 namespace shm {
 namespace {
+
+using prim::round_up;
 
 constexpr uint64_t kAlign = 64;
 constexpr uint64_t kPage = 4096;
 // What was in use within this many calls of reclaim(), and this much in any case, is kept.
 constexpr uint32_t kPeriodCalls = 64;
 constexpr uint64_t kLeastKeptBytes = 4 << 20;
-
-uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
 

@@ -72,7 +72,8 @@ void reduce(Team& team, DType dtype, const void* inp, void* out, size_t elements
   const bool is_root = team.rank() == root;
   const auto* mine = static_cast<const std::byte*>(inp);
   team.on_lanes(elements, size, [&](Lane& lane, size_t first, size_t last) {
-    const Chunks chunks{first * size, last * size, round_down(chunk_bytes(team, lane), 64)};
+    const Chunks chunks{first * size, last * size,
+                        prim::round_down(chunk_bytes(team, lane), prim::kLineBytes)};
     const auto fill = [&](size_t c, uint32_t epoch) {
       if (!is_root) std::memcpy(lane.my_slot(epoch), mine + chunks.start(c), chunks.length(c));
     };
@@ -98,10 +99,8 @@ void reduce_scatter(Team& team, DType dtype, const void* inp, void* out, size_t 
   const int w = team.world_size();
   const int rank = team.rank();
   team.on_lanes(elements, size, [&](Lane& lane, size_t first, size_t last) {
-    const size_t chunk = round_down(chunk_bytes(team, lane) / (w - 1), 64);
-    const Chunks chunks{first * size, last * size, std::max(chunk, size_t{64})};
-    // Where in p's slot the contribution to the part of q lies: p's own part is left out.
-    const auto offset = [&](int p, int q) { return (q - (q > p)) * chunks.chunk; };
+    const Chunks chunks{first * size, last * size, part_bytes(team, lane)};
+    const auto offset = [&](int p, int q) { return part_offset(p, q, chunks.chunk); };
     const auto fill = [&](size_t c, uint32_t epoch) {
       for (int q = 0; q < w; ++q) {
         if (q == rank) continue;
@@ -134,10 +133,8 @@ void scatter(Team& team, DType dtype, const void* inp, void* out, size_t bytes, 
   const auto* all = static_cast<const std::byte*>(inp);
   auto* mine = static_cast<std::byte*>(out);
   team.on_lanes(bytes, 1, [&](Lane& lane, size_t begin, size_t end) {
-    const size_t chunk = round_down(chunk_bytes(team, lane) / (w - 1), 64);
-    const Chunks chunks{begin, end, std::max(chunk, size_t{64})};
-    // Where in the root's slot the part of q lies: its own is left out.
-    const auto offset = [&](int q) { return (q - (q > root)) * chunks.chunk; };
+    const Chunks chunks{begin, end, part_bytes(team, lane)};
+    const auto offset = [&](int q) { return part_offset(root, q, chunks.chunk); };
     const auto fill = [&](size_t c, uint32_t epoch) {
       for (int q = 0; rank == root && q < w; ++q) {
         const std::byte* from = all + q * bytes + chunks.start(c);

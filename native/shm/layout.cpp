@@ -3,10 +3,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "prim/round.h"
 #include "shm/protocol.h"
 
 namespace shm {
 namespace {
+
+using prim::round_up;
 
 constexpr size_t kPage = 4096;
 // The ranks of a group share this much: containers often have 64 MB of /dev/shm, and a job has
@@ -20,8 +23,6 @@ constexpr size_t kMinLane = size_t{32} << 10;  // less, and steps cost more than
 
 // What a two-shot all_reduce needs of a slot: room for a line-aligned part of each other rank.
 size_t least_slot(size_t ranks) { return kPartAlign * sizeof(double) * (ranks - 1); }
-
-size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
 

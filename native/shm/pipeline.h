@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "prim/round.h"
 #include "shm/team.h"
 
 namespace shm {
@@ -14,7 +15,15 @@ inline size_t chunk_bytes(const Team& team, const Lane& lane) {
   return std::min(team.tuning().chunk_bytes, lane.slot_bytes());
 }
 
-inline size_t round_down(size_t value, size_t unit) { return value / unit * unit; }
+// A slot of one rank that has a part for each other rank: how many bytes a part takes, and where
+// that for `q` begins in the slot of `owner`, which has none for itself.
+inline size_t part_bytes(const Team& team, const Lane& lane) {
+  const size_t share = chunk_bytes(team, lane) / static_cast<size_t>(team.world_size() - 1);
+  return std::max<size_t>(prim::round_down(share, prim::kLineBytes), prim::kLineBytes);
+}
+inline size_t part_offset(int owner, int q, size_t bytes) {
+  return static_cast<size_t>(q - (q > owner)) * bytes;
+}
 
 // Chunks of a lane's part of a message, [begin, end) in bytes, in the order of its steps.
 struct Chunks {

@@ -3,15 +3,16 @@
 #include <algorithm>
 #include <cstring>
 
+#include "prim/round.h"
 #include "shm/ring_end.h"
 
 namespace shm {
 namespace {
 
+using prim::round_up;
+
 constexpr char kMagic[8] = {'d', 'e', 'v', 'c', 'r', 'i', 'n', 'g'};
 constexpr uint64_t kPage = 4096;
-
-uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
 

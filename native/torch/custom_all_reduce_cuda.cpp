@@ -12,6 +12,7 @@
 namespace {
 
 using collectives::CustomAllReduce;
+using prim::require;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch_glue::dtype_of;
@@ -19,12 +20,6 @@ using torch_glue::dtype_of;
 // Written to a compiler alone, which keeps the order of what writes it
 // (communicators/groups/traced.py).
 using Order = std::optional<Tensor>;
-
-// Sentences begin with the name of the class that they are raised as (prim/error.h).
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (!ok) prim::fail(prim::kInvalid, parts...);
-}
 
 DType sum_dtype(const Tensor& x, const char* op) {
   switch (dtype_of(x)) {
@@ -43,13 +38,13 @@ DType sum_dtype(const Tensor& x, const char* op) {
 // and inp * inp_parts == out * out_parts in elements.
 void check_pair(const CustomAllReduce& c, const Tensor& inp, const Tensor& out, int64_t inp_parts,
                 int64_t out_parts, const char* op) {
-  check(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == c.device() &&
-            out.get_device_index() == c.device(),
-        op, ": inp and out must be on cuda:", c.device());
-  check(inp.is_contiguous() && out.is_contiguous(), op, ": inp and out must be contiguous");
-  check(dtype_of(inp) == dtype_of(out), op, ": inp and out must have the same dtype");
-  check(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ", inp.numel(),
-        " elements and out ", out.numel());
+  require(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == c.device() &&
+              out.get_device_index() == c.device(),
+          op, ": inp and out must be on cuda:", c.device());
+  require(inp.is_contiguous() && out.is_contiguous(), op, ": inp and out must be contiguous");
+  require(dtype_of(inp) == dtype_of(out), op, ": inp and out must have the same dtype");
+  require(inp.numel() * inp_parts == out.numel() * out_parts, op, ": inp has ", inp.numel(),
+          " elements and out ", out.numel());
 }
 
 uint64_t bytes_of(const Tensor& x) {

@@ -12,15 +12,10 @@
 
 namespace {
 
+using prim::require;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch_glue::dtype_of;
-
-// Sentences begin with the name of the class that they are raised as (prim/error.h).
-template <class... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (!ok) prim::fail(prim::kInvalid, parts...);
-}
 
 // `order` is written to a compiler alone, which keeps the order of what writes it
 // (communicators/groups/traced.py).
@@ -30,15 +25,15 @@ void quick_all_reduce(int64_t fa, Tensor inp, Tensor out, int64_t codec,
   const auto found = collectives::find_as<quick::QuickAllReduce>(fa);
   quick::QuickAllReduce& communicator = *found;
   const auto dtype = dtype_of(inp);
-  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
-        ": it sums float16 and bfloat16");
-  check(dtype_of(out) == dtype && inp.numel() == out.numel(), op,
-        ": inp and out must have the same dtype and size");
-  check(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == communicator.device() &&
-            out.get_device_index() == communicator.device(),
-        op, ": inp and out must be on cuda:", communicator.device());
-  check(inp.is_contiguous() && out.is_contiguous(), op, ": inp and out must be contiguous");
-  check(codec >= 0 && codec <= 3, op, ": codec must be 0 to 3, got ", codec);
+  require(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+          ": it sums float16 and bfloat16");
+  require(dtype_of(out) == dtype && inp.numel() == out.numel(), op,
+          ": inp and out must have the same dtype and size");
+  require(inp.is_cuda() && out.is_cuda() && inp.get_device_index() == communicator.device() &&
+              out.get_device_index() == communicator.device(),
+          op, ": inp and out must be on cuda:", communicator.device());
+  require(inp.is_contiguous() && out.is_contiguous(), op, ": inp and out must be contiguous");
+  require(codec >= 0 && codec <= 3, op, ": codec must be 0 to 3, got ", codec);
   const gpu::DeviceGuard guard(communicator.device());
   communicator.run(static_cast<quick::Codec>(codec),
                    dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16,

@@ -30,7 +30,7 @@ DType dtype_of(const Tensor& x) { return static_cast<DType>(torch_glue::dtype_of
 size_t bytes_of(const Tensor& x) { return static_cast<size_t>(x.numel()) * x.element_size(); }
 
 [[noreturn]] void reject(const char* op, const std::string& what) {
-  throw shm::Error("InvalidArgumentError: " + std::string(op) + ": " + what);
+  prim::fail(prim::kInvalid, op, ": ", what);
 }
 
 void check(const char* op, const char* argument, const Tensor& x) {

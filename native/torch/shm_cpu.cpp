@@ -18,8 +18,7 @@ namespace torch_glue {
 namespace {
 
 [[noreturn]] void not_open(int64_t handle) {
-  throw shm::Error("InvalidArgumentError: CPU shared memory: " + std::to_string(handle) +
-                   " is not the handle of an open group");
+  prim::fail(prim::kInvalid, "CPU shared memory: ", handle, " is not the handle of an open group");
 }
 
 }  // namespace
@@ -122,9 +121,8 @@ void shm_close(int64_t handle) {
 // For measurements and tests. Collective, with the same values on all ranks.
 void shm_set_tuning(int64_t handle, int64_t one_shot_bytes, int64_t chunk_bytes, int64_t threads) {
   if (one_shot_bytes < 0 || chunk_bytes < 16384) {
-    throw shm::Error(
-        "InvalidArgumentError: shm_set_tuning: one_shot_bytes >= 0 and chunk_bytes >= 16384 are "
-        "expected");
+    prim::fail(prim::kInvalid,
+               "shm_set_tuning: one_shot_bytes >= 0 and chunk_bytes >= 16384 are expected");
   }
   const TeamPtr team = team_of(handle);
   team->set_tuning({static_cast<size_t>(one_shot_bytes), static_cast<size_t>(chunk_bytes)});

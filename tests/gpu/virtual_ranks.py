@@ -138,6 +138,6 @@ def rank_ordered_sum(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, where any NaN equals any other NaN."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     nan = torch.isnan(a) & torch.isnan(b)
     return bool(((a.view(integers) == b.view(integers)) | nan).all())

@@ -34,6 +34,7 @@ def test_importing_touches_neither_torch_nor_our_environment():
 
 
 def test_every_public_name_exists():
+    assert set(communicators._HOME_OF) <= set(communicators.__all__)
     for name in communicators.__all__:
         assert getattr(communicators, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

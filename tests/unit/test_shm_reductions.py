@@ -18,6 +18,7 @@ from communicators.backends.torch_distributed import TorchDistributedCommunicato
 from communicators.base import BITS, BY
 from communicators.errors import InvalidArgumentError
 from communicators.groups.arguments import reducible
+from tests.gpu.virtual_ranks import same_bits
 from tests.ranks import Rank, pool, run_fresh
 from tests.unit.test_group_coordinator import world_of
 from tests.unit.test_shm_collectives import DTYPES, communicator, inputs
@@ -35,14 +36,6 @@ STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bor": torch.bitwise_or,
     "bxor": torch.bitwise_xor,
 }
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit for bit, where any NaN equals any other NaN."""
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    nan = a.isnan() & b.isnan()
-    return bool(((a == b) | nan).all())
 
 
 def parts_of(world: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
