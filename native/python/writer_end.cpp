@@ -19,8 +19,7 @@ struct WriterEnd {
 
 WriterEnd* of(PyObject* self) { return reinterpret_cast<WriterEnd*>(self); }
 
-// kNotApplicable: it is to be pickled. kFull: no slot is free. kBusy: a longer call is
-// under way.
+// kNotApplicable: it is to be pickled. kFull: no slot is free. kBusy: a longer call is under way.
 enum Put : long { kNotApplicable, kSent, kFull, kBusy };
 
 // The message is made in the slot itself: until publish() that is the writer's.
